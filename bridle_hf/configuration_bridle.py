@@ -1,0 +1,351 @@
+"""Configurations of the BRIDLE encoder (`BridleConfig`) and of its tokenizer (`BridleTokenizerConfig`)."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# What the three modalities differ in, as data: the values that a field left at None takes (paper, appendix; DESIGN
+# of the reference ViT-B). Everything else is common.
+MODALITY_DEFAULTS = {
+    "audio": {
+        "num_channels": 1,
+        "use_class_token": True,
+        "key_bias": True,
+        "mask_type": "random",
+        "mask_ratio": 0.8,
+        "decoder_type": "swin",
+        "decoder_hidden_size": 512,
+        "decoder_num_hidden_layers": 16,
+        "decoder_num_attention_heads": 16,
+        "estimator_hidden_size": 768,
+        "estimator_num_hidden_layers": 3,
+        "estimator_num_attention_heads": 12,
+    },
+    "image": {
+        "num_channels": 3,
+        "use_class_token": True,
+        "key_bias": True,
+        "mask_type": "random",
+        "mask_ratio": 0.8,
+        "decoder_type": "plain",
+        "decoder_hidden_size": 512,
+        "decoder_num_hidden_layers": 16,
+        "decoder_num_attention_heads": 16,
+        "estimator_hidden_size": 768,
+        "estimator_num_hidden_layers": 3,
+        "estimator_num_attention_heads": 12,
+    },
+    "video": {
+        "num_channels": 3,
+        "use_class_token": False,
+        "key_bias": False,
+        "mask_type": "tube",
+        "mask_ratio": 0.9,
+        "decoder_type": "plain",
+        "decoder_hidden_size": 384,
+        "decoder_num_hidden_layers": 4,
+        "decoder_num_attention_heads": 6,
+        "estimator_hidden_size": 384,
+        "estimator_num_hidden_layers": 8,
+        "estimator_num_attention_heads": 6,
+    },
+}
+
+# Names of `masking_bridle.MASKS` that fit a modality's grid.
+MASK_TYPES = {
+    "audio": ("random", "time_frequency", "mel_band", "block"),
+    "image": ("random", "block"),
+    "video": ("random", "tube", "block"),
+}
+
+
+@strict
+class BridleEncoderConfig(PreTrainedConfig):
+    r"""
+    The fields of the encoder, shared by [`BridleConfig`] and [`BridleTokenizerConfig`]. Fields at `None` take the
+    modality's value (see `MODALITY_DEFAULTS`).
+
+    Args:
+        modality (`"audio"`, `"image"` or `"video"`): What the inputs are.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: Size of the ViT.
+        attention_probs_dropout_prob (`float`): Dropout of the attention weights.
+        drop_path_rate (`float`): Stochastic depth of the last layer; it grows linearly from 0 at the first.
+        patch_size (`int` or pair): Patch in (time frames, mel bins) for audio, (height, width) for image and video.
+        num_mel_bins, max_length (`int`): Audio input: mel bins, and the frames that a full-length clip has.
+        image_size (`int` or pair), num_channels (`int`): Image and video input: (height, width) in pixels; channels.
+        num_frames, tubelet_size (`int`): Video input: frames of a clip; frames that one patch spans.
+        use_class_token (`bool`): Whether a learned token stands before the patches.
+        qkv_bias (`bool`): Bias on the query and value projections; `key_bias`: on the key projection.
+        position_embedding_type (`"sincos"` or `"table"`): Positions computed for any grid, or a fixed table stored in
+            the checkpoint (converted checkpoints whose table is not the one of their grid).
+    """
+
+    _auto_class = "AutoConfig"
+    # Where a folder's own copy of this code (`trust_remote_code=True`) has the class behind each Auto class.
+    # transformers would note the saved class alone, and take one named "...Tokenizer..." for a text tokenizer.
+    _auto_map = {}
+
+    modality: Literal["audio", "image", "video"] = "audio"
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_mel_bins: int = 128
+    max_length: int = 1024
+    image_size: int | list[int] | tuple[int, int] = 224
+    num_channels: int | None = None
+    num_frames: int = 16
+    tubelet_size: int = 2
+    use_class_token: bool | None = None
+    qkv_bias: bool = True
+    key_bias: bool | None = None
+    position_embedding_type: Literal["sincos", "table"] = "sincos"
+
+    def __post_init__(self, **kwargs):
+        for name, value in MODALITY_DEFAULTS.get(self.modality, {}).items():
+            if hasattr(type(self), name) and getattr(self, name) is None:
+                setattr(self, name, value)
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse sizes that cannot be built, naming the field."""
+        for name in ("patch_size", "tubelet_size", "num_channels", "intermediate_size"):
+            if min(_pair(getattr(self, name))) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive")
+        if self.modality == "audio" and self.num_channels != 1:
+            raise ValueError(f"`num_channels` is {self.num_channels}; log-mel spectrograms of audio have 1")
+        _check_fraction("drop_path_rate", self.drop_path_rate)
+        self._check_width("hidden_size", "num_attention_heads")
+        for name, size, patch in zip(self._axis_names, self.input_size, self.patch_shape):
+            if size < 1 or size % patch:
+                raise ValueError(f"`{name}` is {size}, which is not a positive multiple of its patch of {patch}")
+
+    def to_dict(self) -> dict:
+        """As in transformers, but `auto_map` names all classes that load the folder, whichever was saved."""
+        return {**super().to_dict(), "auto_map": dict(self._auto_map)}
+
+    def _check_width(self, size_name: str, heads_name: str) -> None:
+        size, heads = getattr(self, size_name), getattr(self, heads_name)
+        if size < 1 or heads < 1 or size % heads:
+            raise ValueError(f"`{size_name}` is {size}, which is not a positive multiple of `{heads_name}`={heads}")
+        if size % 4 and self.modality != "video":
+            raise ValueError(f"`{size_name}` is {size}; 2-D sin-cos positions need a multiple of 4")
+
+    @property
+    def _axis_names(self) -> tuple[str, str, str]:
+        return {
+            "audio": ("num_frames", "max_length", "num_mel_bins"),
+            "image": ("num_frames", "image_size", "image_size"),
+            "video": ("num_frames", "image_size", "image_size"),
+        }[self.modality]
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """(frames, height or time, width or mel) of one patch; audio and image span one frame."""
+        height, width = _pair(self.patch_size)
+        return (self.tubelet_size if self.modality == "video" else 1, height, width)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(frames, height or time, width or mel) of a full-size input."""
+        if self.modality == "audio":
+            return (1, self.max_length, self.num_mel_bins)
+        return (self.num_frames if self.modality == "video" else 1, *_pair(self.image_size))
+
+    @property
+    def patch_grid(self) -> tuple[int, ...]:
+        """Patches along each axis of a full-size input: (time, mel), (height, width) or (time, height, width)."""
+        grid = tuple(size // patch for size, patch in zip(self.input_size, self.patch_shape))
+        return grid if self.modality == "video" else grid[1:]
+
+    @property
+    def patch_dim(self) -> int:
+        """Values in one patch, channels included."""
+        frames, height, width = self.patch_shape
+        return self.num_channels * frames * height * width
+
+
+@strict
+class BridleConfig(BridleEncoderConfig):
+    r"""
+    Configuration of [`BridleModel`], [`BridleForPreTraining`] and the classifiers.
+
+    Args (beside those of [`BridleEncoderConfig`]):
+        mask_ratio (`float`), mask_type (`str`): Fraction of the patches hidden, and how they are chosen (a name of
+            `masking_bridle.MASKS`), when [`BridleForPreTraining`] is given no `bool_masked_pos`.
+        decoder_type (`"swin"` or `"plain"`), decoder_hidden_size, decoder_num_hidden_layers,
+        decoder_num_attention_heads: The decoder.
+        decoder_intermediate_size (`int`, *optional*): Four times `decoder_hidden_size` if not given.
+        decoder_window_size (pair): Window of the Swin blocks, in patches; `decoder_window_shift`: of the odd blocks.
+        num_codebooks, codebook_size (`int`): Codes that each patch has, and the values that each takes.
+        codebook_loss_weights (`list[float]`, *optional*): Weight of each codebook in the loss; equal if not given.
+        label_smoothing (`float`): Of the classifiers' single-label cross-entropy.
+        patch_dropout (pair of `float`): Fractions of (time or height, mel or width) stripes of patches that the
+            classifiers drop while training (2-D patch dropout; for video of space alone).
+        pooling (`"mean"` or `"cls"`): What `pooler_output` and the classifiers see.
+
+    Example:
+
+    ```python
+    >>> from bridle_hf import BridleConfig, BridleModel
+
+    >>> config = BridleConfig(modality="audio", hidden_size=48, num_hidden_layers=2, num_attention_heads=4)
+    >>> model = BridleModel(config)
+    ```
+    """
+
+    model_type = "bridle"
+    _auto_map = {
+        "AutoConfig": "configuration_bridle.BridleConfig",
+        "AutoModel": "modeling_bridle.BridleModel",
+        "AutoModelForPreTraining": "modeling_bridle.BridleForPreTraining",
+        "AutoModelForAudioClassification": "modeling_bridle.BridleForAudioClassification",
+        "AutoModelForImageClassification": "modeling_bridle.BridleForImageClassification",
+        "AutoModelForVideoClassification": "modeling_bridle.BridleForVideoClassification",
+    }
+
+    mask_ratio: float | None = None
+    mask_type: str | None = None
+    decoder_type: Literal["swin", "plain"] | None = None
+    decoder_hidden_size: int | None = None
+    decoder_num_hidden_layers: int | None = None
+    decoder_num_attention_heads: int | None = None
+    decoder_intermediate_size: int | None = None
+    decoder_window_size: list[int] | tuple[int, int] = (4, 4)
+    decoder_window_shift: list[int] | tuple[int, int] = (2, 0)
+    num_codebooks: int = 4
+    codebook_size: int = 256
+    codebook_loss_weights: list[float] | None = None
+    label_smoothing: float | int = 0.0
+    patch_dropout: list[float] | tuple[float, float] = (0.0, 0.0)
+    pooling: Literal["mean", "cls"] = "mean"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        self._check_width("decoder_hidden_size", "decoder_num_attention_heads")
+        _check_codebooks(self)
+        _check_fraction("label_smoothing", self.label_smoothing)
+        for rate in self.patch_dropout:
+            _check_fraction("patch_dropout", rate)
+        if self.mask_type not in MASK_TYPES[self.modality]:
+            raise ValueError(
+                f"`mask_type` is '{self.mask_type}'; for {self.modality} choose from {MASK_TYPES[self.modality]}"
+            )
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"`mask_ratio` is {self.mask_ratio}; it must lie between 0 and 1, both excluded")
+        if self.codebook_loss_weights is not None and len(self.codebook_loss_weights) != self.num_codebooks:
+            raise ValueError(
+                f"`codebook_loss_weights` has {len(self.codebook_loss_weights)} entries for `num_codebooks`="
+                f"{self.num_codebooks}; give one weight per codebook"
+            )
+        if self.decoder_type == "swin" and self.modality == "video":
+            raise ValueError("`decoder_type='swin'` works on 2-D grids; use 'plain' for video")
+        if self.pooling == "cls" and not self.use_class_token:
+            raise ValueError("`pooling='cls'` needs `use_class_token=True`")
+
+
+@strict
+class BridleTokenizerConfig(BridleEncoderConfig):
+    r"""
+    Configuration of [`BridleTokenizerModel`].
+
+    Args (beside those of [`BridleEncoderConfig`]):
+        tokenizer_type (`"random_projection"` or `"self_distilled"`): Frozen random projection of the patches
+            (iteration 0), or a trained encoder that predicts a teacher's features (iterations above 0).
+        code_dim, num_codebooks, codebook_size (`int`): The residual quantizer; `num_codebooks=1` is VQ.
+        codebook_normalization (`"input"`, `"level"` or `"none"`): What is l2-normalised: the latents once; the
+            residual at every level, for lookup and EMA alone (the reference implementation); nothing.
+        unit_norm_codes (`bool`): Re-normalise the codes after each EMA step.
+        ema_decay (`float`): Decay of the codebooks' moving averages.
+        ema_update (`"count"` or `"direction"`): Codes are the ratio of the moving averages of vector sums and counts,
+            or the reference implementation's rule: codes move towards the unit vector of their batch mean (with
+            `codebook_normalization="level"`, the residual is then taken from the moved codes).
+        dead_code_threshold (`float`): A code whose moving count falls under this fraction of the expected one is
+            re-seeded from current vectors; 0 switches re-seeding off.
+        num_soft_codes (`int`): How many of the nearest codes are targets, with equal weight.
+        commitment_weight (`float`): `beta` of the codebook loss.
+        normalize_target_patches (`bool`): Normalise each patch on its own before the random projection.
+        add_position_to_projection (`bool`): Add the position to a patch before the random projection (the reference
+            implementation).
+        teacher_layers (`list[int]`, *optional*): Encoder layers that teach the tokenizer, as indices into
+            `hidden_states` (0 is the embedding); the standardised mean of several. `None`: the encoder's output.
+        teacher_hidden_size (`int`, *optional*): Width of the teacher; `hidden_size` if not given.
+        estimator_hidden_size, estimator_num_hidden_layers, estimator_num_attention_heads: The estimator.
+        estimator_intermediate_size (`int`, *optional*): Four times `estimator_hidden_size` if not given.
+    """
+
+    model_type = "bridle_tokenizer"
+    _auto_map = {
+        "AutoConfig": "configuration_bridle.BridleTokenizerConfig",
+        "AutoModel": "modeling_bridle_tokenizer.BridleTokenizerModel",
+        "AutoModelForPreTraining": "modeling_bridle_tokenizer.BridleTokenizerModel",
+    }
+
+    tokenizer_type: Literal["random_projection", "self_distilled"] = "self_distilled"
+    code_dim: int = 256
+    num_codebooks: int = 4
+    codebook_size: int = 256
+    codebook_normalization: Literal["input", "level", "none"] = "input"
+    unit_norm_codes: bool = False
+    ema_decay: float = 0.99
+    ema_update: Literal["count", "direction"] = "count"
+    dead_code_threshold: float | int = 0.2
+    num_soft_codes: int = 1
+    commitment_weight: float | int = 0.25
+    normalize_target_patches: bool = True
+    add_position_to_projection: bool = False
+    teacher_layers: list[int] | None = None
+    teacher_hidden_size: int | None = None
+    estimator_hidden_size: int | None = None
+    estimator_num_hidden_layers: int | None = None
+    estimator_num_attention_heads: int | None = None
+    estimator_intermediate_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.estimator_intermediate_size is None:
+            self.estimator_intermediate_size = 4 * self.estimator_hidden_size
+        if self.teacher_hidden_size is None:
+            self.teacher_hidden_size = self.hidden_size
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        self._check_width("estimator_hidden_size", "estimator_num_attention_heads")
+        _check_codebooks(self)
+        if self.code_dim < 1:
+            raise ValueError(f"`code_dim` is {self.code_dim}; it must be positive")
+        _check_fraction("ema_decay", self.ema_decay)
+        if not 1 <= self.num_soft_codes <= self.codebook_size:
+            raise ValueError(f"`num_soft_codes` is {self.num_soft_codes}; it must lie in 1..{self.codebook_size}")
+        _check_fraction("dead_code_threshold", self.dead_code_threshold)
+
+
+def _pair(value) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _check_codebooks(config: "BridleConfig | BridleTokenizerConfig") -> None:
+    for name in ("num_codebooks", "codebook_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be positive")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` is {value}; it must lie in [0, 1)")
+
+
+__all__ = ["BridleConfig", "BridleTokenizerConfig"]

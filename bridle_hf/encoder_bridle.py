@@ -1,0 +1,242 @@
+"""Transformer layers: the plain pre-norm layer of encoder, estimator and plain decoder, and the Swin-v2 layer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_bridle import BridleEncoderConfig
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that returns its weights. (batch, heads, tokens, head_dim) -> (batch, tokens, heads, head_dim)."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class BridleAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash, flex)."""
+
+    is_causal = False
+
+    def __init__(self, config: BridleEncoderConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias and config.key_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class BridleMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = ACT2FN[activation]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class BridleDropPath(nn.Module):
+    """Drops a residual branch for a whole sample while training (stochastic depth)."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
+        return branch * keep.to(branch.dtype) / (1.0 - self.rate)
+
+
+class BridleLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer."""
+
+    def __init__(
+        self,
+        config: BridleEncoderConfig,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = BridleAttention(config, hidden_size, num_heads)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = BridleMLP(hidden_size, intermediate_size, config.hidden_act)
+        self.drop_path = BridleDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class BridleSwinAttention(nn.Module):
+    """Cosine attention within windows, with a log-spaced continuous position bias (Swin v2, arXiv 2111.09883).
+
+    The bias rules out transformers' attention interface; the same mathematics goes through torch's fused attention.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, window: tuple[int, int]):
+        super().__init__()
+        self.num_heads = num_heads
+        self.window = window
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+        # Temperature of each head; the attention is divided by it.
+        self.tau = nn.Parameter(torch.ones(num_heads))
+        self.position_bias = nn.Sequential(nn.Linear(2, 384), nn.ReLU(), nn.Dropout(0.125), nn.Linear(384, num_heads))
+
+    def forward(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            windows: (batch, windows, tokens of a window, hidden).
+            mask: Additive, broadcastable to (batch, windows, 1, tokens, tokens), or `None`.
+        """
+        batch, count, tokens, _ = windows.shape
+        qkv = self.qkv(windows).view(batch, count, tokens, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        # Padding may be all zeros, and float16 rounds the default eps to zero.
+        query, key = F.normalize(query, dim=-1, eps=1e-6), F.normalize(key, dim=-1, eps=1e-6)
+        query = query / self.tau.clamp(min=0.01)[:, None, None]
+        bias = self._bias().to(query.dtype)
+        mask = bias if mask is None else bias + mask.to(query.dtype)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask.expand(batch, count, -1, -1, -1), scale=1.0
+        )
+        return self.o_proj(output.transpose(2, 3).reshape(windows.shape))
+
+    def _bias(self) -> torch.Tensor:
+        """(heads, tokens, tokens), a function of the log-spaced offset between two tokens."""
+        device, tokens = self.tau.device, self.window[0] * self.window[1]
+        rows, columns = torch.meshgrid(*(torch.arange(size, device=device) for size in self.window), indexing="ij")
+        positions = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
+        offsets = (positions[:, None] - positions[None]).to(self.tau.dtype)
+        offsets = offsets.sign() * offsets.abs().log1p()
+        return self.position_bias(offsets.view(-1, 2)).t().reshape(self.num_heads, tokens, tokens)
+
+
+class BridleSwinLayer(GradientCheckpointingLayer):
+    """Post-norm layer whose attention is confined to windows of the (time, mel) or (height, width) grid."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        activation: str,
+        window: tuple[int, int],
+        shift: tuple[int, int],
+    ):
+        super().__init__()
+        self.window, self.shift = tuple(window), tuple(shift)
+        self.attention = BridleSwinAttention(hidden_size, num_heads, self.window)
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=1e-5)
+        self.mlp = BridleMLP(hidden_size, intermediate_size, activation)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=1e-5)
+
+    def forward(
+        self, hidden_states: torch.Tensor, grid: tuple[int, int], real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: (batch, patches, hidden), row-major over `grid`.
+            real: (batch, patches) bool, or `None` where all patches are.
+        """
+        windows = self._to_windows(hidden_states, grid)
+        attended = self._from_windows(self.attention(windows, self._mask(grid, real, windows)), grid)
+        hidden_states = hidden_states + self.layernorm_before(attended)
+        return hidden_states + self.layernorm_after(self.mlp(hidden_states))
+
+    def _padded(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return tuple(size + -size % window for size, window in zip(grid, self.window))
+
+    def _to_windows(self, tensor: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, patches, dim) -> (batch, windows, tokens of a window, dim), shifted, padded to whole windows."""
+        rows, columns = self._padded(grid)
+        tensor = tensor.view(tensor.shape[0], *grid, -1)
+        tensor = F.pad(tensor, (0, 0, 0, columns - grid[1], 0, rows - grid[0]))
+        if any(self.shift):
+            tensor = tensor.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
+        height, width = self.window
+        tensor = tensor.view(tensor.shape[0], rows // height, height, columns // width, width, -1)
+        return tensor.transpose(2, 3).reshape(tensor.shape[0], -1, height * width, tensor.shape[-1])
+
+    def _from_windows(self, windows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        rows, columns = self._padded(grid)
+        height, width = self.window
+        tensor = windows.view(windows.shape[0], rows // height, columns // width, height, width, -1)
+        tensor = tensor.transpose(2, 3).reshape(windows.shape[0], rows, columns, -1)
+        if any(self.shift):
+            tensor = tensor.roll(self.shift, dims=(1, 2))
+        return tensor[:, : grid[0], : grid[1]].reshape(windows.shape[0], grid[0] * grid[1], -1)
+
+    def _mask(self, grid: tuple[int, int], real: torch.Tensor | None, windows: torch.Tensor) -> torch.Tensor | None:
+        """-1e4 between tokens that the cyclic shift brought together, and towards tokens that are not real."""
+        rows, columns = self._padded(grid)
+        if not any(self.shift) and real is None and (rows, columns) == tuple(grid):
+            return None
+        # Tokens that were neighbours before the roll share a number; padding has the number 0. The shift is kept where
+        # one window spans the grid, so that a short clip is decoded alone as it is in a batch with longer ones.
+        device = windows.device
+        region_rows = (torch.arange(grid[0], device=device) < self.shift[0]).long()
+        region_columns = (torch.arange(grid[1], device=device) < self.shift[1]).long()
+        regions = (1 + 2 * region_rows[:, None] + region_columns).flatten()[None, :, None]
+        if real is not None:
+            regions = torch.where(real[:, :, None], regions, 0)
+        regions = self._to_windows(regions, grid)[..., 0]
+        allowed = (regions[:, :, :, None] == regions[:, :, None, :]) & (regions[:, :, None, :] > 0)
+        # Not the reference's -100, of which a `tau` near its floor of 0.01 lets something through.
+        return torch.where(allowed, 0.0, -1e4)[:, :, None]
+
+
+__all__ = ["BridleAttention", "BridleLayer", "BridleMLP", "BridleSwinAttention", "BridleSwinLayer"]

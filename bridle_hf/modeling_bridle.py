@@ -1,0 +1,429 @@
+"""The BRIDLE encoder, its pretraining head and the classifiers, for audio, image and video (arXiv 2502.02118)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_bridle import BridleConfig, BridleEncoderConfig
+from .encoder_bridle import BridleAttention, BridleLayer, BridleSwinAttention, BridleSwinLayer
+from .masking_bridle import make_mask, visible_patches
+from .patching_bridle import (
+    INPUT_NAMES,
+    BridleEmbeddings,
+    BridlePositions,
+    check_patch_shape,
+    patch_attention_mask,
+    patchify,
+    select_input,
+)
+
+
+@dataclass
+class BridleForPreTrainingOutput(ModelOutput):
+    """
+    loss: mean cross-entropy over masked patches and codebooks, a scalar; where `labels` were given.
+    logits: (batch, patches, num_codebooks, codebook_size), for every patch of the grid.
+    accuracy: (num_codebooks,), share of masked patches whose code was predicted; where `labels` were given.
+    bool_masked_pos: (batch, patches) bool, the mask that was used.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    accuracy: torch.FloatTensor | None = None
+    bool_masked_pos: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class BridlePreTrainedModel(PreTrainedModel):
+    config: BridleEncoderConfig
+    config_class = BridleConfig
+    base_model_prefix = "bridle"
+    # Set here, not by `register_for_auto_class`: saving then copies the code in a process that runs such a copy, too.
+    _auto_class = "AutoModel"
+    input_modalities = ("audio", "image", "video")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BridleEmbeddings", "BridleLayer", "BridleSwinLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": BridleLayer, "attentions": BridleAttention}
+    _input_embed_layer = "projection"
+
+    def __init__(self, config: BridleEncoderConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.main_input_name = INPUT_NAMES[config.modality]
+        self.input_modalities = (config.modality,)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Xavier-uniform linear layers (MAE), unit norms, small normal tokens; also every buffer."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, BridlePositions):
+            module.reset()
+        elif isinstance(module, BridleEmbeddings) and module.cls_token is not None:
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+        elif isinstance(module, BridleDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+        elif isinstance(module, BridleSwinAttention):
+            init.ones_(module.tau)
+
+
+class BridleModel(BridlePreTrainedModel):
+    """The encoder: a ViT that sees the visible patches alone. The same for audio, image and video."""
+
+    # What a pretraining folder and a classifier's hold beside the encoder.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier"]
+
+    def __init__(self, config: BridleEncoderConfig):
+        super().__init__(config)
+        self.embeddings = BridleEmbeddings(config)
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            BridleLayer(
+                config,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                drop_path_rate=config.drop_path_rate * index / last,
+            )
+            for index in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Encode the visible patches.
+
+        Args:
+            inputs: The modality's input by position; or give it by its name:
+            input_values: (batch, frames, mel bins) of audio.
+            pixel_values: (batch, channels, height, width) of images.
+            pixel_values_videos: (batch, frames, channels, height, width) of video.
+            attention_mask: (batch, frames) of audio, 1 = real, 0 = padding at the end.
+            bool_masked_pos: (batch, patches) bool, True = hidden from the encoder.
+
+        Returns:
+            `last_hidden_state` (batch, [class] + visible patches in grid order, hidden), and `pooler_output`
+            (batch, hidden): the mean over the real patches, or the class token (`config.pooling`).
+
+        Raises:
+            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
+        hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=self._pool(hidden_states, real)
+        )
+
+    def _pool(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        if getattr(self.config, "pooling", "mean") == "cls":
+            return hidden_states[:, 0]
+        first = int(self.config.use_class_token)
+        return mean_over_real(hidden_states[:, first:], None if real is None else real[:, first:])
+
+
+def mean_over_real(hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(batch, tokens, hidden) -> (batch, hidden), the mean over tokens that `real` (batch, tokens) marks."""
+    if real is None:
+        return hidden_states.mean(dim=1)
+    weights = real.to(hidden_states.dtype)[:, :, None]
+    return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
+
+
+class BridleDecoder(nn.Module):
+    """From visible patches' features and mask tokens on the full grid to logits per codebook."""
+
+    def __init__(self, config: BridleConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width, bias=config.modality != "video")
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = BridlePositions(config, width)
+        self.layers = nn.ModuleList(self._layer(index) for index in range(config.decoder_num_hidden_layers))
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.num_codebooks * config.codebook_size)
+
+    def _layer(self, index: int) -> nn.Module:
+        config = self.config
+        sizes = (config.decoder_hidden_size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+        if config.decoder_type == "plain":
+            return BridleLayer(config, *sizes)
+        shift = config.decoder_window_shift if index % 2 else (0, 0)
+        return BridleSwinLayer(*sizes, config.hidden_act, config.decoder_window_size, shift)
+
+    def forward(
+        self, encoded: torch.Tensor, bool_masked_pos: torch.Tensor, real: torch.Tensor | None, grid: tuple[int, ...]
+    ) -> torch.Tensor:
+        """
+        Args:
+            encoded: (batch, [class] + visible patches, hidden).
+            bool_masked_pos: (batch, patches) bool.
+            real: (batch, patches) bool, or `None` where all patches are.
+
+        Returns:
+            (batch, patches, num_codebooks, codebook_size).
+        """
+        first = int(self.config.use_class_token)
+        decoded = self.embed(encoded)
+        tokens = self._on_grid(decoded[:, first:], bool_masked_pos, real)
+        tokens = tokens + self.positions(grid).to(tokens.dtype)
+        if self.config.decoder_type == "swin":
+            for layer in self.layers:
+                tokens = layer(tokens, grid, real)
+        else:
+            # The class token has no position of its own.
+            tokens = torch.cat([decoded[:, :first], tokens], dim=1)
+            real = None if real is None else F.pad(real, (first, 0), value=True)
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=tokens, attention_mask=real)
+            for layer in self.layers:
+                tokens = layer(tokens, mask)
+            tokens = tokens[:, first:]
+        logits = self.head(self.layernorm(tokens))
+        return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
+
+    def _on_grid(
+        self, visible_tokens: torch.Tensor, bool_masked_pos: torch.Tensor, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Visible tokens at their places, mask tokens at all others."""
+        visible = ~bool_masked_pos if real is None else ~bool_masked_pos & real
+        indices, valid = visible_patches(visible)
+        mask_token = self.mask_token.to(visible_tokens.dtype)
+        tokens = mask_token.expand(*bool_masked_pos.shape, -1)
+        # Where a clip has fewer visible patches than another, its index points at a masked one: leave that as it is.
+        visible_tokens = torch.where(valid[:, :, None], visible_tokens, mask_token)
+        return tokens.scatter(1, indices[:, :, None].expand_as(visible_tokens), visible_tokens)
+
+
+class BridleForPreTraining(BridlePreTrainedModel):
+    """The encoder with a decoder that predicts the tokenizer's codes of masked patches (the encoder phase)."""
+
+    _auto_class = "AutoModelForPreTraining"
+
+    def __init__(self, config: BridleConfig):
+        super().__init__(config)
+        self.bridle = BridleModel(config)
+        self.decoder = BridleDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BridleForPreTrainingOutput:
+        """Predict codes.
+
+        Args:
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
+                if not given.
+            labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
+                weighted targets ("soft codes"); `accuracy` compares with the first.
+
+        Raises:
+            ValueError: As [`BridleModel.forward`]; or mask or labels that do not fit the input.
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
+        patches, grid = patchify(values, self.config)
+        real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
+        if bool_masked_pos is None:
+            bool_masked_pos = self._draw_masks(patches, grid, real)
+        bool_masked_pos = bool_masked_pos.bool() if real is None else bool_masked_pos.bool() & real
+        encoded = self.bridle(values, attention_mask, bool_masked_pos, **kwargs)
+        logits = self.decoder(encoded.last_hidden_state, bool_masked_pos, real, grid)
+        loss = accuracy = None
+        if labels is not None:
+            check_patch_shape("labels", labels, patches, grid)
+            loss, accuracy = self._loss(logits, labels, bool_masked_pos)
+        return BridleForPreTrainingOutput(
+            loss=loss,
+            logits=logits,
+            accuracy=accuracy,
+            bool_masked_pos=bool_masked_pos,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def _draw_masks(self, patches: torch.Tensor, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
+        """One mask per sample, each over the real steps along the first axis of the grid."""
+        steps = [grid[0]] * len(patches) if real is None else real.view(-1, *grid).flatten(2)[..., 0].sum(1).tolist()
+        if 0 in steps:
+            raise ValueError(f"`attention_mask` marks no frame of clip {steps.index(0)} as real; leave the clip out")
+        masks = [
+            make_mask(self.config.mask_type, (step, *grid[1:]), self.config.mask_ratio, padded_grid=grid)
+            for step in steps
+        ]
+        return torch.stack(masks).to(patches.device)
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, bool_masked_pos: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropy and accuracy, over masked patches."""
+        if labels.dim() == 3:
+            labels = labels[..., None]
+        if labels.dim() != 4 or labels.shape[2] != self.config.num_codebooks:
+            raise ValueError(
+                f"`labels` must be (batch, patches, {self.config.num_codebooks} codebooks[, soft codes]), got "
+                f"{tuple(labels.shape)}"
+            )
+        logits, labels = logits[bool_masked_pos].float(), labels[bool_masked_pos]
+        log_likelihood = logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=(0, 2))
+        weights = self.config.codebook_loss_weights
+        if weights is not None:
+            weights = torch.tensor(weights, device=logits.device)
+            log_likelihood = log_likelihood * weights / weights.mean()
+        accuracy = (logits.argmax(dim=-1) == labels[..., 0]).float().mean(dim=0)
+        return -log_likelihood.mean(), accuracy
+
+
+class BridleForClassification(BridlePreTrainedModel):
+    """The encoder with a linear head on the mean of its patches. What the three classifiers share."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+    modality: str
+    output_class: type[ModelOutput]
+
+    def __init__(self, config: BridleConfig):
+        if config.modality != self.modality:
+            raise ValueError(f"{type(self).__name__} needs `modality='{self.modality}'`, got '{config.modality}'")
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bridle = BridleModel(config)
+        # Not `layernorm`: loading an encoder, transformers drops `bridle.` from a name wherever that fits, too.
+        self.classifier_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """Classify.
+
+        Args:
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            labels: (batch,) int64 for one label per sample, (batch, num_labels) float for soft targets (mixup; with
+                `config.problem_type="single_label_classification"`) or several labels per sample
+                (`"multi_label_classification"`); regression where `num_labels` is 1.
+
+        Returns:
+            `loss` where `labels` were given, and `logits` (batch, num_labels).
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
+        outputs = self.bridle(values, attention_mask, self._dropped_patches(values), **kwargs)
+        logits = self.classifier(self.classifier_norm(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels)
+        return self.output_class(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.problem_type == "single_label_classification" or (
+            self.config.problem_type is None and self.num_labels > 1 and not labels.is_floating_point()
+        ):
+            return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return self.loss_function(labels, logits, self.config)
+
+    def _dropped_patches(self, values: torch.Tensor) -> torch.Tensor | None:
+        """While training, hide whole stripes of patches along each of the last two axes (`config.patch_dropout`)."""
+        if not self.training or not any(self.config.patch_dropout):
+            return None
+        patches, grid = patchify(values, self.config)
+        dropped = torch.zeros(len(patches), *grid[-2:], dtype=torch.bool, device=values.device)
+        for axis, (size, rate) in enumerate(zip(grid[-2:], self.config.patch_dropout), start=1):
+            noise = torch.rand(len(patches), size, device=values.device)
+            stripes = torch.zeros_like(noise, dtype=torch.bool)
+            stripes.scatter_(1, noise.topk(int(size * rate), dim=1).indices, True)
+            dropped |= stripes.unsqueeze(3 - axis)
+        return dropped.flatten(1).repeat(1, patches.shape[1] // dropped[0].numel())
+
+
+class BridleForAudioClassification(BridleForClassification):
+    """Classifier of recordings: see [`BridleForClassification`]."""
+
+    _auto_class = "AutoModelForAudioClassification"
+    modality = "audio"
+    output_class = SequenceClassifierOutput
+
+
+class BridleForImageClassification(BridleForClassification):
+    """Classifier of images: see [`BridleForClassification`]."""
+
+    _auto_class = "AutoModelForImageClassification"
+    modality = "image"
+    output_class = ImageClassifierOutput
+
+
+class BridleForVideoClassification(BridleForClassification):
+    """Classifier of video clips: see [`BridleForClassification`]."""
+
+    _auto_class = "AutoModelForVideoClassification"
+    modality = "video"
+    output_class = ImageClassifierOutput
+
+
+__all__ = [
+    "BridleForAudioClassification",
+    "BridleForImageClassification",
+    "BridleForPreTraining",
+    "BridleForPreTrainingOutput",
+    "BridleForVideoClassification",
+    "BridleModel",
+    "BridlePreTrainedModel",
+]

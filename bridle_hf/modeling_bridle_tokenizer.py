@@ -1,0 +1,267 @@
+"""The tokenizer: patches to codes, by a frozen random projection or by an encoder distilled from a teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_bridle import BridleTokenizerConfig
+from .encoder_bridle import BridleLayer
+from .modeling_bridle import BridleModel, BridlePreTrainedModel
+from .patching_bridle import BridlePositions, patch_attention_mask, patchify, select_input, silence_padding
+from .quantization_bridle import BridleResidualQuantizer, CodebookUsage, QuantizerOutput
+
+
+@dataclass
+class BridleTokenizerOutput(ModelOutput):
+    """
+    loss: `cosine_loss + codebook_loss`, where a teacher was given; else `codebook_loss`.
+    cosine_loss: mean over real patches of 1 - cos(teacher, estimate).
+    codebook_loss: `L_cb` of the residual quantizer.
+    codes: (batch, patches, num_codebooks) int64; 0 at padded patches.
+    usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
+    estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
+    """
+
+    loss: torch.FloatTensor | None = None
+    cosine_loss: torch.FloatTensor | None = None
+    codebook_loss: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+    usage: CodebookUsage | None = None
+    counts: torch.FloatTensor | None = None
+    estimate: torch.FloatTensor | None = None
+
+
+class BridleRandomProjection(nn.Module):
+    """Patches, normalised one by one, through a frozen random linear map (iteration 0, "cold start")."""
+
+    def __init__(self, config: BridleTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Linear(config.patch_dim, config.hidden_size)
+        self.positions = BridlePositions(config, config.hidden_size)
+        self.projection = nn.Linear(config.hidden_size, config.code_dim, bias=False)
+        self.requires_grad_(False)
+
+    # Weights come back from `from_pretrained` with `requires_grad` set: what keeps them frozen is this no_grad.
+    @torch.no_grad()
+    def forward(self, values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """(batch, patches, code_dim); autocast is off, because half precision flips codes."""
+        with torch.autocast(device_type=values.device.type, enabled=False):
+            return self._project(silence_padding(values, attention_mask))
+
+    def _project(self, values: torch.Tensor) -> torch.Tensor:
+        patches, grid = patchify(values, self.config)
+        if self.config.normalize_target_patches:
+            patches = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-6)
+        embedded = self.embedding(patches.to(self.embedding.weight.dtype))
+        if self.config.add_position_to_projection:
+            embedded = embedded + self.positions(grid).to(embedded.dtype)
+        return self.projection(embedded)
+
+
+class BridleEstimator(nn.Module):
+    """From quantized latents back to the teacher's features."""
+
+    def __init__(self, config: BridleTokenizerConfig):
+        super().__init__()
+        self.config = config
+        width = config.estimator_hidden_size
+        self.embed = nn.Linear(config.code_dim, width, bias=config.modality != "video")
+        self.positions = BridlePositions(config, width)
+        self.layers = nn.ModuleList(
+            BridleLayer(config, width, config.estimator_num_attention_heads, config.estimator_intermediate_size)
+            for _ in range(config.estimator_num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, config.teacher_hidden_size)
+
+    def forward(self, quantized: torch.Tensor, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
+        """(batch, patches, code_dim) -> (batch, patches, teacher_hidden_size)."""
+        hidden_states = self.embed(quantized.to(self.embed.weight.dtype))
+        hidden_states = hidden_states + self.positions(grid).to(hidden_states.dtype)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask)
+        return self.head(self.layernorm(hidden_states))
+
+
+class BridleTokenizerModel(BridlePreTrainedModel):
+    """Patches to codes, and, while it is trained, codes to the teacher's features (the tokenizer phase)."""
+
+    config_class = BridleTokenizerConfig
+    base_model_prefix = "tokenizer"
+    _keep_in_fp32_modules_strict = ["quantizer.codebooks", "quantizer.cluster_size", "quantizer.cluster_sum"]
+
+    def __init__(self, config: BridleTokenizerConfig):
+        super().__init__(config)
+        if config.tokenizer_type == "random_projection":
+            self.random_projection = BridleRandomProjection(config)
+        else:
+            self.encoder = BridleModel(config)
+            self.projection = nn.Sequential(
+                nn.Linear(config.hidden_size, config.hidden_size),
+                nn.Tanh(),
+                nn.Linear(config.hidden_size, config.code_dim),
+            )
+            self.estimator = BridleEstimator(config)
+        self.quantizer = BridleResidualQuantizer(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, BridleResidualQuantizer):
+            module.reset()
+
+    def latents(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What is quantized, `z`: (batch, patches, code_dim)."""
+        if self.config.tokenizer_type == "random_projection":
+            return self.random_projection(inputs, attention_mask)
+        encoded = self.encoder(inputs, attention_mask).last_hidden_state
+        return self.projection(encoded[:, int(self.config.use_class_token) :])
+
+    @torch.no_grad()
+    def encode(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        soft: bool = False,
+        **named_input: torch.Tensor,
+    ) -> torch.Tensor:
+        """Codes of every patch; the codebooks do not move.
+
+        Args:
+            inputs: The modality's input by position, or by its name (`input_values`, `pixel_values`,
+                `pixel_values_videos`).
+            soft: Return the `config.num_soft_codes` nearest codes of each level instead of the nearest.
+
+        Returns:
+            (batch, patches, num_codebooks) int64, with `soft` (batch, patches, num_codebooks, num_soft_codes).
+            Padded patches have code 0.
+        """
+        values = select_input(self.config, inputs, **named_input)
+        # Module by module: a frozen encoder may be in eval mode within a tokenizer that is training.
+        modes = {module: module.training for module in self.modules()}
+        try:
+            self.eval()
+            quantized = self._quantize(values, attention_mask)[0]
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        if soft and self.config.num_soft_codes > 1:
+            return quantized.soft_codes
+        return quantized.codes[..., None] if soft else quantized.codes
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        """Quantized features of codes: (batch, patches, num_codebooks) int64 -> (batch, patches, code_dim)."""
+        if codes.shape[-1] != self.config.num_codebooks:
+            raise ValueError(
+                f"`codes` hold {codes.shape[-1]} codebooks, the tokenizer has {self.config.num_codebooks}"
+            )
+        return self.quantizer.decode(codes)
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        teacher_hidden_states: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BridleTokenizerOutput:
+        """Quantize, estimate the teacher's features, and, in training mode, move the codebooks.
+
+        Args:
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            teacher_hidden_states: (batch, patches, teacher_hidden_size), see [`teacher_hidden_states`].
+
+        Raises:
+            ValueError: A teacher for a random projection, or features that do not fit the patches.
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
+        quantized, grid, real = self._quantize(values, attention_mask)
+        output = BridleTokenizerOutput(
+            loss=quantized.loss,
+            codebook_loss=quantized.loss,
+            codes=quantized.codes,
+            usage=quantized.usage,
+            counts=quantized.counts,
+        )
+        if teacher_hidden_states is not None:
+            self._check_teacher(teacher_hidden_states, quantized.codes)
+            output.estimate = self.estimator(quantized.quantized, grid, real)
+            output.cosine_loss = self._cosine_loss(output.estimate, teacher_hidden_states, real)
+            output.loss = output.cosine_loss + output.codebook_loss
+        return output
+
+    def _quantize(
+        self, values: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None]:
+        """The quantizer's output laid out as (batch, patches, ...), the grid, and which patches are real."""
+        latents = self.latents(values, attention_mask)
+        grid = patchify(values, self.config)[1]
+        if attention_mask is None:
+            quantized = self.quantizer(latents.flatten(0, 1))
+            real = None
+        else:
+            # Padding must neither be counted nor move the codes.
+            real = patch_attention_mask(attention_mask, self.config)
+            quantized = self.quantizer(latents[real])
+        for name in ("quantized", "codes", "soft_codes"):
+            rows = quantized.get(name)
+            if rows is not None and real is not None:
+                quantized[name] = rows.new_zeros(*real.shape, *rows.shape[1:]).masked_scatter(
+                    real.view(*real.shape, *[1] * (rows.dim() - 1)), rows
+                )
+            elif rows is not None:
+                quantized[name] = rows.unflatten(0, latents.shape[:2])
+        return quantized, grid, real
+
+    def _check_teacher(self, teacher: torch.Tensor, codes: torch.Tensor) -> None:
+        if self.config.tokenizer_type == "random_projection":
+            raise ValueError("a random-projection tokenizer is not trained: pass no `teacher_hidden_states`")
+        expected = (*codes.shape[:2], self.config.teacher_hidden_size)
+        if tuple(teacher.shape) != expected:
+            raise ValueError(
+                f"`teacher_hidden_states` has shape {tuple(teacher.shape)}, expected {expected}: one row per patch, "
+                "class token dropped"
+            )
+
+    @staticmethod
+    def _cosine_loss(estimate: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        distance = 1.0 - F.cosine_similarity(teacher.float(), estimate.float(), dim=-1)
+        return distance.mean() if real is None else distance[real].mean()
+
+
+@torch.no_grad()
+def teacher_hidden_states(
+    encoder: BridleModel,
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    layers: list[int] | None = None,
+) -> torch.Tensor:
+    """The teacher of the tokenizer phase: features of the unmasked input, class token dropped.
+
+    Args:
+        layers: Indices into the encoder's `hidden_states` (0 is the embedding, -1 the last layer), each standardised
+            token by token and averaged; `None` takes the encoder's output as it is (paper).
+
+    Returns:
+        (batch, patches, hidden).
+    """
+    outputs = encoder(inputs, attention_mask, output_hidden_states=layers is not None)
+    first = int(encoder.config.use_class_token)
+    if layers is None:
+        return outputs.last_hidden_state[:, first:]
+    states = [outputs.hidden_states[layer][:, first:].float() for layer in layers]
+    return sum(F.layer_norm(state, state.shape[-1:]) for state in states) / len(states)
+
+
+__all__ = ["BridleTokenizerModel", "BridleTokenizerOutput", "teacher_hidden_states"]

@@ -1,0 +1,252 @@
+"""From the input of any modality to patches, their grid, positions, patch mask and embeddings.
+
+This is the one place of the model where audio, image and video differ: all three are seen as (batch, channels,
+frames, height, width), with time as height and mel as width for audio, and one frame for audio and images.
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .configuration_bridle import BridleEncoderConfig
+from .masking_bridle import visible_patches
+
+
+INPUT_NAMES = {"audio": "input_values", "image": "pixel_values", "video": "pixel_values_videos"}
+_LAYOUTS = {
+    "audio": "(batch, frames, mel bins)",
+    "image": "(batch, channels, height, width)",
+    "video": "(batch, frames, channels, height, width)",
+}
+
+
+def select_input(
+    config: BridleEncoderConfig,
+    inputs: torch.Tensor | None = None,
+    input_values: torch.Tensor | None = None,
+    pixel_values: torch.Tensor | None = None,
+    pixel_values_videos: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The one input that was given, by position or by a name that fits the modality.
+
+    Raises:
+        ValueError: None, several, or one of another modality was given.
+    """
+    named = {
+        "inputs": inputs,
+        "input_values": input_values,
+        "pixel_values": pixel_values,
+        "pixel_values_videos": pixel_values_videos,
+    }
+    given = [name for name, value in named.items() if value is not None]
+    # `pixel_values` for video is what VideoMAE's processor returns.
+    accepted = {"inputs", INPUT_NAMES[config.modality]} | ({"pixel_values"} if config.modality == "video" else set())
+    if len(given) != 1 or given[0] not in accepted:
+        raise ValueError(
+            "exactly one of `input_values` (audio), `pixel_values` (image) and `pixel_values_videos` (video) must be "
+            f"given, and this model is for {config.modality}: pass `{INPUT_NAMES[config.modality]}`; "
+            f"got {given or 'none'}"
+        )
+    return named[given[0]]
+
+
+def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor:
+    """Any modality as (batch, channels, frames, height, width); audio is padded with 0 to whole patches in time.
+
+    Raises:
+        ValueError: Wrong number of dimensions, channels or mel bins, or a size that patches do not divide.
+    """
+    if values.dim() != {"audio": 3, "image": 4, "video": 5}[config.modality]:
+        raise ValueError(
+            f"`{INPUT_NAMES[config.modality]}` must be {_LAYOUTS[config.modality]}, got shape {tuple(values.shape)}"
+        )
+    if config.modality == "audio":
+        if values.shape[2] != config.num_mel_bins:
+            raise ValueError(
+                f"`input_values` has {values.shape[2]} mel bins, the model was built for {config.num_mel_bins}"
+            )
+        padding = -values.shape[1] % config.patch_shape[1]
+        volume = nn.functional.pad(values, (0, 0, 0, padding))[:, None, None]
+    elif config.modality == "image":
+        volume = values[:, :, None]
+    else:
+        volume = values.transpose(1, 2)
+    if volume.shape[1] != config.num_channels:
+        raise ValueError(f"the input has {volume.shape[1]} channels, the model was built for {config.num_channels}")
+    if volume.numel() == 0 or any(size % patch for size, patch in zip(volume.shape[2:], config.patch_shape)):
+        raise ValueError(
+            f"an input of (frames, height, width) {tuple(volume.shape[2:])} cannot be cut into patches of "
+            f"{config.patch_shape}"
+        )
+    return volume
+
+
+def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Cut an input into its patches.
+
+    Returns:
+        Patches (batch, patches, channels * frames * height * width of a patch), in row-major order of the grid, and
+        the grid: (time, mel), (height, width) or (time, height, width).
+    """
+    volume = to_volume(values, config)
+    batch, channels, *sizes = volume.shape
+    frames, height, width = config.patch_shape
+    grid = [size // patch for size, patch in zip(sizes, config.patch_shape)]
+    patches = volume.reshape(batch, channels, grid[0], frames, grid[1], height, grid[2], width)
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, math.prod(grid), config.patch_dim)
+    return patches, tuple(grid) if config.modality == "video" else tuple(grid[1:])
+
+
+def silence_padding(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where `attention_mask` says padding: what it holds must not leak into the patch of the clip's end.
+
+    Raises:
+        ValueError: `attention_mask` does not fit `values`.
+    """
+    if attention_mask is None:
+        return values
+    if attention_mask.shape != values.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` has shape {tuple(attention_mask.shape)}; for this input it must be "
+            f"{tuple(values.shape[:2])}: (batch, frames)"
+        )
+    return values.masked_fill(~attention_mask.bool()[:, :, None], 0.0)
+
+
+def patch_attention_mask(attention_mask: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor:
+    """Which patches are real: those with at least one real frame.
+
+    Args:
+        attention_mask: (batch, frames) of audio, non-zero = real, padding at the end.
+
+    Returns:
+        (batch, patches) bool.
+
+    Raises:
+        ValueError: The modality takes no `attention_mask`.
+    """
+    if config.modality != "audio":
+        raise ValueError("`attention_mask` counts the frames of audio; images and video take none")
+    time, mel = config.patch_shape[1], config.patch_grid[1]
+    frames = nn.functional.pad(attention_mask.bool(), (0, -attention_mask.shape[1] % time))
+    return frames.unflatten(1, (-1, time)).any(dim=2).repeat_interleave(mel, dim=1)
+
+
+def sincos_positions(grid: tuple[int, ...], dim: int) -> torch.Tensor:
+    """Fixed sin-cos positions, (patches, dim) float32.
+
+    A 2-D grid has half of the channels for the column and half for the row, each sines then cosines (MAE); a 3-D grid
+    has 1-D positions over the flattened grid, sines and cosines interleaved (VideoMAE).
+    """
+    if len(grid) == 3:
+        positions = torch.arange(math.prod(grid), dtype=torch.float64)
+        rates = 10000.0 ** (-2.0 * (torch.arange(dim, dtype=torch.float64) // 2) / dim)
+        angles = positions[:, None] * rates
+        table = torch.where(torch.arange(dim) % 2 == 0, angles.sin(), angles.cos())
+    else:
+        rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+        rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+        angles = [axis.flatten()[:, None] * rates for axis in (columns, rows)]
+        table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    # float64 up to here: an angle of thousands of radians is not exact enough in float32.
+    return table.float()
+
+
+class BridlePositions(nn.Module):
+    """Positions of a grid of patches: the table of the full-size grid, or computed where the grid is another one."""
+
+    def __init__(self, config: BridleEncoderConfig, dim: int):
+        super().__init__()
+        self.grid, self.dim = config.patch_grid, dim
+        self.stored = config.position_embedding_type == "table"
+        # Buffers: a table that can be computed need not be saved.
+        self.register_buffer("table", sincos_positions(self.grid, dim), persistent=self.stored)
+
+    def reset(self) -> None:
+        init.copy_(self.table, sincos_positions(self.grid, self.dim))
+
+    def forward(self, grid: tuple[int, ...]) -> torch.Tensor:
+        """(1, patches of `grid`, dim) float32."""
+        if tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]:
+            # Row-major order: fewer steps along the first axis are a prefix.
+            return self.table[None, : math.prod(grid)]
+        if self.stored:
+            raise ValueError(
+                f"this checkpoint stores positions for a grid of {self.grid} patches and cannot take {tuple(grid)}; "
+                "shorten the input, or build the model with position_embedding_type='sincos'"
+            )
+        return sincos_positions(grid, self.dim).to(self.table.device)[None]
+
+
+class BridleEmbeddings(nn.Module):
+    """Visible patches, projected and with their positions, after the class token."""
+
+    def __init__(self, config: BridleEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.projection = nn.Linear(config.patch_dim, config.hidden_size)
+        self.positions = BridlePositions(config, config.hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_class_token else None
+
+    def forward(
+        self,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            values: The modality's input.
+            attention_mask: (batch, frames) of audio, 1 = real.
+            bool_masked_pos: (batch, patches) bool, True = hidden.
+
+        Returns:
+            Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without
+            hidden, bool), or `None` where all are.
+        """
+        patches, grid = patchify(silence_padding(values, attention_mask), self.config)
+        real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
+        positions = self.positions(grid).expand(patches.shape[0], -1, -1)
+        if bool_masked_pos is not None:
+            check_patch_shape("bool_masked_pos", bool_masked_pos, patches, grid)
+            visible = ~bool_masked_pos.bool() if real is None else ~bool_masked_pos.bool() & real
+            indices, real = visible_patches(visible)
+            patches, positions = (take_patches(tensor, indices) for tensor in (patches, positions))
+        dtype = self.projection.weight.dtype
+        embeddings = self.projection(patches.to(dtype)) + positions.to(dtype)
+        if self.cls_token is not None:
+            cls = self.cls_token.expand(embeddings.shape[0], -1, -1).to(embeddings.dtype)
+            embeddings = torch.cat([cls, embeddings], dim=1)
+            real = None if real is None else nn.functional.pad(real, (1, 0), value=True)
+        return embeddings, real
+
+
+def take_patches(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of (batch, patches, dim) named by `indices` (batch, some)."""
+    return tensor.gather(1, indices[:, :, None].expand(-1, -1, tensor.shape[-1]))
+
+
+def check_patch_shape(name: str, tensor: torch.Tensor, patches: torch.Tensor, grid: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless `tensor` starts with the (batch, patches) of `patches`."""
+    if tensor.shape[:2] != patches.shape[:2]:
+        raise ValueError(
+            f"`{name}` has shape {tuple(tensor.shape)}; for this input it must start with {tuple(patches.shape[:2])}: "
+            f"(batch, patches of the grid {tuple(grid)})"
+        )
+
+
+__all__ = [
+    "INPUT_NAMES",
+    "BridleEmbeddings",
+    "BridlePositions",
+    "check_patch_shape",
+    "patch_attention_mask",
+    "patchify",
+    "select_input",
+    "silence_padding",
+    "sincos_positions",
+    "take_patches",
+    "to_volume",
+]
