@@ -1,0 +1,216 @@
+"""A Hugging Face Hub on 127.0.0.1, as far as pushing and loading models needs one: repositories held in memory."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import yaml
+
+
+ID = r"(?P<id>[\w.-]+/[\w.-]+)"
+PIPELINE_TAGS = {
+    "audio-classification",
+    "feature-extraction",
+    "image-classification",
+    "image-feature-extraction",
+    "video-classification",
+}
+LICENSES = {"apache-2.0", "cc-by-4.0", "cc0-1.0", "mit", "unknown"}
+
+
+class HubStandIn(ThreadingHTTPServer):
+    """The server: `repos` maps an id to its commits, each a (sha, {path: content}); `objects` holds LFS files."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.repos: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.unknown_requests: list[str] = []
+
+    def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
+        parent = self.repos[repo_id][-1][0] if self.repos[repo_id] else ""
+        digest = hashlib.sha1(parent.encode())
+        for path, content in sorted(files.items()):
+            digest.update(path.encode() + content)
+        self.repos[repo_id].append((digest.hexdigest(), files))
+        return digest.hexdigest()
+
+    def files(self, repo_id: str, revision: str = "main") -> tuple[str, dict[str, bytes]] | None:
+        """(sha, {path: content}) of a revision; `None` if there is no such repository or revision."""
+        commits = self.repos.get(repo_id, [])
+        return next((commit for commit in reversed(commits) if revision in ("main", commit[0])), None)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubStandIn
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+    def _serve(self):
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        for method, pattern, answer in ROUTES:
+            match = re.fullmatch(pattern, path)
+            if match and method == self.command.replace("HEAD", "GET"):
+                return answer(self, **match.groupdict())
+        self.server.unknown_requests.append(f"{self.command} {self.path}")
+        self._reply(501, {"error": f"the stand-in does not know {self.command} {path}"})
+
+    do_GET = do_HEAD = do_POST = do_PUT = _serve  # noqa: N815
+
+    def _reply(self, status: int, content: dict | list | bytes, **headers: str):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def _not_found(self, code: str):
+        self._reply(404, {"error": code}, X_Error_Code=code)
+
+    def _create(self):
+        wanted = json.loads(self.body)
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        status = 409 if repo_id in self.server.repos else 200
+        if status == 200:
+            self.server.repos[repo_id] = []
+            self.server.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self._reply(status, {"url": f"{self.server.endpoint}/{repo_id}"})
+
+    def _validate_yaml(self):
+        errors = metadata_errors(json.loads(self.body)["content"])
+        self._reply(400 if errors else 200, {"errors": [{"message": error} for error in errors], "warnings": []})
+
+    def _preupload(self, id, revision):
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = ["lfs" if path.endswith(".safetensors") else "regular" for path in paths]
+        files = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in zip(paths, modes)]
+        self._reply(200, {"files": files})
+
+    def _lfs_batch(self, id):
+        objects = json.loads(self.body)["objects"]
+        for item in objects:
+            actions = {"upload": f"/lfs/{item['oid']}", "verify": f"/lfs/{item['oid']}/verify"}
+            item["actions"] = {name: {"href": self.server.endpoint + path} for name, path in actions.items()}
+        self._reply(200, {"transfer": "basic", "objects": objects})
+
+    def _lfs_upload(self, oid):
+        intact = hashlib.sha256(self.body).hexdigest() == oid
+        if intact:
+            self.server.objects[oid] = self.body
+        self._reply(200 if intact else 422, {})
+
+    def _lfs_verify(self, oid):
+        self._reply(200 if oid in self.server.objects else 404, {})
+
+    def _commit(self, id, revision):
+        files = dict(self.server.files(id)[1])
+        for line in self.body.decode().splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            if operation["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "lfsFile":
+                files[value["path"]] = self.server.objects[value["oid"]]
+            elif operation["key"] != "header":
+                raise NotImplementedError(operation["key"])
+        sha = self.server.commit(id, files)
+        self._reply(200, {"commitOid": sha, "commitUrl": f"{self.server.endpoint}/{id}/commit/{sha}"})
+
+    def _info(self, id, revision=None):
+        if (found := self.server.files(id, revision or "main")) is None:
+            return self._not_found("RevisionNotFound" if id in self.server.repos else "RepoNotFound")
+        self._reply(200, {"id": id, "sha": found[0], "siblings": [{"rfilename": path} for path in found[1]]})
+
+    def _tree(self, id, revision):
+        if (found := self.server.files(id, revision)) is None:
+            return self._not_found("RevisionNotFound" if id in self.server.repos else "RepoNotFound")
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in found[1].items()
+        ]
+        self._reply(200, entries)
+
+    def _resolve(self, id, revision, path):
+        if (found := self.server.files(id, revision)) is None:
+            return self._not_found("RevisionNotFound" if id in self.server.repos else "RepoNotFound")
+        sha, files = found
+        if path not in files:
+            return self._not_found("EntryNotFound")
+        self._reply(200, files[path], ETag=f'"{hashlib.sha256(files[path]).hexdigest()}"', X_Repo_Commit=sha)
+
+
+ROUTES = [
+    ("POST", "/api/repos/create", _Handler._create),
+    ("POST", "/api/validate-yaml", _Handler._validate_yaml),
+    ("POST", f"/api/models/{ID}/preupload/(?P<revision>[^/]+)", _Handler._preupload),
+    ("POST", f"/api/models/{ID}/commit/(?P<revision>[^/]+)", _Handler._commit),
+    ("POST", rf"/{ID}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
+    ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler._lfs_upload),
+    ("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify", _Handler._lfs_verify),
+    ("GET", f"/api/models/{ID}", _Handler._info),
+    ("GET", f"/api/models/{ID}/revision/(?P<revision>[^/]+)", _Handler._info),
+    ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler._tree),
+    ("GET", f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._resolve),
+]
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub would refuse in a model card's metadata: documented fields of another type or unknown value."""
+    match = re.match(r"---\n(.*?)\n---\n", card, flags=re.DOTALL)
+    if match is None:
+        return []
+    metadata = yaml.safe_load(match[1])
+    errors = []
+    for name, known in [("license", LICENSES), ("pipeline_tag", PIPELINE_TAGS)]:
+        if name in metadata and metadata[name] not in known:
+            errors.append(f'"{name}" must be one of {sorted(known)}, not {metadata[name]!r}')
+    for name in ("tags", "datasets", "metrics"):
+        values = metadata.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            errors.append(f'"{name}" must be a list of strings')
+    for model in metadata.get("model-index", []):
+        if not isinstance(model.get("name"), str):
+            errors.append('"model-index[].name" must be a string')
+        for result in model["results"]:
+            errors.extend(_result_errors(result))
+    return errors
+
+
+def _result_errors(result: dict) -> list[str]:
+    wanted = [("task", ["type"]), ("dataset", ["type", "name"])]
+    errors = [
+        f'"model-index[].results[].{part}.{field}" must be a string'
+        for part, fields in wanted
+        for field in fields
+        if not isinstance(result.get(part, {}).get(field), str)
+    ]
+    for metric in result.get("metrics", [{}]):
+        if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float)):
+            errors.append('"model-index[].results[].metrics[]" need a string `type` and a number as `value`')
+    return errors
+
+
+@contextmanager
+def running_hub():
+    """A running [`HubStandIn`]; when it stops, every request must have been one that it knows."""
+    server = HubStandIn()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not server.unknown_requests
