@@ -1,0 +1,109 @@
+"""Tests of training/demo_data.py on a handful of notes."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from training import demo_data
+from training.data import find_items, group_folds
+from training.demo_data import render_notes
+
+
+def columns_of(folder):
+    with open(Path(folder) / "metadata.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    return render_notes(tmp_path_factory.mktemp("cache"), programs=[0, 40, 73], pitches=[36, 57, 60, 83])
+
+
+def test_notes_and_their_columns(notes):
+    rows = columns_of(notes)
+    assert len(rows) == 12
+    assert rows[1] == {
+        "file_name": "audio/000_057.wav",
+        "label": "Acoustic Grand Piano",
+        "group": "3",
+        "pitch_class": "A",
+        "octave": "3",
+        "pitch": "57",
+        "program": "0",
+    }
+    assert {row["label"] for row in rows} == {"Acoustic Grand Piano", "Violin", "Flute"}
+
+
+def test_waveforms_sound_at_their_pitch(notes):
+    for row in columns_of(notes):
+        waveform, rate = soundfile.read(Path(notes) / row["file_name"])
+        assert (waveform.shape, rate) == ((16000,), 16000)
+        assert 0.01 < np.abs(waveform).max() <= 1
+        if row["pitch"] == "57":  # A3: 220 Hz and its harmonics
+            loudest = np.abs(np.fft.rfft(waveform[:12800])).argmax() * 16000 / 12800
+            assert loudest / 220 == pytest.approx(round(loudest / 220), abs=0.05)
+
+
+def test_both_tasks_can_be_chosen(notes):
+    instruments = find_items(notes, "audio")
+    assert {item.group for item in instruments} == {"2", "3", "4", "5"}
+    assert len(set(group_folds(instruments, 4))) == 4
+    pitches = find_items(notes, "audio", label_column="pitch_class", group_column="program")
+    assert {item.label for item in pitches} == {"C", "A", "B"}
+    assert {item.group for item in pitches} == {"0", "40", "73"}
+
+
+def test_a_note_does_not_depend_on_the_others(notes, tmp_path):
+    alone = render_notes(tmp_path, programs=[40], pitches=[60])
+    name = "audio/040_060.wav"
+    np.testing.assert_array_equal(soundfile.read(Path(alone) / name)[0], soundfile.read(Path(notes) / name)[0])
+
+
+def test_silent_notes_are_left_out_and_loud_ones_turned_down(tmp_path):
+    # The silent ones are all of the default set's: ten notes of the highest keys of three instruments.
+    silent = columns_of(render_notes(tmp_path, programs=[65, 67, 78], pitches=[64, *range(79, 84)]))
+    kept = {(int(row["program"]), int(row["pitch"])) for row in silent}
+    missing = {(65, 64), (67, 80), (67, 81), (67, 82), (67, 83), (78, 79), (78, 80), (78, 81), (78, 82), (78, 83)}
+    assert kept == {(program, pitch) for program in (65, 67, 78) for pitch in (64, *range(79, 84))} - missing
+    loud = render_notes(tmp_path, programs=[94], pitches=[72])
+    waveform, _ = soundfile.read(Path(loud) / "audio/094_072.wav")
+    assert np.abs(waveform).max() == pytest.approx(1.0, abs=1e-3)
+    assert (np.abs(waveform) > 0.999).sum() < 10  # not clipped
+    with pytest.raises(ValueError, match="silent"):
+        render_notes(tmp_path, programs=[67], pitches=[82, 83])
+
+
+def test_rendered_once(notes, monkeypatch):
+    monkeypatch.setattr(demo_data, "_write_notes", lambda *args: pytest.fail("rendered again"))
+    assert render_notes(Path(notes).parent, programs=[0, 40, 73], pitches=[36, 57, 60, 83]) == notes
+
+
+def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(folder, programs, pitches):
+        (folder / "audio").mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_data, "_write_notes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            render_notes(tmp_path, programs=[0], pitches=[60])
+    assert list(tmp_path.iterdir()) == []
+    assert len(columns_of(render_notes(tmp_path, programs=[0], pitches=[60]))) == 1
+
+
+def test_cache_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert Path(render_notes(programs=[0], pitches=[60])).parent == tmp_path / "bridle_hf"
+
+
+def test_bad_arguments(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`programs` must be"):
+        render_notes(tmp_path, programs=[128])
+    with pytest.raises(ValueError, match="`pitches` must be"):
+        render_notes(tmp_path, pitches=[])
+    monkeypatch.setattr(demo_data, "SOUNDFONT_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"expected TimGM6mb\.sf2 with sha256 000"):
+        render_notes(tmp_path, programs=[0], pitches=[60])

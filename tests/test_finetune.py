@@ -1,0 +1,376 @@
+"""Tests of training/finetune.py: its parts, and the whole way to `pipeline("audio-classification")`."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sounds import RATE, save_encoder, sound, tiny_config, write_sounds
+from transformers import pipeline
+
+from bridle_hf import BridleForAudioClassification
+from training import finetune
+from training.data import Item, MediaError
+from training.finetune import (
+    AudioTrainingLoader,
+    EpochDraws,
+    FinetuneArguments,
+    Task,
+    TrainingDraws,
+    balanced_weights,
+    mix_waveforms,
+    parameter_groups,
+    spec_augment,
+    split_items,
+)
+from training.labels import Labels
+
+
+SHORT = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": "true"}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return save_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    return write_sounds(tmp_path / "sounds")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(monkeypatch, encoder, sounds, tmp_path):
+    """Runs the script in this process; returns the output folder."""
+
+    def run(**options):
+        options = {"model": encoder, "data": sounds, "output_dir": tmp_path / "out", **SHORT, **options}
+        argv = ["finetune.py"]
+        for name, value in options.items():
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        monkeypatch.setattr(sys, "argv", argv)
+        finetune.main()
+        return options["output_dir"]
+
+    return run
+
+
+# --- optimizer groups ---
+
+
+def test_learning_rate_falls_with_depth_and_only_matrices_decay():
+    model = BridleForAudioClassification(tiny_config(num_labels=3))
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+    of = {id(parameter): group for group in groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    assert sum(len(group["params"]) for group in groups) == len(of) == len(named), "each in one group"
+    expected = {
+        "bridle.embeddings.projection.weight": (0.125, 0.1),
+        "bridle.embeddings.cls_token": (0.125, 0.0),
+        "bridle.layers.0.mlp.fc1.weight": (0.25, 0.1),
+        "bridle.layers.1.attention.q_proj.bias": (0.5, 0.0),
+        "bridle.layernorm.weight": (1.0, 0.0),
+        "classifier_norm.bias": (1.0, 0.0),
+        "classifier.weight": (1.0, 0.1),
+    }
+    for name, (rate, decay) in expected.items():
+        group = of[id(named[name])]
+        assert (group["lr"], group["weight_decay"]) == (rate, decay), name
+
+
+def test_frozen_parameters_are_left_out():
+    model = BridleForAudioClassification(tiny_config(num_labels=3))
+    model.bridle.requires_grad_(False)
+    groups = parameter_groups(model, 1.0, 0.1, 1.0)
+    assert sum(len(group["params"]) for group in groups) == 4
+
+
+# --- samples ---
+
+
+def test_mix_waveforms(rng):
+    first, second = rng.normal(size=100).astype(np.float32) + 3, rng.normal(size=60).astype(np.float32) - 2
+    mixed = mix_waveforms(first, second, 0.25)
+    assert mixed.dtype == np.float32 and len(mixed) == 100
+    expected = 0.25 * (first - first.mean())
+    np.testing.assert_allclose(mixed[60:], expected[60:], atol=1e-6)
+    np.testing.assert_allclose(mixed[:60], expected[:60] + 0.75 * (second - second.mean()), atol=1e-6)
+    np.testing.assert_allclose(mix_waveforms(second, first, 1.0), second - second.mean(), atol=1e-6)
+
+
+def test_spec_augment_hides_one_stripe_each_way(rng):
+    values = torch.ones(80, 32)
+    widths = []
+    for _ in range(300):
+        hidden = spec_augment(values, num_real=64, mel_mask=8, time_mask=512, rng=rng) == 0
+        frames, bins = hidden.all(dim=1), hidden.all(dim=0)
+        for stripe in (frames, bins):
+            where = stripe.nonzero().flatten()
+            assert len(where) == 0 or where[-1] - where[0] == len(where) - 1, "one piece"
+        assert torch.equal(hidden, frames[:, None] | bins[None])
+        assert not frames[64:].any(), "among the real frames"
+        widths.append((int(frames.sum()), int(bins.sum())))
+    assert (values == 1).all(), "on a copy"
+    frames, bins = zip(*widths)
+    assert set(bins) == set(range(9)) and min(frames) == 0 and max(frames) == 32  # 512 of 1024 = 32 of 64
+    assert torch.equal(spec_augment(values, 64, 0, 0, rng), values)
+
+
+class LoaderOfArrays(AudioTrainingLoader):
+    """Three recordings in memory, the third of them broken; a frame holds a whole waveform of 8 samples."""
+
+    def _decode(self, item, rng):
+        if item.path == "broken":
+            raise MediaError("broken", "cannot be decoded")
+        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[item.path].astype(np.float32), RATE, True
+
+    def features(self, waveform, sampling_rate):
+        return torch.tensor(waveform)
+
+
+def loader_and_items(**options):
+    items = [Item("a", label="x"), Item("b", label="y"), Item("broken", label="y")]
+    labels = Labels(items)
+    task = Task(labels, items, [], [], "", {item.path: target for item, target in zip(items, labels.encode(items))})
+    return LoaderOfArrays(None, 1, 0, task, FinetuneArguments(model="", data="", **options)), items
+
+
+def test_mixup_mixes_targets_as_waveforms(rng):
+    load, items = loader_and_items(mixup_probability=1.0)
+    weights = []
+    for _ in range(200):
+        sample = load(items[1], rng)
+        assert sample["labels"].dtype == torch.float32 and sample["labels"].sum() == pytest.approx(1)
+        weights.append(float(sample["labels"][1]))
+        if 0 < weights[-1] < 1:  # with "a", whose waveform minus its mean is silence
+            expected = weights[-1] * (np.eye(1, 8) - 1 / 8)
+            np.testing.assert_allclose(sample["input_values"], expected, atol=1e-6)
+    mixed = [weight for weight in weights if weight < 1]
+    assert 0.2 < len(mixed) / 200 < 0.5, "a third of the partners are of the other class"
+    assert np.mean(mixed) == pytest.approx(0.5, abs=0.05)
+    assert np.std(mixed) == pytest.approx((100 / (400 * 21)) ** 0.5, rel=0.3), "Beta(10, 10)"
+
+
+def test_mixup_with_broken_files(rng):
+    load, items = loader_and_items(mixup_probability=1.0)
+    with pytest.raises(MediaError, match="broken"):
+        load(items[2], rng)
+    for _ in range(50):  # one partner in three is broken, and left out
+        assert load(items[0], rng)["labels"].sum() == pytest.approx(1)
+
+
+def test_without_mixup_labels_are_numbers(rng):
+    load, items = loader_and_items()
+    assert load(items[1], rng)["labels"].tolist() == 1
+
+
+def test_balanced_sampling():
+    targets = torch.tensor([0] * 90 + [1] * 10)
+    weights = balanced_weights(targets)
+    assert weights[targets == 0].sum() == pytest.approx(weights[targets == 1].sum())
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    assert balanced_weights(rows).tolist() == pytest.approx([1 / 2, 1 / 2 + 1 / 3, 1 / 3, 1 / 3])
+
+    items = [Item(str(index)) for index in range(100)]
+    draws = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    drawn = np.array([draws.index_of(draw) for draw in range(2000)])
+    assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
+    again = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    assert [again.index_of(draw) for draw in (1999, 3, 700)] == drawn[[1999, 3, 700]].tolist(), "of the draw alone"
+    unweighted = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50)
+    assert sorted(unweighted.index_of(draw) for draw in range(100)) == list(range(100))
+
+
+def test_epochs_go_on_where_the_last_one_ended():
+    sampler = EpochDraws(3)
+    assert list(sampler) == [0, 1, 2]
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8] and len(sampler) == 3
+
+
+# --- what is held out ---
+
+
+def items_of(**columns):
+    size = len(next(iter(columns.values())))
+    return [Item(str(i), **{name: values[i] for name, values in columns.items()}) for i in range(size)]
+
+
+def split(items, **options):
+    train, evaluation, test, where = split_items(items, FinetuneArguments(model="", data="DATA", **options), seed=0)
+    return *("".join(item.path for item in part) for part in (train, evaluation, test)), where
+
+
+def test_splits():
+    items = items_of(split=["train", "validation", "test", None])
+    assert split(items) == ("03", "1", "2", "split validation")
+    assert split(items, eval_split="test") == ("03", "2", "", "split test")
+    assert split(items_of(split=["train", "test"])) == ("0", "1", "", "split test")
+    with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: none\); give --eval_split"):
+        split(items_of(label=["a", "b"]))
+    with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: \['test', 'train'\]\)"):
+        split(items_of(split=["train", "test"]), eval_split="validation")
+    with pytest.raises(ValueError, match="no items of split 'train'"):
+        split(items_of(split=["test", "test"]))
+
+
+def test_folds_groups_and_fractions():
+    items = items_of(fold=["1", "2", "1", "3"], group=["a", "b", "a", "b"])
+    assert split(items, eval_fold=["1"]) == ("13", "02", "", "fold 1")
+    assert split(items, eval_group=["b"]) == ("02", "13", "", "group b")
+    train, held_out, _, _ = split(items, validation_fraction=0.5)
+    assert {train, held_out} == {"02", "13"}, "whole groups"
+    train, held_out, _, _ = split(items_of(label=["a", "b"] * 4), validation_fraction=0.25)
+    assert len(held_out) == 2 and sum(map(int, held_out)) % 2 == 1, "one of each label"
+    train, held_out, _, _ = split(items_of(labels=[("a",), ("a", "b")] * 4), validation_fraction=0.25)
+    assert (len(train), len(held_out)) == (6, 2)
+    with pytest.raises(ValueError, match="--eval_fold: no items of fold 9; the folds are"):
+        split(items, eval_fold=["9"])
+    with pytest.raises(ValueError, match="--eval_fold and --eval_group both say what to evaluate on"):
+        split(items, eval_fold=["1"], eval_group=["a"])
+
+
+# --- the whole way ---
+
+
+def test_single_label_to_pipeline(run, sounds, rng):
+    out = run(
+        eval_group=["1"], layer_decay=0.9, drop_path_rate=0.1, patch_dropout=[0.34, 0.0], mixup_probability=0.3,
+        mel_mask=4, time_mask=64, balanced_sampling="true", label_smoothing_factor=0.1, cache_mb=10,
+    )  # fmt: skip
+    results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
+    assert results["evaluation"]["accuracy"] == max(entry["accuracy"] for entry in results["history"]) > 0.9
+    assert results["items"] == {"train": 12, "evaluation": 12, "test": 0} and results["evaluated_on"] == "group 1"
+    assert arguments["arguments"]["layer_decay"] == 0.9 and arguments["arguments"]["label_smoothing_factor"] == 0.1
+    assert arguments["seed"] == 0 and arguments["versions"]["torch"] == torch.__version__
+    assert f"{results['evaluation']['accuracy']:.2f}"[:3] in (out / "README.md").read_text()
+    classify = pipeline("audio-classification", model=str(out))
+    for name in ("tone", "noise"):
+        found = classify({"raw": sound(name, rng), "sampling_rate": RATE})
+        assert found[0]["label"] == name and len(found) == 2
+    assert classify.model.config.id2label == {0: "noise", 1: "tone"}
+    assert list((out / "checkpoints").glob("checkpoint-*"))
+
+
+def test_multi_label_to_pipeline(run, tmp_path, rng):
+    names = ("noise", "tone", "noise+click", "tone+click")
+    data = write_sounds(tmp_path / "multi", names, per_class=6, multi_label=True)
+    options = {"eval_group": ["1"], "mixup_probability": 0.2, "balanced_sampling": "true", "num_train_epochs": 15}
+    out = run(data=data, label_column="labels", **options)
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] == "mAP" and results["evaluation"]["mAP"] > 0.8 and results["classes"] == 3
+    classify = pipeline("audio-classification", model=str(out))
+    assert classify.model.config.problem_type == "multi_label_classification"
+    found = classify({"raw": sound("tone+click", rng), "sampling_rate": RATE}, top_k=None)
+    assert {entry["label"] for entry in found} == {"click", "noise", "tone"}
+
+
+def test_resume_gives_what_an_unbroken_run_gives(run, tmp_path):
+    options = {"eval_group": ["1"], "num_train_epochs": 4, "mixup_probability": 0.5, "drop_path_rate": 0.1}
+    options |= {"load_best_model_at_end": "false", "save_total_limit": 9}
+    unbroken = run(output_dir=tmp_path / "unbroken", **options)
+    broken = run(output_dir=tmp_path / "broken", **options)
+    last = max((broken / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    run(output_dir=broken, resume="true", **options)
+    first, second = (load_file(folder / "model.safetensors") for folder in (unbroken, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_from_scratch_and_frozen(run, encoder, tmp_path):
+    frozen = run(eval_group=["1"], freeze_encoder="true", num_train_epochs=1, output_dir=tmp_path / "frozen")
+    scratch = run(eval_group=["1"], from_scratch="true", num_train_epochs=1, learning_rate=0.0, seed=1,
+                  output_dir=tmp_path / "scratch")  # fmt: skip
+    before = load_file(f"{encoder}/model.safetensors")
+    name = "bridle.layers.0.mlp.fc1.weight"
+    assert torch.equal(load_file(frozen / "model.safetensors")[name], before[name])
+    assert not torch.equal(load_file(scratch / "model.safetensors")[name], before[name])
+
+
+def test_bad_files_are_skipped_and_listed(run, sounds):
+    for name in ("noise_0.wav", "tone_1.wav"):  # one to train on, one to evaluate on
+        (finetune.Path(sounds) / name).write_bytes(b"broken")
+    out = run(eval_group=["1"], num_train_epochs=1)
+    skipped = [json.loads(line)["path"] for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(finetune.Path(path).name for path in skipped) == ["noise_0.wav", "tone_1.wav"]
+    assert json.loads((out / "results.json").read_text())["items"]["evaluation"] == 11
+
+
+def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
+    def fails(message, **options):
+        with pytest.raises(SystemExit):
+            run(**{"eval_group": ["1"], **options})
+        error = capsys.readouterr().err.strip()
+        lines = error[error.index("error: ") :].splitlines()  # after the progress bars of saved models
+        assert len(lines) == 1 and message in lines[0]
+
+    fails("no items of group 7", eval_group=["7"])
+    fails("both say what to evaluate on", validation_fraction=0.5)
+    fails("--mel_mask must be at most 32", mel_mask=33)
+    fails("--freeze_encoder leaves nothing for", freeze_encoder="true", layer_decay=0.5)
+    fails("--resume:", resume="true")
+    fails("did you mean 'layer_decay'", layer_deca=0.5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    fails("is not empty: give --resume to go on, or --overwrite", output_dir=tmp_path / "full")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.json"))
+
+    image = save_encoder(tmp_path / "image", modality="image", image_size=32)
+    fails("is for image; data can be read for: audio", model=image)
+    metadata = finetune.Path(sounds) / "metadata.csv"
+    rows = metadata.read_text().splitlines()
+    metadata.write_text("\n".join([rows[0], *rows[1:-1], rows[-1].replace(",tone,", ",whistle,")]))
+    fails("label 'whistle' is not among the 2 classes")
+    metadata.write_text("\n".join([rows[0], rows[1].replace(",noise,", ",,"), *rows[2:]]))
+    fails("has no `label`: every item needs one here")
+    metadata.write_text("\n".join(row for row in rows if ",tone," not in row))
+    fails("have one class only (noise)")
+
+
+def test_label_smoothing_is_refused_for_several_labels():
+    labels = SimpleNamespace(multi_label=True)
+    args, training_args = FinetuneArguments(model="", data=""), SimpleNamespace(label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per item"):
+        finetune.check_arguments(args, training_args, tiny_config(), SimpleNamespace(labels=labels))
+
+
+RECIPES = finetune.Path(finetune.__file__).parent / "recipes"
+
+
+@pytest.mark.parametrize(
+    "recipe", [*RECIPES.glob("audio*finetune*.yaml"), *RECIPES.glob("audio*linear*.yaml")], ids=str
+)
+def test_recipes_parse(recipe, tmp_path):
+    argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
+    args, training_args = finetune.parse_arguments(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
+    assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
+    assert args.freeze_encoder == ("linear" in recipe.name)
+
+
+def test_overwrite_removes_what_a_run_left_and_nothing_else(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "skipped.jsonl").write_text("of an earlier run\n")
+    out = run(eval_group=["1"], num_train_epochs=1, overwrite="true")
+    assert (out / "thesis.txt").read_text() == "mine" and not (out / "skipped.jsonl").exists()
+
+
+def test_validation_and_test_split(run, sounds, tmp_path):
+    metadata = finetune.Path(sounds) / "metadata.csv"
+    header, *rows = metadata.read_text().splitlines()
+    splits = ["train", "validation", "test"]
+    rows = [f"{row},{splits[index % 3]}" for index, row in enumerate(rows)]
+    metadata.write_text("\n".join([f"{header},split", *rows]))
+    results = json.loads((run(num_train_epochs=1) / "results.json").read_text())
+    assert results["items"] == {"train": 8, "evaluation": 8, "test": 8}
+    assert results["evaluated_on"] == "split validation" and 0 <= results["test"]["accuracy"] <= 1

@@ -1,0 +1,206 @@
+"""Arguments of the training scripts: a YAML recipe first, then `--name value` overrides.
+
+    pretrain.py training/recipes/audio_demo.yaml --data DIR --output_dir OUT --encoder.hidden_size 256
+
+Every error about an argument is one line that names the field.
+"""
+
+import difflib
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as in YAML 1.2: PyYAML reads it as text."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a recipe or an option holds."""
+    return yaml.load(text, Loader=_YamlLoader)
+
+
+class ArgumentError(SystemExit):
+    """A wrong argument: one line that names the field, and exit status 2."""
+
+    def __init__(self, message: str):
+        super().__init__(2)
+        self.message = message
+        print(f"error: {message}", file=sys.stderr)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Mapping(dict):
+    """A mapping as YAML text: `{hidden_size: 128}`; on the command line key by key: `--encoder.hidden_size 8`."""
+
+    def __init__(self, text: str):
+        value = read_yaml(text)
+        if not isinstance(value, dict):
+            raise ValueError(f"expected a mapping, got {text!r}")
+        super().__init__(value)
+
+
+class Sequence(tuple):
+    """A sequence of mappings given as YAML text: `[{train: encoder, steps: 600}]`."""
+
+    def __new__(cls, text: str):
+        value = read_yaml(text)
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            raise ValueError(f"expected a list of mappings, got {text!r}")
+        return super().__new__(cls, value)
+
+
+@dataclass
+class PretrainArguments:
+    """Arguments of `training/pretrain.py`."""
+
+    data: str = field(metadata={"help": "folder or Hub id of the recordings, images or clips"})
+    output_dir: str = field(metadata={"help": "folder to write; must not exist without --resume or --overwrite"})
+    modality: Literal["audio", "image", "video"] = field(default="audio", metadata={"help": "what the data is"})
+
+    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels (for probes alone)"})
+    group_column: str = field(default="group", metadata={"help": "column of the groups"})
+    exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
+    augment: bool = field(default=False, metadata={"help": "audio: circular shift and gain, Beta(10, 10) + 0.5"})
+    cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
+
+    encoder: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
+    tokenizer: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
+    processor: Mapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
+    measure_normalization: bool = field(
+        default=False, metadata={"help": "audio: measure mean and std of the log-mel on the data"}
+    )
+    masks: Mapping = field(
+        default_factory=dict, metadata={"help": "weights of the masks drawn from, as {random: 1, mel_band: 3}"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
+
+    phases: Sequence = field(default=(), metadata={"help": "the schedule: see interleaving.Phase"})
+    steps_scale: float = field(default=1.0, metadata={"help": "factor on the length of every phase"})
+    global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "samples that one process holds at a time; gradients are accumulated"}
+    )
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
+    weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient norm of each side"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "autocast"})
+    deterministic: bool = field(default=False, metadata={"help": "deterministic algorithms, at a price in speed"})
+    seed: int = field(default=0, metadata={"help": "of everything that is random"})
+    num_workers: int = field(default=0, metadata={"help": "loader processes per training process"})
+
+    log_every: int = field(default=20, metadata={"help": "steps between lines of metrics.jsonl"})
+    save_every: int = field(
+        default=1000, metadata={"help": "steps between checkpoints; 0: at the end of phases alone"}
+    )
+    keep_last: int = field(default=2, metadata={"help": "checkpoints kept"})
+    keep_iterations: bool = field(default=False, metadata={"help": "keep the models of every phase in OUT/iterations"})
+    report_every: int = field(default=200, metadata={"help": "steps between rewrites of report.html; 0: at the end"})
+    probe_every: int = field(default=0, metadata={"help": "steps between probes, if there are labels; 0: none"})
+    probe_items: int = field(default=2000, metadata={"help": "items that a probe uses at most"})
+    tracker: Literal["none", "tensorboard"] = field(default="tensorboard", metadata={"help": "beside metrics.jsonl"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
+
+
+class _OneLineParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message.removeprefix("argument "))
+
+
+def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
+    """Instances of `dataclass_types` from `[RECIPE.yaml] [--name value ...]`; later values win.
+
+    Raises:
+        ArgumentError: An unknown name (with the nearest valid one), a missing or a wrong value; it ends the process
+            with status 2 and one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _OneLineParser(dataclass_types, allow_abbrev=False)
+    names = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)]
+    values: dict[str, Any] = {}
+    if argv and not argv[0].startswith("-"):
+        recipe = argv.pop(0)
+        values = _read_recipe(recipe)
+        for name in values:
+            if name not in names:
+                raise ArgumentError(f"{recipe}: unknown key '{name}'{_nearest(name, names)}")
+    options = _as_options(values) + _without_dotted(argv, values, names)
+    *instances, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
+    if unknown:
+        name = unknown[0].removeprefix("--")
+        raise ArgumentError(f"unknown argument '{unknown[0]}'{_nearest(name, names)}")
+    return tuple(instances)
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    try:
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArgumentError(f"recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ArgumentError(f"recipe {path}: expected a mapping of names to values")
+    return values
+
+
+def _as_options(values: dict[str, Any]) -> list[str]:
+    """A recipe as command-line options, so that both go through one parser."""
+    options = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        options.append(f"--{name}")
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
+            options.append(yaml.safe_dump(value, default_flow_style=True, sort_keys=False))
+        elif isinstance(value, list):
+            options.extend(map(str, value))
+        else:
+            options.append(str(value))
+    return options
+
+
+def _without_dotted(argv: list[str], recipe: dict[str, Any], names: list[str]) -> list[str]:
+    """Take `--encoder.hidden_size 256` and `--phases.0.steps 10` out of `argv`, on top of the recipe's value."""
+    rest, structures = [], {}
+    position = 0
+    while position < len(argv):
+        name, *path = argv[position].removeprefix("--").split(".")
+        if not argv[position].startswith("--") or not path or name not in names:
+            rest.append(argv[position])
+            position += 1
+            continue
+        if position + 1 == len(argv):
+            raise ArgumentError(f"{argv[position]}: expected a value")
+        structure = structures.setdefault(name, recipe.get(name) or {})
+        _set(structure, path, read_yaml(argv[position + 1]), argv[position])
+        position += 2
+    return _as_options(structures) + rest
+
+
+def _set(structure: Any, path: list[str], value: Any, option: str) -> None:
+    try:
+        for part in path[:-1]:
+            structure = structure[int(part)] if isinstance(structure, list) else structure[part]
+        structure[int(path[-1]) if isinstance(structure, list) else path[-1]] = value
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise ArgumentError(f"{option}: the recipe has no such entry") from error
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    nearest = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""

@@ -1,0 +1,120 @@
+"""Checkpoints of a run: written to a temporary folder, synced, renamed; verified on load; the oldest removed last.
+
+OUT/checkpoints/
+    step_1000/
+        encoder.safetensors  tokenizer.safetensors    weights and codebooks
+        optimizers.pt                                 loaded with weights_only=True
+        state.json                                    step, counters, ledger of skipped files
+        manifest.json                                 sha256 of each file above
+    step_2000/ ...
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: names the file."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
+    """Write `folder/step_N` so that it is there whole or not at all, then remove all but the newest `keep_last`.
+
+    Args:
+        state: `encoder` and `tokenizer` (tensors by name), `optimizers` (optimizer states by name); all else must be
+            JSON-serialisable.
+
+    Raises:
+        CheckpointError: The file system refused; checkpoints written before are untouched.
+    """
+    target, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in ("encoder", "tokenizer"):
+            tensors = {key: tensor.contiguous() for key, tensor in state[name].items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        torch.save(state["optimizers"], temporary / "optimizers.pt")
+        rest = {key: value for key, value in state.items() if key not in ("encoder", "tokenizer", "optimizers")}
+        (temporary / "state.json").write_text(json.dumps({"step": step, **rest}, indent=1), encoding="utf-8")
+        hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write the checkpoint {target}: {error}; the one before is intact") from error
+    for old in list_checkpoints(folder)[:-keep_last]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """State of the newest checkpoint that is whole, on the CPU, or `None` if there is none at all.
+
+    A broken one is passed over with a warning that names the file.
+
+    Raises:
+        CheckpointError: There are checkpoints, and all are broken.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s; going back to the one before", error)
+    if checkpoints:
+        raise CheckpointError(f"every checkpoint in {folder} is broken; start anew with --overwrite")
+    return None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """State that `save_checkpoint` wrote.
+
+    Raises:
+        CheckpointError: A file is missing, or not what was written.
+    """
+    try:
+        hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if _sha256(path / name) != expected:
+                raise CheckpointError(f"checkpoint file {path / name} is not what was written (sha256 differs)")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state |= {name: load_file(path / f"{name}.safetensors") for name in ("encoder", "tokenizer")}
+        state["optimizers"] = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    return state
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,449 @@
+"""Encoder and tokenizer trained in turns: the schedule as one state machine, and the steps of its phases.
+
+The only state of a schedule is the number of optimizer steps done; phase, learning rates and what is trained follow
+from it. So a run resumes from a step number, and a schedule is data (`phases` of a recipe):
+
+    phases:
+      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # iteration 0: random projection
+      - {train: tokenizer, epochs: 31, warmup_epochs: 2, learning_rate: 2.0e-4}   # iteration 1: distils the encoder
+      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # and so on, as long as wanted
+"""
+
+import contextlib
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from bridle_hf import (
+    BridleConfig,
+    BridleForPreTraining,
+    BridleTokenizerConfig,
+    BridleTokenizerModel,
+    teacher_hidden_states,
+)
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+from bridle_hf.quantization_bridle import count_codes
+
+
+# More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
+KMEANS_VECTORS_PER_CODE = 128
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One entry of a schedule.
+
+    train: `encoder`; `tokenizer`; `alternate` (the two in turns, `switch_every` steps each, encoder first); or `joint`
+        (the encoder at every step, the tokenizer at every `tokenizer_every`-th with weight `tokenizer_loss_weight`).
+    steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
+    learning_rate: of the encoder, or of the tokenizer where that alone is trained.
+    tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
+    start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
+    """
+
+    train: str
+    steps: int = 0
+    epochs: float = 0.0
+    warmup_steps: int = 0
+    warmup_epochs: float = 0.0
+    learning_rate: float = 5e-4
+    tokenizer_learning_rate: float | None = None
+    start: str = "fresh"
+    switch_every: int = 100
+    tokenizer_every: int = 4
+    tokenizer_loss_weight: float = 0.2
+
+    @classmethod
+    def from_dict(cls, number: int, entry: dict[str, Any]) -> "Phase":
+        """Check one entry of a recipe.
+
+        Raises:
+            ValueError: An unknown key or a wrong value, naming phase and key.
+        """
+        names = [item.name for item in fields(cls)]
+        for name in entry:
+            if name not in names:
+                nearest = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise ValueError(f"phases[{number}]: unknown key '{name}'{hint}")
+        if entry.get("train") not in ("encoder", "tokenizer", "alternate", "joint"):
+            raise ValueError(
+                f"phases[{number}]: train is {entry.get('train')!r}: encoder, tokenizer, alternate or joint"
+            )
+        for name, value in entry.items():
+            if name not in ("train", "start") and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"phases[{number}]: {name} is {value!r}, expected a number of 0 or more")
+        phase = cls(**entry)
+        if phase.start not in ("fresh", "continue"):
+            raise ValueError(f"phases[{number}]: start is {phase.start!r}: fresh or continue")
+        if (phase.steps > 0) == (phase.epochs > 0):
+            raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
+        if min(phase.switch_every, phase.tokenizer_every) < 1:
+            raise ValueError(f"phases[{number}]: switch_every and tokenizer_every must be at least 1")
+        return phase
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.train != "tokenizer"
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.train != "encoder"
+
+
+class Schedule:
+    """Phases with their lengths settled; everything is a function of the optimizer step.
+
+    Args:
+        entries: The `phases` of a recipe.
+        steps_per_epoch: Optimizer steps that one pass over the data takes (need not be whole).
+        scale: Factor on every phase's length and warm-up.
+
+    Raises:
+        ValueError: No phases, or a wrong one.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):
+        self.phases = [Phase.from_dict(number, entry) for number, entry in enumerate(entries)]
+        if not self.phases:
+            raise ValueError("phases: the schedule is empty; give at least one phase")
+
+        def settle(steps: int, epochs: float) -> int:
+            return round((steps or epochs * steps_per_epoch) * scale)
+
+        self.lengths = [max(1, settle(phase.steps, phase.epochs)) for phase in self.phases]
+        self.warmups = [settle(phase.warmup_steps, phase.warmup_epochs) for phase in self.phases]
+        self.starts = [sum(self.lengths[:number]) for number in range(len(self.phases))]
+        self.total_steps = sum(self.lengths)
+
+    def phase_number(self, step: int) -> int:
+        """The phase that optimizer step `step` (from 0) belongs to."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} lies outside of the schedule's {self.total_steps} steps")
+        return max(number for number, start in enumerate(self.starts) if start <= step)
+
+    def iteration(self, number: int) -> int:
+        """How many tokenizers have been distilled up to and with phase `number`."""
+        return sum(phase.trains_tokenizer for phase in self.phases[: number + 1])
+
+    def sides(self, step: int) -> tuple[bool, bool]:
+        """Whether encoder and tokenizer are trained at this step."""
+        number = self.phase_number(step)
+        phase, offset = self.phases[number], step - self.starts[number]
+        if phase.train == "alternate":
+            encoder_turn = offset // phase.switch_every % 2 == 0
+            return encoder_turn, not encoder_turn
+        if phase.train == "joint":
+            return True, offset % phase.tokenizer_every == 0
+        return phase.trains_encoder, phase.trains_tokenizer
+
+    def learning_rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase."""
+        number = self.phase_number(step)
+        phase, offset = self.phases[number], step - self.starts[number]
+        length, warmup = self.lengths[number], min(self.warmups[number], self.lengths[number])
+        if offset < warmup:
+            factor = (offset + 1) / warmup
+        else:
+            factor = 0.5 * (1.0 + math.cos(math.pi * (offset - warmup) / max(1, length - warmup)))
+        tokenizer_rate = phase.learning_rate
+        if phase.trains_encoder and phase.tokenizer_learning_rate is not None:
+            tokenizer_rate = phase.tokenizer_learning_rate
+        return factor * phase.learning_rate, factor * tokenizer_rate
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Kind, iteration and steps of each phase, JSON-serialisable."""
+        return [
+            {"kind": phase.train, "iteration": self.iteration(number), "steps": length, "spec": asdict(phase)}
+            for number, (phase, length) in enumerate(zip(self.phases, self.lengths))
+        ]
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+class Interleaving:
+    """The two models, their optimizers, and what a step of each phase does.
+
+    Args:
+        accelerator: Device, precision and processes.
+        encoder_config, tokenizer_config: What is built at the start of a phase; `tokenizer_config` is that of the
+            self-distilled tokenizer, from which the random projection of iteration 0 follows.
+        micro_batch_size: Samples of this process per forward; the gradients of a batch are accumulated over them.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        encoder_config: BridleConfig,
+        tokenizer_config: BridleTokenizerConfig,
+        seed: int,
+        micro_batch_size: int | None = None,
+        adam_betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 1e-4,
+        max_grad_norm: float | None = None,
+        gradient_checkpointing: bool = False,
+    ):
+        self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
+        self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
+        self.micro_batch_size = micro_batch_size
+        self.adam_options = {"betas": tuple(adam_betas), "weight_decay": weight_decay}
+        self.max_grad_norm = max_grad_norm or math.inf
+        self.gradient_checkpointing = gradient_checkpointing
+        self.input_name = INPUT_NAMES[encoder_config.modality]
+        self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
+        self.tokenizer: nn.Module | None = None
+        self.optimizers: dict[str, Any] = {}
+        self.skipped_steps = self.skipped_in_a_row = 0
+
+    # -- phases -------------------------------------------------------------------------------------------------------
+
+    def enter_phase(self, number: int, peek: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Set up phase `number`: fresh models where it asks for them, k-means, optimizers.
+
+        Args:
+            peek: Gives the batches that the phase is about to see; they are not consumed.
+        """
+        phase = self.schedule.phases[number]
+        fresh = phase.start == "fresh"
+        self.seed_step(self.schedule.starts[number])
+        if phase.trains_encoder and fresh:
+            self.encoder = self._build(BridleForPreTraining, self.encoder_config, phase=number)
+        if phase.trains_tokenizer and (fresh or not self._is_distilled()):
+            self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
+            self._initialize_codebooks(peek())
+        elif self.tokenizer is None:
+            config = self.random_projection_config()
+            self.tokenizer = self._build(BridleTokenizerModel, config, phase=number)
+            self._initialize_codebooks(peek())
+        self.prepare(number)
+
+    def prepare(self, number: int) -> None:
+        """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer."""
+        phase = self.schedule.phases[number]
+        self.accelerator.free_memory()
+        self.encoder, self.tokenizer = self.unwrapped_encoder, self.unwrapped_tokenizer
+        self.optimizers = {}
+        self.encoder.requires_grad_(phase.trains_encoder)
+        self.tokenizer.requires_grad_(phase.trains_tokenizer)
+        if phase.trains_encoder:
+            self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
+        if phase.trains_tokenizer:
+            self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def random_projection_config(self) -> BridleTokenizerConfig:
+        """The tokenizer of iteration 0, of the same codes as the later ones."""
+        fields_ = self.tokenizer_config.to_dict() | {"tokenizer_type": "random_projection"}
+        return BridleTokenizerConfig.from_dict(fields_)
+
+    @property
+    def unwrapped_encoder(self) -> BridleForPreTraining:
+        return self.accelerator.unwrap_model(self.encoder)
+
+    @property
+    def unwrapped_tokenizer(self) -> BridleTokenizerModel:
+        return self.accelerator.unwrap_model(self.tokenizer)
+
+    def _is_distilled(self) -> bool:
+        return self.tokenizer is not None and self.unwrapped_tokenizer.config.tokenizer_type == "self_distilled"
+
+    def _build(self, model_class: type, config: Any, phase: int) -> nn.Module:
+        # Weights depend on seed and phase alone, whatever ran before.
+        with torch.random.fork_rng():
+            torch.manual_seed(_mix(self.seed, phase, 1))
+            model = model_class(config)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.to(self.accelerator.device)
+
+    def _trained(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        # Decay on matrices alone: not on biases, norms, tokens.
+        decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
+        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, **self.adam_options)
+        return self.accelerator.prepare(model, optimizer)
+
+    @torch.no_grad()
+    def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
+        """k-means on the latents of as many of the batches as it takes."""
+        tokenizer = self.unwrapped_tokenizer.eval()
+        processes = self.accelerator.num_processes
+        least = math.ceil(tokenizer.quantizer.vectors_for_initialization / processes)
+        wanted = max(least, KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size // processes)
+        latents: list[torch.Tensor] = []
+        for batch in batches:
+            for inputs, attention_mask, _ in self._micro_batches(batch):
+                latent = tokenizer.latents(inputs, attention_mask)
+                real = None if attention_mask is None else patch_attention_mask(attention_mask, tokenizer.config)
+                latents.append(latent.flatten(0, 1) if real is None else latent[real])
+            if sum(map(len, latents)) >= wanted:
+                break
+        vectors = torch.cat(latents)
+        vectors = vectors[torch.randperm(len(vectors), device=vectors.device)[:wanted]]
+        tokenizer.quantizer.initialize(vectors)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def seed_step(self, step: int) -> None:
+        """Make what is random in a step (dropout, re-seeding) a function of seed, step and process."""
+        torch.manual_seed(_mix(self.seed, step, 2, self.accelerator.process_index))
+
+    def step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """One optimizer step on this process's batch.
+
+        Returns:
+            Detached metrics under the names of `metrics.jsonl`: scalars, and tensors with one value per codebook;
+            `counts` (num_codebooks, codebook_size), how often each code was chosen. Empty for a skipped step.
+
+        Raises:
+            NonFiniteError: The 20th step in a row whose gradient is not finite.
+        """
+        self.seed_step(step)
+        train_encoder, train_tokenizer = self.schedule.sides(step)
+        self._set_learning_rates(step)
+        total = len(batch[self.input_name])
+        sums: dict[str, torch.Tensor] = {}
+        micro_batches = list(self._micro_batches(batch))
+        trained = [m for m, on in ((self.encoder, train_encoder), (self.tokenizer, train_tokenizer)) if on]
+        for number, micro_batch in enumerate(micro_batches):
+            share = len(micro_batch[0]) / total
+            with self._synchronized(trained, last=number + 1 == len(micro_batches)):
+                loss, metrics = self._losses(step, micro_batch, train_encoder, train_tokenizer)
+                self.accelerator.backward(loss * share)
+            for name, value in metrics.items():
+                weight = 1.0 if name in ("counts", "usage/reseeded") else share
+                sums[name] = sums.get(name, 0) + value.detach() * weight
+        norms = self._update(train_encoder, train_tokenizer)
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to {step}"
+            )
+        return sums | norms if norms else {}
+
+    def _losses(
+        self, step: int, micro_batch: tuple, train_encoder: bool, train_tokenizer: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        inputs, attention_mask, bool_masked_pos = micro_batch
+        loss, metrics = torch.zeros((), device=inputs.device), {}
+        with self.accelerator.autocast():
+            if train_encoder:
+                codes = self.unwrapped_tokenizer.encode(inputs, attention_mask, soft=True)
+                self.encoder.train()
+                output = self.encoder(inputs, attention_mask, bool_masked_pos=bool_masked_pos, labels=codes)
+                loss = loss + output.loss
+                metrics |= {"encoder/loss": output.loss, "encoder/accuracy": output.accuracy}
+                metrics["counts"] = self._count(codes, attention_mask)
+            if train_tokenizer:
+                phase = self.schedule.phases[self.schedule.phase_number(step)]
+                teacher = self._teacher(inputs, attention_mask)
+                self.tokenizer.train()
+                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
+                loss = loss + output.loss * (phase.tokenizer_loss_weight if phase.train == "joint" else 1.0)
+                metrics |= {
+                    "tokenizer/loss": output.loss,
+                    "tokenizer/cosine_loss": output.cosine_loss,
+                    "tokenizer/codebook_loss": output.codebook_loss,
+                    "usage/quantization_error": output.usage.quantization_error,
+                    "usage/reseeded": output.usage.reseeded,
+                    "counts": output.counts,
+                }
+        return loss, metrics
+
+    def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        encoder = self.unwrapped_encoder.bridle.eval()
+        return teacher_hidden_states(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+
+    def _count(self, codes: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        rows = codes[..., 0].flatten(0, 1)
+        if attention_mask is not None:
+            rows = rows[patch_attention_mask(attention_mask, self.encoder_config).flatten()]
+        return count_codes(rows, self.encoder_config.codebook_size)
+
+    def _micro_batches(self, batch: dict[str, Any]) -> Iterable[tuple]:
+        """(inputs, attention_mask, bool_masked_pos) on the device; a mask that marks no padding becomes `None`."""
+        inputs, attention_mask = batch[self.input_name], batch.get("attention_mask")
+        # Decided on the CPU, where the batch still is, and alike in every micro batch.
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        size = self.micro_batch_size or len(inputs)
+        for start in range(0, len(inputs), size):
+            tensors = (inputs, attention_mask if padded else None, batch["bool_masked_pos"])
+            yield tuple(
+                None if tensor is None else tensor[start : start + size].to(self.accelerator.device, non_blocking=True)
+                for tensor in tensors
+            )
+
+    def _synchronized(self, trained: list[nn.Module], last: bool) -> Any:
+        """Exchange gradients in the last micro batch alone."""
+        stack = contextlib.ExitStack()
+        if not last:
+            for model in trained:
+                stack.enter_context(self.accelerator.no_sync(model))
+        return stack
+
+    def _set_learning_rates(self, step: int) -> None:
+        for name, rate in zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)):
+            for group in self.optimizers[name].param_groups if name in self.optimizers else ():
+                group["lr"] = rate
+
+    def _update(self, train_encoder: bool, train_tokenizer: bool) -> dict[str, torch.Tensor]:
+        """Step the optimizers, unless a gradient is not finite: then all ranks skip, since gradients are shared."""
+        sides = {"encoder": (self.encoder, train_encoder), "tokenizer": (self.tokenizer, train_tokenizer)}
+        norms = {
+            f"{name}/grad_norm": self.accelerator.clip_grad_norm_(model.parameters(), self.max_grad_norm)
+            for name, (model, trained) in sides.items()
+            if trained
+        }
+        finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
+        for name, (_, trained) in sides.items():
+            if not trained:
+                continue
+            # A gradient scaler (fp16) looks for overflow itself, skips, and lowers its scale.
+            if finite or self.accelerator.scaler is not None:
+                self.optimizers[name].step()
+            self.optimizers[name].zero_grad()
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped_steps += not finite
+        return norms if finite else {}
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs beside its arguments and the step number."""
+        return {
+            "encoder": self.unwrapped_encoder.state_dict(),
+            "tokenizer": self.unwrapped_tokenizer.state_dict(),
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], step: int) -> None:
+        """Go back to `state`, saved before optimizer step `step`."""
+        distilled = state["tokenizer_type"] == "self_distilled"
+        config = self.tokenizer_config if distilled else self.random_projection_config()
+        self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+        self.unwrapped_encoder.load_state_dict(state["encoder"])
+        self.tokenizer.load_state_dict(state["tokenizer"])
+        self.prepare(self.schedule.phase_number(step))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int(
+        np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]).generate_state(1, np.uint64)[0] >> 1
+    )

@@ -1,0 +1,375 @@
+"""Pretrain an encoder and its tokenizer in turns, from a folder or Hub id of unlabelled data.
+
+    accelerate launch training/pretrain.py training/recipes/audio_base.yaml --data DIR_OR_HUB_ID --output_dir OUT
+
+Writes OUT/encoder and OUT/tokenizer (`from_pretrained` folders), metrics.jsonl, checkpoints/, figures/, report.html
+and run.json. `--resume` goes on from the newest checkpoint.
+"""
+
+import difflib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from transformers import PreTrainedConfig
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bridle_hf import BridleConfig, BridleFeatureExtractor, BridleTokenizerConfig
+from bridle_hf.configuration_bridle import BridleEncoderConfig
+from model_cards.card import write_card
+from training.arguments import ArgumentError, PretrainArguments, parse_arguments
+from training.checkpointing import load_newest, save_checkpoint
+from training.data import (
+    MODALITIES,
+    DrawDataset,
+    GlobalBatches,
+    Item,
+    MaskedLoader,
+    SkippedFiles,
+    collate,
+    find_items,
+    iterate_eval,
+    make_loader,
+    measure_normalization,
+    train_batches,
+)
+from training.evaluation import draw_example, evaluate_tokenizer, probe, probe_items, spread
+from training.interleaving import Interleaving, NonFiniteError, Schedule
+from training.monitoring import MetricsLog, Monitor, write_json
+from training.report import write_report
+
+
+logger = logging.getLogger(__name__)
+
+# Clips that the tokenizer is evaluated on at the end of a phase: enough for each of 256 codes to come up.
+EVALUATED_CLIPS = 1000
+# What may differ between a run and its continuation.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "report_every",
+    "probe_every", "probe_items", "tracker", "keep_iterations", "output_dir", "micro_batch_size", "data",
+}  # fmt: skip
+
+
+def main() -> None:
+    (args,) = parse_arguments(PretrainArguments)
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    accelerator = make_accelerator(args)
+    try:
+        run = Run(args, accelerator)
+    except (ValueError, OSError) as error:
+        # Everything up to here is about arguments and data: one line says what is wrong.
+        raise ArgumentError(str(error)) from error
+    run.train()
+    run.finish()
+
+
+def make_accelerator(args: PretrainArguments) -> Accelerator:
+    on_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    accelerator = Accelerator(
+        cpu=not on_accelerator,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.tracker == "none" else args.tracker,
+        project_dir=args.output_dir,
+        # The codebooks are kept equal by the quantizer; nothing else is a buffer that changes.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(args.seed, deterministic=args.deterministic)
+    return accelerator
+
+
+class Run:
+    """One pretraining run: its folder, data, models and monitor.
+
+    Raises:
+        ValueError: Arguments, data or output folder are not fit to start; nothing has been trained yet.
+    """
+
+    def __init__(self, args: PretrainArguments, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.out = Path(args.output_dir)
+        self.items = self._find_items()
+        self.encoder_config, self.tokenizer_config = make_configs(args)
+        self.schedule = Schedule(args.phases, len(self.items) / args.global_batch_size, args.steps_scale)
+        self._prepare_folder()
+        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.items))
+        self.processor = self._make_processor()
+        self.dataset = self._make_dataset()
+        self.interleaving = Interleaving(
+            accelerator,
+            self.schedule,
+            self.encoder_config,
+            self.tokenizer_config,
+            seed=args.seed,
+            micro_batch_size=args.micro_batch_size,
+            adam_betas=args.adam_betas,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            gradient_checkpointing=args.gradient_checkpointing,
+        )
+        self.first_step = self._resume()
+        self.monitor = self._make_monitor()
+        self.seconds = 0.0
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _find_items(self) -> list[Item]:
+        args = self.args
+        items = find_items(args.data, args.modality, args.split, args.label_column, args.group_column)
+        kept = [item for item in items if item.group not in set(args.exclude_groups)]
+        if unknown := set(args.exclude_groups) - {item.group for item in items}:
+            raise ValueError(f"exclude_groups: no item is of group {', '.join(sorted(unknown))}")
+        if not kept:
+            raise ValueError(f"{args.data}: no items are left; check split and exclude_groups")
+        return kept
+
+    def _prepare_folder(self) -> None:
+        args, out = self.args, self.out
+        if self.accelerator.is_main_process and out.exists() and any(out.iterdir()):
+            if not args.resume and not args.overwrite:
+                raise ValueError(
+                    f"output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew"
+                )
+            if not (out / "run.json").exists() and not (out / "checkpoints").exists():
+                raise ValueError(f"output_dir {out} does not hold a run: choose another folder")
+            if args.overwrite and not args.resume:
+                shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def _make_processor(self) -> Any:
+        config = self.encoder_config
+        fields = {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length, **self.args.processor}
+        processor = BridleFeatureExtractor(**fields)
+        if (processor.num_mel_bins, processor.max_length) != (config.num_mel_bins, config.max_length):
+            raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
+        if self.args.measure_normalization:
+            processor.mean, processor.std = measure_normalization(self.items, processor, self.ledger)
+        return processor
+
+    def _make_dataset(self) -> DrawDataset:
+        args, config = self.args, self.encoder_config
+        loader = MODALITIES[args.modality].loader
+        self.load = loader(
+            self.processor, max_frames=config.max_length, augment=args.augment, cache_bytes=args.cache_mb << 20
+        )
+        return DrawDataset(self.items, MaskedLoader(self.load, config, args.masks), seed=args.seed)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint if asked to; returns the first step to do."""
+        state = load_newest(self.out / "checkpoints") if self.args.resume else None
+        if state is None:
+            return 0
+        changed = [name for name, value in state["arguments"].items()
+                   if name not in FREE_ON_RESUME and value != _plain(self.args)[name]]  # fmt: skip
+        if changed:
+            raise ValueError(f"--resume: {', '.join(changed)} differ from the run in {self.out}; give the same values")
+        self.interleaving.load_state_dict(state, state["step"])
+        self.ledger.load_state_dict(state["skipped"])
+        logger.info("resuming after step %d of %d", state["step"], self.schedule.total_steps)
+        return state["step"]
+
+    def _make_monitor(self) -> Monitor:
+        log = None
+        if self.accelerator.is_main_process:
+            log = MetricsLog(self.out / "metrics.jsonl", self.first_step if self.args.resume else None)
+            self._write_run_json()
+        if self.args.tracker != "none":
+            self.accelerator.init_trackers("tracker")
+        return Monitor(log, self.accelerator, self.schedule.total_steps, self.first_step,
+                       self.args.global_batch_size, self.args.log_every)  # fmt: skip
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All steps from the first to the last, with checkpoints and reports on the way."""
+        schedule, args = self.schedule, self.args
+        batches = self._batches(self.first_step)
+        started = time.monotonic()
+        for step in range(self.first_step, schedule.total_steps):
+            number = schedule.phase_number(step)
+            if step == schedule.starts[number]:
+                self.interleaving.enter_phase(number, lambda step=step: self._peek(step))
+            asked = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - asked
+            metrics = self._step(step, batch)
+            done = step + 1
+            self.monitor.update(done, self._position(number), metrics, self._rates(step), waited,
+                                self.interleaving.skipped_steps)  # fmt: skip
+            self.seconds += time.monotonic() - started
+            started = time.monotonic()
+            if done == schedule.starts[number] + schedule.lengths[number]:
+                self._end_phase(number, done)
+            if args.probe_every and (done % args.probe_every == 0 or done == schedule.total_steps):
+                self._probe(done)
+            if args.report_every and done % args.report_every == 0:
+                self._report()
+            if done == schedule.total_steps or (args.save_every and done % args.save_every == 0):
+                self._save(done)
+        self.monitor.close()
+
+    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        try:
+            return self.interleaving.step(step, batch)
+        except NonFiniteError as error:
+            files = [self.items[index].path for index in batch["index"].tolist()]
+            raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
+
+    def _batches(self, first_step: int) -> Iterator[dict[str, Any]]:
+        sampler = GlobalBatches(
+            self.args.global_batch_size, self.accelerator.process_index, self.accelerator.num_processes, first_step
+        )
+        pin_memory = self.accelerator.device.type == "cuda"
+        loader = make_loader(self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory)
+        return train_batches(loader, self.ledger)
+
+    def _peek(self, step: int) -> Iterator[dict[str, Any]]:
+        """The batches from `step` on, read beside the run."""
+        processes = (self.accelerator.process_index, self.accelerator.num_processes)
+        for draws in GlobalBatches(self.args.global_batch_size, *processes, step):
+            batch = collate([self.dataset[draw] for draw in draws])
+            self.ledger.update(batch["skipped"])
+            yield batch
+
+    def _position(self, number: int) -> dict[str, Any]:
+        phase = self.schedule.phases[number]
+        return {"phase": number, "kind": phase.train, "iteration": self.schedule.iteration(number)}
+
+    def _rates(self, step: int) -> dict[str, float]:
+        return dict(zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)))
+
+    def _end_phase(self, number: int, done: int) -> None:
+        """Save the models, look at them, and tell."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        position = self._position(number)
+        name = f"phase {number} ({position['kind']} {position['iteration']})"
+        models = self.interleaving.unwrapped_encoder, self.interleaving.unwrapped_tokenizer
+        examples = spread(self.items, EVALUATED_CLIPS)
+        evaluated = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
+        measured = evaluate_tokenizer(models[1], models[0], evaluated)
+        self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": measured})
+        sample = self.dataset[self.schedule.starts[number]]
+        draw_example(*models, sample, self.out / "figures", name)
+        self._save_models(self.out)
+        if self.args.keep_iterations:
+            self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}")
+
+    def _probe(self, done: int) -> None:
+        """Probe the encoder, on labels if there are any; rank 0 does it."""
+        items = probe_items(self.items, self.args.probe_items)
+        if items and self.accelerator.is_main_process:
+            encoder, device = self.interleaving.unwrapped_encoder, self.accelerator.device
+            self.monitor.event({"step": done, **probe(encoder, items, self.load, self.ledger, device, self.args.seed)})
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            state = self.interleaving.state_dict() | {
+                "arguments": _plain(self.args), "skipped": self.ledger.state_dict(), "seconds": self.seconds
+            }  # fmt: skip
+            save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last)
+        self.accelerator.wait_for_everyone()
+
+    def _save_models(self, folder: Path) -> None:
+        models = (
+            ("encoder", self.interleaving.unwrapped_encoder),
+            ("tokenizer", self.interleaving.unwrapped_tokenizer),
+        )
+        for name, model in models:
+            model.save_pretrained(folder / name)
+            self.processor.save_pretrained(folder / name)
+
+    def _report(self) -> None:
+        if self.accelerator.is_main_process:
+            self._write_run_json()
+            write_report(self.out)
+
+    def finish(self) -> None:
+        """The models with their cards, run.json and the report of the finished run."""
+        if self.accelerator.is_main_process:
+            self._save_models(self.out)
+            self._report()
+            run = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            for name in ("encoder", "tokenizer"):
+                write_card(self.out / name, run)
+        self.accelerator.end_training()
+
+    def _write_run_json(self) -> None:
+        write_json(self.out / "run.json", {
+            "arguments": _plain(self.args),
+            "modality": self.args.modality,
+            "data": self.args.data,
+            "samples": len(self.items),
+            "phases": self.schedule.describe(),
+            "seed": self.args.seed,
+            "processes": self.accelerator.num_processes,
+            "seconds": round(getattr(self, "seconds", 0.0), 1),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "git_revision": git_revision(),
+        })  # fmt: skip
+
+
+def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizerConfig]:
+    """Configs of both sides; what the tokenizer shares with the encoder and does not name, it takes from it.
+
+    Raises:
+        ValueError: An unknown or wrong field, or codebooks that differ between the two.
+    """
+    encoder = _make_config(BridleConfig, "encoder", {"modality": args.modality, **args.encoder})
+    own = set(PreTrainedConfig().to_dict())
+    shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
+    fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
+    fields |= {"teacher_hidden_size": encoder.hidden_size, **args.tokenizer}
+    tokenizer = _make_config(BridleTokenizerConfig, "tokenizer", fields)
+    for name in ("modality", "num_codebooks", "codebook_size", "patch_grid", "patch_shape"):
+        ours, theirs = getattr(encoder, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
+    if tokenizer.tokenizer_type != "self_distilled":
+        raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
+    return encoder, tokenizer
+
+
+def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:
+    known = config_class().to_dict()
+    for key in fields:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{name}.{key} is not a field" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+    try:
+        return config_class(**fields)
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise their own errors, over several lines.
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
+
+
+def _plain(args: PretrainArguments) -> dict[str, Any]:
+    """Arguments as JSON would give them back."""
+    return json.loads(json.dumps(vars(args)))
+
+
+def git_revision() -> str | None:
+    """Revision of this source tree, if it is a git checkout."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Probe a frozen encoder (linear, nearest neighbours) beside an untrained one, the input itself and the majority.
+
+    python training/probe.py --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
+
+Folds are those of the column `fold`; else no group is in two folds, where items have a group; else each label is
+spread evenly. Prints a table; the last line is JSON.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
+from training.arguments import ArgumentError, parse_arguments
+from training.data import MODALITIES, Item, SkippedFiles, find_items
+from training.labels import Labels, assign_folds
+from training.probes import format_probes, run_probes, untrained_encoder
+
+
+@dataclass
+class ProbeArguments:
+    """Arguments of `training/probe.py`."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
+    data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
+    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
+    folds: int | None = field(
+        default=None,
+        metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
+    )
+    random_init: bool = field(default=False, metadata={"help": "random weights in place of the saved ones"})
+    batch_size: int = field(default=64, metadata={"help": "items per forward pass"})
+    num_workers: int = field(default=0, metadata={"help": "loader processes"})
+    seed: int = field(default=0, metadata={"help": "of the random weights"})
+
+
+def main() -> None:
+    (args,) = parse_arguments(ProbeArguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        config = load_config(args.model)
+        items = find_items(args.data, config.modality, args.split, args.label_column, args.group_column)
+        labels = Labels(items)
+        folds = make_folds(items, args.folds)
+        encoder = AutoModel.from_pretrained(args.model)
+        processor = AutoFeatureExtractor.from_pretrained(args.model)
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
+    if args.random_init:
+        encoder = untrained_encoder(encoder, args.seed)
+    load = MODALITIES[config.modality].loader(processor, max_frames=processor.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(items))
+        rows = run_probes(
+            encoder,
+            items,
+            load,
+            labels,
+            folds,
+            ledger,
+            controls=not args.random_init,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            seed=args.seed,
+            name="untrained encoder" if args.random_init else "encoder",
+        )
+    report(args, rows, items, labels, folds, ledger)
+
+
+def load_config(model: str) -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier, of a modality that can be read here.
+
+    Raises:
+        ValueError: another kind of model, or a modality that `training/data.py` has no loader for.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "bridle":
+        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
+    if config.modality not in MODALITIES:
+        raise ValueError(f"--model {model} is for {config.modality}; data can be read for: {', '.join(MODALITIES)}")
+    return config
+
+
+def make_folds(items: list[Item], num_folds: int | None) -> np.ndarray:
+    """Fold number of each item: see `assign_folds`.
+
+    Raises:
+        ValueError: a number of folds is asked for where the column `fold` gives them, or cannot be had.
+    """
+    if num_folds is not None and any(item.fold is not None for item in items):
+        raise ValueError("--folds: the data has a column `fold`, which gives the folds; leave --folds out")
+    return assign_folds(items, num_folds)
+
+
+def report(
+    args: ProbeArguments,
+    rows: list[dict[str, Any]],
+    items: list[Item],
+    labels: Labels,
+    folds: np.ndarray,
+    ledger: SkippedFiles,
+) -> None:
+    """Print the table, then all of it as one line of JSON."""
+    num_folds = len(np.unique(folds))
+    skipped = len(ledger.reasons)
+    print(f"{len(items) - skipped} items ({skipped} skipped), {len(labels.names)} classes, {num_folds} folds")
+    print(format_probes(rows))
+    result = {
+        "arguments": asdict(args),
+        "items": len(items) - skipped,
+        "skipped": skipped,
+        "classes": len(labels.names),
+        "folds": num_folds,
+        "probes": rows,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""What frozen features know: pooled features, linear and nearest-neighbour probes, and controls to set beside them.
+
+    Item -> loader -> batch --encoder--> patches' features --POOLINGS--> (items, dim) -- folds --> ProbeResult
+                            \\--as it is--> frames of log-mel --POOLINGS--> the control
+
+A probe says little alone: `run_probes` sets an untrained encoder, a regression on the input itself and the majority
+class beside it, under several poolings.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import linalg, sparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+from training.data import Item, SkippedFiles, iterate_eval
+from training.labels import Labels
+from training.metrics import METRIC_NAMES, score
+
+
+# On the notes, C = 0.1 is within .01 of the best of (0.01, 0.03, 0.1, 1) for an untrained encoder (best: 1) and for
+# log-mel (best: 0.03) alike, so that it favours neither; 100 iterations take a second per fold.
+REGULARIZATION_C, MAX_ITERATIONS = 0.1, 100
+NUM_NEIGHBORS = 20
+RIDGE = 1.0  # for codes: as if each code had been seen once more, with the mean feature
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    weights = real[:, :, None]
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _mean_std(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    mean = _mean(tokens, real, bands)
+    variance = _mean((tokens - mean[:, None]).square(), real, bands)
+    return torch.cat([mean, variance.sqrt()], dim=1)
+
+
+def _band_mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    """The mean over time, kept per mel band."""
+    tokens, weights = tokens.unflatten(1, (-1, bands)), real.unflatten(1, (-1, bands))[..., None]
+    return ((tokens * weights).sum(dim=1) / weights.sum(dim=1)).flatten(1)
+
+
+# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, tokens per time step -> (batch, features)
+POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "mean": _mean,
+    "mean_std": _mean_std,
+    "band_mean": _band_mean,
+}
+ENCODER_POOLINGS = {"audio": ("mean", "mean_std", "band_mean"), "image": ("mean", "mean_std"), "video": ("mean",)}
+# The regression that every probe is set beside: its name, and how the model's input of that name is pooled.
+INPUT_CONTROLS = {"input_values": ("log-mel regression", ("mean", "mean_std"))}
+
+Features = dict[str, np.ndarray]
+
+
+def extract_features(encoder: Any, batches: Iterable[dict[str, torch.Tensor]], device: Any) -> Features:
+    """Frozen features of a `BridleModel`: its last hidden states, pooled over real patches (not the class token).
+
+    Args:
+        encoder: the model; moved to `device`, run in evaluation mode and left in the mode it was in.
+        batches: model inputs, with `attention_mask` where there is padding.
+
+    Returns:
+        For each pooling that fits the modality: (items, dim) float32.
+    """
+    return _collect(batches, {"encoder": _encoder_features(encoder, device)})["encoder"]
+
+
+def input_features(batches: Iterable[dict[str, torch.Tensor]]) -> Features:
+    """The control: the input itself, pooled over real frames. For each pooling: (items, dim) float32."""
+    return _collect(batches, {"input": _pool_input})["input"]
+
+
+def collect_features(
+    encoders: dict[str, Any], batches: Iterable[dict[str, torch.Tensor]], device: Any = "cpu", with_input: bool = True
+) -> dict[str, Features]:
+    """Features of several encoders, by name, in one pass; with those of the input itself ("log-mel regression")."""
+    extractors = {name: _encoder_features(encoder, device) for name, encoder in encoders.items()}
+    if with_input:
+        modality = next(iter(encoders.values())).config.modality
+        control, _ = INPUT_CONTROLS[INPUT_NAMES[modality]]
+        extractors[control] = _pool_input
+    return _collect(batches, extractors)
+
+
+def untrained_encoder(encoder: Any, seed: int = 0) -> Any:
+    """A `BridleModel` of the same configuration with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(encoder)(encoder.config)
+
+
+def _collect(
+    batches: Iterable[dict[str, torch.Tensor]], extractors: dict[str, Callable[[dict], dict[str, torch.Tensor]]]
+) -> dict[str, Features]:
+    """One pass over the batches for all extractors: reading is what takes the time."""
+    parts: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in extractors}
+    for batch in batches:
+        for name, extract in extractors.items():
+            for pooling, features in extract(batch).items():
+                parts[name].setdefault(pooling, []).append(features.float().cpu().numpy())
+    return {
+        name: {pooling: np.concatenate(arrays) for pooling, arrays in poolings.items()}
+        for name, poolings in parts.items()
+    }
+
+
+def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, torch.Tensor]]:
+    config = encoder.config
+    encoder = encoder.to(device)
+
+    @torch.no_grad()
+    def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = {INPUT_NAMES[config.modality], "attention_mask"} & batch.keys()
+        inputs = {name: batch[name].to(device) for name in names}
+        was_training = encoder.training
+        encoder.eval()
+        try:
+            tokens = encoder(**inputs).last_hidden_state[:, int(config.use_class_token) :].float()
+        finally:
+            encoder.train(was_training)
+        mask = inputs.get("attention_mask")
+        real = tokens.new_ones(tokens.shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
+        bands = config.patch_grid[-1]
+        return {name: POOLINGS[name](tokens, real, bands) for name in ENCODER_POOLINGS[config.modality]}
+
+    return extract
+
+
+def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = next(name for name in INPUT_CONTROLS if name in batch)
+    frames = batch[name].float()
+    mask = batch.get("attention_mask")
+    real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
+    return {pooling: POOLINGS[pooling](frames, real, 1) for pooling in INPUT_CONTROLS[name][1]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probes: `labels` are class numbers (items,), or 0/1 rows (items, classes) for several labels per item; `folds` is the
+# fold number of each item. Each fold is tested by a probe fitted on all others.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP"."""
+
+    metric: str
+    score: float
+    per_fold: tuple[float, ...]
+
+
+def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
+    """Logistic regression on standardised features; one classifier per class where items carry several labels."""
+
+    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+        if train_labels.ndim == 1:
+            model = _logistic_regression(train, train_labels)
+            found = np.full((len(test), num_classes), -1.0)  # a class that these folds lack is never chosen
+            found[:, model.classes_] = model.predict_proba(test)
+            return found
+        found = np.zeros((len(test), num_classes))
+        for number, target in enumerate(train_labels.T):
+            if target.min() != target.max():  # else there is nothing to learn from
+                found[:, number] = _logistic_regression(train, target).decision_function(test)
+        return found
+
+    return _cross_validate(scores, features, labels, folds)
+
+
+def _logistic_regression(features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # MAX_ITERATIONS was chosen short of it
+        return LogisticRegression(C=REGULARIZATION_C, max_iter=MAX_ITERATIONS).fit(features, labels)
+
+
+def knn_probe(
+    features: np.ndarray, labels: np.ndarray, folds: np.ndarray, num_neighbors: int = NUM_NEIGHBORS
+) -> ProbeResult:
+    """Vote of the nearest training items by cosine of standardised features, each vote weighted by its similarity."""
+
+    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+        neighbors = NearestNeighbors(n_neighbors=min(num_neighbors, len(train)), metric="cosine").fit(train)
+        distances, indices = neighbors.kneighbors(test)
+        similarities = 1.0 - distances / 2.0  # from 0, opposite, to 1
+        return np.einsum("nk,nkc->nc", similarities, _one_hot(train_labels, num_classes)[indices])
+
+    return _cross_validate(scores, features, labels, folds)
+
+
+def majority(labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
+    """What the frequencies of the classes in the training folds alone achieve."""
+
+    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+        return np.broadcast_to(_one_hot(train_labels, num_classes).mean(axis=0), (len(test), num_classes))
+
+    return _cross_validate(scores, np.zeros((len(labels), 1)), labels, folds)
+
+
+def _one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    return np.eye(num_classes, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+
+
+def _cross_validate(
+    scores: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
+    features: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+) -> ProbeResult:
+    """`scores(training features, training labels, test features, classes)` gives (test items, classes)."""
+    features, labels, folds = np.asarray(features, dtype=np.float32), np.asarray(labels), np.asarray(folds)
+    if not len(features) == len(labels) == len(folds):
+        raise ValueError(
+            f"{len(features)} features, {len(labels)} labels and {len(folds)} folds: one of each per item"
+        )
+    if len(np.unique(folds)) < 2:
+        raise ValueError("all items are in one fold: a probe needs at least 2")
+    num_classes = labels.max() + 1 if labels.ndim == 1 else labels.shape[1]
+    results = []
+    for fold in np.unique(folds):
+        test = folds == fold
+        scaler = StandardScaler().fit(features[~test])
+        train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
+        results.append(score(labels[test], scores(train_features, labels[~test], test_features, num_classes)))
+    metric = METRIC_NAMES["single_label" if labels.ndim == 1 else "multi_label"]
+    return ProbeResult(metric, float(np.mean(results)), tuple(results))
+
+
+def run_probes(
+    encoder: Any,
+    items: Sequence[Item],
+    load: Callable,
+    labels: Labels,
+    folds: np.ndarray,
+    ledger: SkippedFiles,
+    controls: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: Any = "cpu",
+    seed: int = 0,
+    name: str = "encoder",
+) -> list[dict[str, Any]]:
+    """Linear and nearest-neighbour probes of a frozen encoder under every pooling, with the controls beside them.
+
+    Args:
+        encoder: a `BridleModel`.
+        items: what to probe on; each labelled.
+        load: the modality's loader, called without a random generator.
+        labels: the classes of `items`.
+        folds: fold number of each item, as from `assign_folds`.
+        ledger: where files go that cannot be read; the probe is over the others.
+        controls: also probe an untrained encoder (of `seed`) and the input itself, and the majority class.
+        name: what the rows call the encoder.
+
+    Returns:
+        One row per features and pooling: {"features": `name` | "untrained encoder" | "log-mel regression" |
+        "majority", "pooling": name or "", "metric": "accuracy" or "mAP", "linear": score, "linear_folds": [...],
+        "knn": score, "knn_folds": [...]}; the scores are means over folds.
+    """
+    targets = labels.encode(items).numpy()
+    encoders = {name: encoder}
+    if controls:
+        encoders["untrained encoder"] = untrained_encoder(encoder, seed)
+    kept: list[int] = []
+
+    def batches() -> Iterable[dict[str, torch.Tensor]]:
+        for indices, batch in iterate_eval(items, load, batch_size, ledger, num_workers):
+            kept.extend(indices)
+            yield batch
+
+    collected = collect_features(encoders, batches(), device, with_input=controls)
+    targets, folds = targets[kept], np.asarray(folds)[kept]
+    rows = [
+        _row(source, pooling, linear_probe(features, targets, folds), knn_probe(features, targets, folds))
+        for source, poolings in collected.items()
+        for pooling, features in poolings.items()
+    ]
+    if controls:
+        most_frequent = majority(targets, folds)
+        rows.append(_row("majority", "", most_frequent, most_frequent))
+    return rows
+
+
+def _row(name: str, pooling: str, linear: ProbeResult, knn: ProbeResult) -> dict[str, Any]:
+    return {
+        "features": name,
+        "pooling": pooling,
+        "metric": linear.metric,
+        "linear": linear.score,
+        "linear_folds": list(linear.per_fold),
+        "knn": knn.score,
+        "knn_folds": list(knn.per_fold),
+    }
+
+
+def format_probes(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `run_probes` as a table to print, scores in percent."""
+    lines = [f"{'features':<20} {'pooling':<10} {'linear ' + rows[0]['metric']:>16} {'kNN':>6}   linear, fold by fold"]
+    for row in rows:
+        per_fold = " ".join(f"{100 * value:5.1f}" for value in row["linear_folds"])
+        values = f"{100 * row['linear']:16.1f} {100 * row['knn']:6.1f}"
+        lines.append(f"{row['features']:<20} {row['pooling']:<10} {values}   {per_fold}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the codes keep of the teacher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def codes_explained_variance(
+    codes: np.ndarray, teacher: np.ndarray, real: np.ndarray | None = None, ridge: float = RIDGE
+) -> list[float]:
+    """Share of the teacher's variance that a linear map of the one-hot codes explains (R^2).
+
+    Fitted on the clips of even number, measured on the others. 1 - the squared error over the squared distance from
+    the mean, both summed over all dimensions; below 0 where the codes mislead.
+
+    Args:
+        codes: (clips, patches, codebooks), integers from 0.
+        teacher: (clips, patches, dim), the teacher's features.
+        real: (clips, patches), which patches are not padding; all if absent.
+        ridge: penalty, in patches.
+
+    Returns:
+        The share for the codes of level 1, of levels 1 and 2, and so on; the last is that of all levels.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer than 2 clips.
+    """
+    codes, teacher = np.asarray(codes), np.asarray(teacher, dtype=np.float64)
+    real = np.ones(codes.shape[:2], dtype=bool) if real is None else np.asarray(real, dtype=bool)
+    if len(codes) < 2 or not codes.shape[:2] == teacher.shape[:2] == real.shape:
+        raise ValueError(
+            f"codes {codes.shape}, teacher {teacher.shape} and real {real.shape} must share (clips, patches), with at "
+            "least 2 clips"
+        )
+    codebook_size = int(codes.max()) + 1
+    (fit_codes, fit_teacher), (test_codes, test_teacher) = [
+        (_one_hot_codes(codes[half][real[half]], codebook_size), teacher[half][real[half]])
+        for half in (slice(0, None, 2), slice(1, None, 2))
+    ]
+    mean = fit_teacher.mean(axis=0)
+    # The penalty draws the weights to 0, and so a code never seen to the mean: no intercept is needed beside it.
+    gram = (fit_codes.T @ fit_codes).toarray() + ridge * np.eye(fit_codes.shape[1])
+    moment = fit_codes.T @ (fit_teacher - mean)
+    total = np.square(test_teacher - test_teacher.mean(axis=0)).sum()
+    shares = []
+    for size in range(codebook_size, gram.shape[0] + 1, codebook_size):
+        weights = linalg.solve(gram[:size, :size], moment[:size], assume_a="pos")
+        error = np.square(test_teacher - mean - test_codes[:, :size] @ weights).sum()
+        shares.append(float(1.0 - error / total))
+    return shares
+
+
+def _one_hot_codes(codes: np.ndarray, codebook_size: int) -> sparse.csr_matrix:
+    """(patches, codebooks) -> (patches, codebooks * codebook_size) of 0 and 1."""
+    patches, levels = codes.shape
+    columns = codes + codebook_size * np.arange(levels)
+    starts = np.arange(patches + 1) * levels
+    return sparse.csr_matrix((np.ones(columns.size), columns.ravel(), starts), shape=(patches, levels * codebook_size))
