@@ -41,10 +41,10 @@ $(VENV)/.installed-torch: constraints.txt
 	$(PIP) torch
 	@touch $@
 
-# The notes' two packages come without their dependencies: an audio device and a MIDI parser, which nothing here uses.
+# The demo's data comes in packages that are installed without their dependencies: nothing of them is run but a synthesizer.
 $(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
 	$(PIP) --editable ".[train]"
-	$(PIP) --no-deps pretty_midi tinysoundfont
+	$(PIP) --no-deps mlxtend pretty_midi tinysoundfont
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo

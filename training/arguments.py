@@ -6,8 +6,12 @@ Every error about an argument is one line that names the field.
 """
 
 import difflib
+import json
+import math
 import re
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,17 +21,31 @@ from transformers import HfArgumentParser
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as in YAML 1.2: PyYAML reads it as text."""
+    """YAML 1.2's numbers and booleans: `1e-3` is a number and `no` a word, unlike in PyYAML's 1.1."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_FLOAT = r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
 _YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
 def read_yaml(text: str) -> Any:
-    """What a recipe or an option holds."""
-    return yaml.load(text, Loader=_YamlLoader)
+    """What a recipe or an option holds.
+
+    Raises:
+        ValueError: It is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_YamlLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"not YAML: {error}") from error
 
 
 class ArgumentError(SystemExit):
@@ -35,8 +53,8 @@ class ArgumentError(SystemExit):
 
     def __init__(self, message: str):
         super().__init__(2)
-        self.message = message
-        print(f"error: {message}", file=sys.stderr)
+        self.message = message = " ".join(message.split())
+        print(f"error: {message}", file=sys.stderr, flush=True)
 
     def __str__(self) -> str:
         return self.message
@@ -46,9 +64,9 @@ class Mapping(dict):
     """A mapping as YAML text: `{hidden_size: 128}`; on the command line key by key: `--encoder.hidden_size 8`."""
 
     def __init__(self, text: str):
-        value = read_yaml(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"expected a mapping, got {text!r}")
+        value = _load_value(text)
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ArgumentTypeError(f"expected a mapping of names to values, got {text!r}")
         super().__init__(value)
 
 
@@ -56,10 +74,18 @@ class Sequence(tuple):
     """A sequence of mappings given as YAML text: `[{train: encoder, steps: 600}]`."""
 
     def __new__(cls, text: str):
-        value = read_yaml(text)
+        value = _load_value(text)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            raise ValueError(f"expected a list of mappings, got {text!r}")
+            raise ArgumentTypeError(f"expected a list of mappings, got {text!r}")
         return super().__new__(cls, value)
+
+
+def _load_value(text: str) -> Any:
+    try:
+        return read_yaml(text)
+    except ValueError as error:
+        # The one exception whose text argparse shows.
+        raise ArgumentTypeError(str(error)) from error
 
 
 @dataclass
@@ -74,12 +100,15 @@ class PretrainArguments:
     label_column: str = field(default="label", metadata={"help": "column of the labels (for probes alone)"})
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
-    augment: bool = field(default=False, metadata={"help": "audio: circular shift and gain, Beta(10, 10) + 0.5"})
+    augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
     encoder: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
     tokenizer: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
     processor: Mapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
+    loader: Mapping = field(
+        default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}
+    )
     measure_normalization: bool = field(
         default=False, metadata={"help": "audio: measure mean and std of the log-mel on the data"}
     )
@@ -115,6 +144,22 @@ class PretrainArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
 
+    def __post_init__(self):
+        ranges = {
+            "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
+            "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
+            "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
+            "keep_last": (1, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9), "probe_items": (1, 1e9),
+        }  # fmt: skip
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ValueError(f"--{name} is {value}: expected {least:g} to {most:g}")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.measure_normalization and self.modality != "audio":
+            raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
+
 
 class _OneLineParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -139,10 +184,19 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
             if name not in names:
                 raise ArgumentError(f"{recipe}: unknown key '{name}'{_nearest(name, names)}")
     options = _as_options(values) + _without_dotted(argv, values, names)
-    *instances, unknown = parser.parse_args_into_dataclasses(options, return_remaining_strings=True)
-    if unknown:
-        name = unknown[0].removeprefix("--")
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            options, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        # From a dataclass that checks its fields.
+        raise ArgumentError(str(error)) from error
+    if unknown and unknown[0].startswith("--"):
+        name = unknown[0].removeprefix("--").split("=")[0].split(".")[0]
         raise ArgumentError(f"unknown argument '{unknown[0]}'{_nearest(name, names)}")
+    if unknown:
+        before = [option for option in options[: options.index(unknown[0])] if option.startswith("--")]
+        raise ArgumentError(f"{before[-1] if before else 'arguments'}: '{unknown[0]}' is one value too many")
     return tuple(instances)
 
 
@@ -151,8 +205,8 @@ def _read_recipe(path: str) -> dict[str, Any]:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentError(f"recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ArgumentError(f"recipe {path}: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ArgumentError(f"recipe {path}: expected a mapping of names to values")
     return values
@@ -166,7 +220,8 @@ def _as_options(values: dict[str, Any]) -> list[str]:
             continue
         options.append(f"--{name}")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
-            options.append(yaml.safe_dump(value, default_flow_style=True, sort_keys=False))
+            # JSON, because it reads as YAML of any version.
+            options.append(json.dumps(value, default=str))
         elif isinstance(value, list):
             options.extend(map(str, value))
         else:
@@ -179,26 +234,40 @@ def _without_dotted(argv: list[str], recipe: dict[str, Any], names: list[str]) -
     rest, structures = [], {}
     position = 0
     while position < len(argv):
-        name, *path = argv[position].removeprefix("--").split(".")
-        if not argv[position].startswith("--") or not path or name not in names:
-            rest.append(argv[position])
-            position += 1
+        option, equals, value = argv[position].partition("=")
+        name, *path = option.removeprefix("--").split(".")
+        position += 1
+        if not option.startswith("--") or not path or name not in names:
+            rest.append(argv[position - 1])
             continue
-        if position + 1 == len(argv):
-            raise ArgumentError(f"{argv[position]}: expected a value")
-        structure = structures.setdefault(name, recipe.get(name) or {})
-        _set(structure, path, read_yaml(argv[position + 1]), argv[position])
-        position += 2
+        if not equals:
+            if position == len(argv) or argv[position].startswith("--"):
+                raise ArgumentError(f"{option}: expected a value")
+            value = argv[position]
+            position += 1
+        try:
+            _set(structures.setdefault(name, recipe.get(name) or {}), path, read_yaml(value))
+        except ValueError as error:
+            raise ArgumentError(f"{option}: {error}") from error
+    for name in structures:
+        if any(argument.split("=")[0] == f"--{name}" for argument in rest):
+            raise ArgumentError(f"--{name} is given as a whole and in parts: choose one")
     return _as_options(structures) + rest
 
 
-def _set(structure: Any, path: list[str], value: Any, option: str) -> None:
+def _set(structure: Any, path: list[str], value: Any) -> None:
     try:
         for part in path[:-1]:
             structure = structure[int(part)] if isinstance(structure, list) else structure[part]
         structure[int(path[-1]) if isinstance(structure, list) else path[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise ArgumentError(f"{option}: the recipe has no such entry") from error
+        raise ValueError("the recipe has no such entry") from error
+
+
+def check_name(where: str, name: str, known: Iterable[str]) -> None:
+    """Raise a `ValueError` unless `name` is one of `known`."""
+    if name not in known:
+        raise ValueError(f"{where}.{name} is not a field{_nearest(name, list(known))}")
 
 
 def _nearest(name: str, names: list[str]) -> str:

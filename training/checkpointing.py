@@ -13,15 +13,19 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
 logger = logging.getLogger(__name__)
+
+_FILES = ("encoder.safetensors", "optimizers.pt", "state.json", "tokenizer.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +44,9 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
     """
     target, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # What a run that was killed while it wrote has left.
+        for leftover in folder.glob(".step_*.tmp"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
         for name in ("encoder", "tokenizer"):
             tensors = {key: tensor.contiguous() for key, tensor in state[name].items()}
@@ -55,7 +61,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
         _sync(folder)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who writes
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; the one before is intact") from error
     for old in list_checkpoints(folder)[:-keep_last]:
@@ -96,14 +102,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in hashes.items():
-            if _sha256(path / name) != expected:
+        for name in _FILES:
+            if _sha256(path / name) != hashes[name]:
                 raise CheckpointError(f"checkpoint file {path / name} is not what was written (sha256 differs)")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         state |= {name: load_file(path / f"{name}.safetensors") for name in ("encoder", "tokenizer")}
         state["optimizers"] = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        message = f"checkpoint {path} cannot be read: {type(error).__name__}: {error}"
+        raise CheckpointError(" ".join(message.split())) from error
     return state
 
 

@@ -7,22 +7,20 @@ computes a draw, and so cannot change it. On the way:
     find_items -> [Item] -> DrawDataset (item of a draw, read by a loader) -> GlobalBatches -> make_loader
                                                                            -> train_batches (bad files to the ledger)
 
-What differs between modalities stands in one table, `MODALITIES`.
+What differs between modalities stands in one table, `MODALITIES` of training/media.py.
 """
 
+import contextlib
 import csv
-import io
 import json
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,6 +28,9 @@ from bridle_hf import BridleConfig
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.masking_bridle import make_mask
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
+from training.media import MODALITIES, Load
+from training.monitoring import write_text
+from training.reading import HubRow, Item, MediaError, read_audio
 
 
 logger = logging.getLogger(__name__)
@@ -50,17 +51,6 @@ MAX_ATTEMPTS = 32  # with 10% bad files, 32 bad ones in a row are a matter of 1e
 _PERMUTATION_STREAM, _REPLACEMENT_STREAM = 1, 2
 
 
-class MediaError(ValueError):
-    """A file (or row) that cannot be used: names it and says why."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
 class TooManyBadFiles(RuntimeError):  # noqa: N818 (the name says the error)
     """More than 10% of the items cannot be read, or none can."""
 
@@ -68,45 +58,6 @@ class TooManyBadFiles(RuntimeError):  # noqa: N818 (the name says the error)
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding items
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class HubRow:
-    """One cell of a `datasets.Dataset` whose media column is kept undecoded: {"bytes": ..., "path": ...}."""
-
-    dataset: Any
-    column: str
-    index: int
-
-    def media(self) -> str | bytes:
-        """The bytes, or the path where the set holds none. MediaError if it holds neither."""
-        cell = self.dataset[self.index][self.column] or {}
-        media = cell.get("bytes") or cell.get("path")
-        if media is None:
-            raise MediaError(f"row {self.index}", f"column {self.column} is empty")
-        return media
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One recording, image or clip, before it is read.
-
-    `path` names it: a file, or `<id>/<split>/<row>` for a row of a Hub set. A set has either `label` or `labels`
-    (multi-label). `split` is `train`, `validation` or `test` wherever the source says so under one of their usual
-    names.
-    """
-
-    path: str
-    label: str | None = None
-    labels: tuple[str, ...] | None = None
-    split: str | None = None
-    fold: str | None = None
-    group: str | None = None
-    row: HubRow | None = field(default=None, repr=False, compare=False)
-
-    def media(self) -> str | bytes:
-        """What a reader opens: the path of the file, or the bytes of a Hub row."""
-        return self.path if self.row is None else self.row.media()
 
 
 def find_items(
@@ -298,150 +249,6 @@ def _names(feature: Any, values: list) -> list:
     return [inner.int2str(value) if value is not None else None for value in values]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading audio
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def read_audio(
-    media: str | bytes, name: str | None = None, crop: Callable[[int, int], tuple[int, int]] | None = None
-) -> tuple[np.ndarray, int]:
-    """Decode a recording with libsndfile (wav, flac, ogg, opus, mp3, aiff and more).
-
-    Args:
-        media: path of the file, or its bytes.
-        name: how errors call it; the path if absent.
-        crop: given (samples, sampling_rate), chooses (start, count) of the samples to decode; all if absent.
-
-    Returns:
-        Waveform (channels, samples), float32 in [-1, 1], and the sampling rate in Hz.
-
-    Raises:
-        MediaError: missing, undecodable, empty, or with NaN or infinite samples.
-    """
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
-    try:
-        with soundfile.SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media) as file:
-            rate = file.samplerate
-            start, count = crop(file.frames, rate) if crop else (0, -1)
-            if start:
-                file.seek(start)
-            waveform = file.read(count, dtype="float32", always_2d=True).T
-    except (soundfile.SoundFileError, OSError) as error:
-        raise MediaError(name, f"cannot be decoded: {error}") from error
-    if waveform.size == 0:
-        raise MediaError(name, "holds no samples")
-    if not np.isfinite(waveform).all():
-        raise MediaError(name, "holds NaN or infinite samples")
-    return waveform, rate
-
-
-def roll_and_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Shift (channels, samples) circularly by a uniform offset, multiply by Beta(10, 10) + 0.5."""
-    offset = rng.integers(waveform.shape[-1])
-    gain = np.float32(rng.beta(10, 10) + 0.5)
-    return np.roll(waveform, offset, axis=-1) * gain
-
-
-class AudioLoader:
-    """Read an audio item into model input: decode, crop, augment, log-mel, pad.
-
-    Called as `loader(item, rng)` for training: a longer recording is cropped at random and, with `augment`, rolled and
-    scaled. Called as `loader(item)` for evaluation: the crop is the middle one and nothing is augmented. Returns
-    `input_values` (max_frames, num_mel_bins) float32 and `attention_mask` (max_frames,) in frames.
-
-    Args:
-        feature_extractor: a `BridleFeatureExtractor`; it averages channels and resamples.
-        max_frames: length that every sample is padded or cropped to, in frames of 10 ms.
-        augment: roll and gain in training.
-        cache_bytes: memory, per process that loads, for recordings of up to twice `max_frames`: decoded waveforms
-            where they will be augmented, else finished features. What doesn't fit is read anew each time. 0: no cache.
-
-    Raises, when called:
-        MediaError: see `read_audio`. ValueError: what the feature extractor refuses, such as a clip under one frame.
-    """
-
-    def __init__(self, feature_extractor: Any, max_frames: int, augment: bool = False, cache_bytes: int = 0):
-        self.feature_extractor = feature_extractor
-        self.max_frames = max_frames
-        self.augment = augment
-        self._free_bytes = cache_bytes
-        self._cache: dict[tuple[str, str], Any] = {}
-
-    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        if self.augment and rng is not None:
-            waveform, rate = self.read(item, rng)
-            return self._fit(self.features(roll_and_gain(waveform, rng), rate), None)
-        key = ("features", item.path)
-        if key in self._cache:
-            return self._fit(self._cache[key], rng)
-        waveform, rate, is_whole = self._decode(item, rng)
-        features = self.features(waveform, rate)
-        if is_whole:
-            self._keep(key, features, features.nbytes)
-        return self._fit(features, rng)
-
-    def read(self, item: Item, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
-        """Waveform (channels, samples) of at most `max_frames` frames, and its rate."""
-        key = ("waveform", item.path)
-        if key not in self._cache:
-            waveform, rate, is_whole = self._decode(item, rng)
-            if is_whole:
-                self._keep(key, (waveform, rate), waveform.nbytes)
-        else:
-            waveform, rate = self._cache[key]
-        start, count = _crop(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
-        return waveform[:, start : start + count], rate
-
-    def features(self, waveform: np.ndarray, sampling_rate: int) -> torch.Tensor:
-        """Normalised log-mel (frames, num_mel_bins) of one waveform (channels, samples), as many frames as it has."""
-        batch = self.feature_extractor(
-            [waveform if len(waveform) > 1 else waveform[0]],
-            sampling_rate=sampling_rate,
-            padding=False,
-            truncation=False,
-            return_tensors="pt",
-        )
-        return batch["input_values"][0]
-
-    def _decode(self, item: Item, rng: np.random.Generator | None) -> tuple[np.ndarray, int, bool]:
-        """(waveform, rate, whole): all of a recording that the cache would take, a crop of a longer one."""
-        is_whole = True
-
-        def crop(samples: int, rate: int) -> tuple[int, int]:
-            nonlocal is_whole
-            wanted = num_samples(self.max_frames, rate)
-            is_whole = samples <= 2 * wanted
-            return (0, samples) if is_whole else _crop(samples, wanted, rng)
-
-        waveform, rate = read_audio(item.media(), item.path, crop)
-        return waveform, rate, is_whole
-
-    def _fit(self, features: torch.Tensor, rng: np.random.Generator | None) -> dict[str, torch.Tensor]:
-        """Cropped or padded to `max_frames`."""
-        start, count = _crop(len(features), self.max_frames, rng)
-        input_values = features.new_zeros(self.max_frames, features.shape[1])
-        input_values[:count] = features[start : start + count]
-        attention_mask = torch.zeros(self.max_frames, dtype=torch.int64)
-        attention_mask[:count] = 1
-        return {"input_values": input_values, "attention_mask": attention_mask}
-
-    def _keep(self, key: tuple[str, str], value: Any, size: int) -> None:
-        if size <= self._free_bytes:
-            self._free_bytes -= size
-            self._cache[key] = value
-
-
-def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[int, int]:
-    """(start, count) of at most `wanted` of `length`: at random, or the middle where there is no `rng`."""
-    spare = length - wanted
-    if spare <= 0:
-        return 0, length
-    return (spare // 2 if rng is None else int(rng.integers(spare + 1))), wanted
-
-
 class MaskedLoader:
     """A loader whose samples carry `bool_masked_pos` (patches,), drawn for each sample from a mix of masks.
 
@@ -456,7 +263,7 @@ class MaskedLoader:
         ValueError: a kind of mask that is unknown or does not fit the grid, or weights that are not.
     """
 
-    def __init__(self, load: "Load", config: BridleConfig, masks: dict[str, float]):
+    def __init__(self, load: Load, config: BridleConfig, masks: dict[str, float]):
         self.load, self.config = load, config
         masks = masks or {config.mask_type: 1.0}
         for kind, weight in masks.items():
@@ -490,9 +297,14 @@ def measure_normalization(
     def waveforms() -> Iterator[tuple[np.ndarray, int]]:
         for item in items[:: math.ceil(len(items) / max_items)]:
             try:
-                yield read_audio(item.media(), item.path)
+                waveform, rate = read_audio(item.media(), item.path)
             except MediaError as error:
                 ledger.add(error.path, error.reason)
+                continue
+            if waveform.shape[-1] < num_samples(1, rate):
+                ledger.add(item.path, "is shorter than one frame of 25 ms")
+                continue
+            yield waveform, rate
 
     # On short recordings threads cost more than they give.
     threads = torch.get_num_threads()
@@ -503,27 +315,9 @@ def measure_normalization(
         torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Modality:
-    """What a modality brings: the file extensions to look for and the class that reads an item into model input."""
-
-    extensions: tuple[str, ...]
-    loader: type
-
-
-MODALITIES = {
-    "audio": Modality(
-        (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
-        AudioLoader,
-    ),
-}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing samples
 # ---------------------------------------------------------------------------------------------------------------------
-
-Load = Callable[[Item, np.random.Generator | None], dict[str, torch.Tensor]]
 
 
 class DrawDataset(Dataset):
@@ -707,10 +501,11 @@ class SkippedFiles:
     Args:
         output_path: file to append to.
         total: number of items that the run reads from.
+        shared: several processes write the file; what others have written counts, too.
     """
 
-    def __init__(self, output_path: str | os.PathLike, total: int):
-        self.output_path, self.total = Path(output_path), total
+    def __init__(self, output_path: str | os.PathLike, total: int, shared: bool = False):
+        self.output_path, self.total, self.shared = Path(output_path), total, shared
         self.reasons: dict[str, str] = {}
 
     def add(self, path: str, reason: str) -> None:
@@ -719,6 +514,8 @@ class SkippedFiles:
         Raises:
             TooManyBadFiles: more than 10% of all items are bad by now.
         """
+        if path not in self.reasons:
+            self._read_others()
         if path in self.reasons:
             return
         self.reasons[path] = reason
@@ -738,12 +535,21 @@ class SkippedFiles:
 
     def state_dict(self) -> dict[str, str]:
         """Path to reason, JSON-serialisable."""
+        self._read_others()
         return dict(self.reasons)
 
     def load_state_dict(self, state: dict[str, str]) -> None:
         """Take the ledger back to `state`, the file too: what came after the checkpoint will be found again."""
         self.reasons = dict(state)
-        self.output_path.write_text("".join(map(self._line, self.reasons)), encoding="utf-8")
+        write_text(self.output_path, "".join(map(self._line, self.reasons)))
+
+    def _read_others(self) -> None:
+        if not self.shared or not self.output_path.exists():
+            return
+        for line in self.output_path.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+                entry = json.loads(line)
+                self.reasons.setdefault(entry["path"], entry["reason"])
 
     def _line(self, path: str) -> str:
         return json.dumps({"path": path, "reason": self.reasons[path]}, ensure_ascii=False) + "\n"

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, pipeline
+from transformers import AutoConfig, AutoModel, pipeline
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf  # noqa: F401 (registers the models)
 from model_cards.card import write_card
-from training.data import MODALITIES, Item, SkippedFiles, find_items, iterate_eval, read_audio
-from training.demo_data import render_notes
+from training.data import SkippedFiles, find_items, iterate_eval
+from training.demo_data import make_digits, make_moving_digits, render_notes
 from training.labels import Labels, assign_folds
+from training.media import load_processor, make_item_loader
 from training.monitoring import write_json
 from training.probes import collect_features, linear_probe, majority, untrained_encoder
+from training.reading import read_audio
 from training.report import write_report
 
 
@@ -42,36 +44,58 @@ class Task:
     """What a probe is asked: the columns of metadata.csv that say so, and how many folds its groups make."""
 
     title: str
-    label_column: str
-    group_column: str
-    folds: int
+    label_column: str = "label"
+    group_column: str = "group"
+    folds: int | None = None
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo of one modality runs on. The first task is the one that is fine-tuned."""
+    """What the demo of one modality runs on. The first task is the one that is fine-tuned.
 
-    make_data: Any
-    recipe: str
-    finetune_recipe: str
-    held_out_group: str
-    held_out_in_words: str
+    held_out: what fine-tuning is tested on, in words; held_out_fold: the fold of the first task's probe that is tested
+        on the same; unseen: whether pretraining, too, was kept from it.
+    """
+
+    make_data: Callable[[], str]
     tasks: tuple[Task, ...]
-    pipeline_task: str
+    pretrain_options: tuple[str, ...]
+    finetune_options: tuple[str, ...]
+    held_out: str
+    held_out_fold: str | None
+    unseen: bool
 
 
 DEMOS = {
     "audio": Demo(
         make_data=render_notes,
-        recipe="audio_demo.yaml",
-        finetune_recipe="audio_demo_finetune.yaml",
-        held_out_group="4",
-        held_out_in_words="octave 4",
         tasks=(
-            Task("instrument (112), whole octaves held out", "label", "group", 4),
-            Task("pitch class (12), instruments held out", "pitch_class", "program", 4),
+            Task("instrument (112), whole octaves held out", folds=4),
+            Task("pitch class (12), instruments held out", "pitch_class", "program", folds=4),
         ),
-        pipeline_task="audio-classification",
+        pretrain_options=("--exclude_groups", "4"),
+        finetune_options=("--eval_group", "4"),
+        held_out="octave 4",
+        held_out_fold="4",
+        unseen=True,
+    ),
+    "image": Demo(
+        make_data=make_digits,
+        tasks=(Task("digit (10), 5 folds"),),
+        pretrain_options=(),
+        finetune_options=("--eval_fold", "1"),
+        held_out="fold 1",
+        held_out_fold="1",
+        unseen=False,
+    ),
+    "video": Demo(
+        make_data=make_moving_digits,
+        tasks=(Task("direction (8), digit images held out", folds=5),),
+        pretrain_options=(),
+        finetune_options=("--validation_fraction", "0.2"),
+        held_out="a fifth of the digit images",
+        held_out_fold=None,
+        unseen=False,
     ),
 }
 
@@ -80,22 +104,22 @@ def main() -> None:
     args = parse_arguments()
     demo, out = DEMOS[args.modality], Path(args.output_dir)
     started = time.monotonic()
-    data = args.data or str(demo.make_data())
+    data = args.data or demo.make_data()
     print(f"data: {data}", flush=True)
     overwrite = ["--overwrite"] if args.overwrite else []
-    run("pretrain.py", demo.recipe, data, out / "pretraining", *overwrite, "--exclude_groups", demo.held_out_group,
+    run("pretrain.py", f"{args.modality}_demo.yaml", data, out / "pretraining", *overwrite, *demo.pretrain_options,
         "--steps_scale", str(args.steps_scale))  # fmt: skip
     encoders = iteration_encoders(out / "pretraining")
-    probes = probe_all(demo, encoders, data, out)
+    probes = probe_all(demo, args.modality, encoders, data, out)
     newest = encoders[max(encoders)]
     for name, extra in (("classifier", []), ("from_scratch", ["--from_scratch"])):
-        run("finetune.py", demo.finetune_recipe, data, out / name, "--model", str(newest), "--eval_group",
-            demo.held_out_group, "--num_train_epochs", str(args.finetune_epochs), *overwrite, *extra)  # fmt: skip
+        run("finetune.py", f"{args.modality}_demo_finetune.yaml", data, out / name, "--model", str(newest),
+            *demo.finetune_options, *args.finetune_epochs, *overwrite, *extra)  # fmt: skip
     finetuned = {name: accuracy_of(out / name) for name in ("classifier", "from_scratch")}
     table = make_table(demo, probes, finetuned)
+    table["notes"].append(ask_pipeline(demo, out / "classifier", data))
     table["notes"].append(f"The whole demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-    answer = ask_pipeline(demo, out / "classifier", data)
-    finish(out, demo, table, probes, answer)
+    finish(out, demo, table, probes)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,8 +129,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in output_dir")
     parser.add_argument("--data", help="folder that the demo's data was made into (default: made in the user's cache)")
     parser.add_argument("--steps_scale", type=float, default=1.0, help="factor on the length of pretraining")
-    parser.add_argument("--finetune_epochs", type=float, default=10)
-    return parser.parse_args()
+    parser.add_argument("--finetune_epochs", help="epochs of fine-tuning (default: the recipe's)")
+    args = parser.parse_args()
+    args.finetune_epochs = ["--num_train_epochs", args.finetune_epochs] if args.finetune_epochs else []
+    return args
 
 
 def run(script: str, recipe: str, data: str, output_dir: Path, *options: str) -> None:
@@ -127,23 +153,25 @@ def iteration_encoders(pretraining: Path) -> dict[int, Path]:
     }
 
 
-def probe_all(demo: Demo, encoders: dict[int, Path], data: str, out: Path) -> dict[str, Any]:
+def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, out: Path) -> dict[str, Any]:
     """Frozen linear probes of every encoder and of the controls, on every task.
 
     Returns:
-        By task title, by features, by pooling: `score`, `per_fold` and `folds`, the group that each fold tests.
+        By task title, by features, by pooling: `score`, `per_fold`, and `folds`, the one fold or group that each
+        tests, or `None` where there are several.
     """
     print("\nprobing frozen features", flush=True)
-    features, kept, items = read_features(demo, encoders, data, out)
+    features, kept = read_features(encoders, data, out)
     jobs = {}
     for task in demo.tasks:
-        items = find_items(data, demo.modality, None, task.label_column, task.group_column)
+        items = find_items(data, modality, None, task.label_column, task.group_column)
         items = [items[index] for index in kept]
         labels, folds = Labels(items).encode(items).numpy(), assign_folds(items, task.folds)
-        groups = [sorted({item.group for item, at in zip(items, folds) if at == fold}) for fold in np.unique(folds)]
+        tested = [{item.fold or item.group for item in np.array(items)[folds == fold]} for fold in np.unique(folds)]
+        groups = [names.pop() if len(names) == 1 else None for names in tested]
         jobs[task.title, "majority", ""] = (majority, (labels, folds), groups)
         for name, poolings in features.items():
-            for pooling in POOLINGS:
+            for pooling in [pooling for pooling in (*POOLINGS, "") if pooling in poolings]:
                 jobs[task.title, name, pooling] = (linear_probe, (poolings[pooling], labels, folds), groups)
     # One thread each: a logistic regression of this size gains nothing from a second one.
     with ProcessPoolExecutor(max_workers=2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -157,15 +185,15 @@ def probe_all(demo: Demo, encoders: dict[int, Path], data: str, out: Path) -> di
 
 
 def read_features(
-    demo: Demo, encoders: dict[int, Path], data: str, out: Path
-) -> tuple[dict[str, dict[str, np.ndarray]], list[int], list[Item]]:
-    """Features of every item under every encoder and control, which items could be read, and all items."""
+    encoders: dict[int, Path], data: str, out: Path
+) -> tuple[dict[str, dict[str, np.ndarray]], list[int]]:
+    """Features of every item under every encoder and control, and which items could be read."""
     models = {f"iteration {number}": AutoModel.from_pretrained(path) for number, path in encoders.items()}
     models["untrained encoder"] = untrained_encoder(next(iter(models.values())))
-    processor = AutoFeatureExtractor.from_pretrained(next(iter(encoders.values())))
     config = models["untrained encoder"].config
     items = find_items(data, config.modality)
-    load = MODALITIES[config.modality].loader(processor, max_frames=config.max_length)
+    options = json.loads((out / "pretraining" / "run.json").read_text(encoding="utf-8"))["arguments"]["loader"]
+    load = make_item_loader(config, load_processor(str(next(iter(encoders.values()))), config), options)
     ledger = SkippedFiles(out / "pretraining" / "skipped.jsonl", len(items))
     kept: list[int] = []
 
@@ -174,7 +202,7 @@ def read_features(
             kept.extend(indices)
             yield batch
 
-    return collect_features(models, batches()), kept, items
+    return collect_features(models, batches()), kept
 
 
 def accuracy_of(folder: Path) -> float:
@@ -186,63 +214,65 @@ def accuracy_of(folder: Path) -> float:
 def make_table(demo: Demo, probes: dict[str, Any], finetuned: dict[str, float]) -> dict[str, Any]:
     """The table of results.json: one row per features, percent; with what must be known to read it."""
     first, *others = demo.tasks
-    held_out = f"{demo.held_out_in_words} alone"
-    columns = ["", first.title, held_out, *(task.title for task in others)]
+    columns = ["", first.title, f"{demo.held_out} alone", *(task.title for task in others)]
     rows = []
     for name, poolings in probes[first.title].items():
-        for pooling in poolings:
-            entry = poolings[pooling]
-            fold = entry["folds"].index([demo.held_out_group])
-            cells = [_percent(entry["score"], entry["per_fold"]), f"{100 * entry['per_fold'][fold]:.1f}"]
-            more = [probes[task.title][name][pooling] for task in others]
+        for pooling, entry in poolings.items():
             label = f"{name}, {pooling.replace('_', '+')} pooling" if pooling else name
-            rows.append([label, *cells, *(_percent(entry["score"], entry["per_fold"]) for entry in more)])
-    rows.append(
-        ["fine-tuned from the last iteration", "", f"{100 * finetuned['classifier']:.1f}", *[""] * len(others)]
-    )
-    rows.append(["the same from scratch", "", f"{100 * finetuned['from_scratch']:.1f}", *[""] * len(others)])
+            alone = ""
+            if demo.held_out_fold is not None:
+                alone = f"{100 * entry['per_fold'][entry['folds'].index(demo.held_out_fold)]:.1f}"
+            more = [_percent(probes[task.title][name][pooling]) for task in others]
+            rows.append([label, _percent(entry), alone, *more])
+    arms = {"fine-tuned from the last iteration": "classifier", "the same from scratch": "from_scratch"}
+    for label, name in arms.items():
+        rows.append([label, "", f"{100 * finetuned[name]:.1f}", *[""] * len(others)])
+    seen = "The folds of the probes are of inputs that pretraining had seen, without their labels"
+    if demo.unseen:
+        seen += f", but for {demo.held_out}, which it never did"
     notes = [
-        "Accuracy in percent; the first rows are linear probes of frozen features, with the range over folds.",
-        f"Pretraining never heard {demo.held_out_in_words}. The other groups it heard, without their labels: the folds "
-        "of the probes that test those are of inputs seen unlabelled.",
-        f"{held_out}: trained on all other groups with labels, tested on {demo.held_out_in_words}, by probe and by "
-        "fine-tuning alike.",
+        "Accuracy in percent. The first rows are linear probes of frozen features: mean over folds (lowest-highest).",
+        f"{seen}.",
+        f"{demo.held_out} alone: trained with labels on all else and tested there, by probe and by fine-tuning.",
     ]
     return {"title": "Frozen probes and fine-tuning", "columns": columns, "rows": rows, "notes": notes}
 
 
-def _percent(score: float, per_fold: list[float]) -> str:
-    return f"{100 * score:.1f} ({100 * min(per_fold):.0f}-{100 * max(per_fold):.0f})"
+def _percent(entry: dict[str, Any]) -> str:
+    low, high = min(entry["per_fold"]), max(entry["per_fold"])
+    return f"{100 * entry['score']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def ask_pipeline(demo: Demo, classifier: Path, data: str) -> str:
-    """What the classifier says of an input that was in no training, through `pipeline`."""
-    modality = AutoConfig.from_pretrained(classifier).modality
-    items = [item for item in find_items(data, modality) if item.group == demo.held_out_group]
-    item = items[len(items) // 3]
-    waveform, rate = read_audio(item.path)
-    answers = pipeline(demo.pipeline_task, str(classifier))({"raw": waveform[0], "sampling_rate": rate}, top_k=3)
+    """What the classifier says of one input that it was not trained on, through `pipeline`."""
+    config = AutoConfig.from_pretrained(classifier)
+    tested = [
+        item for item in find_items(data, config.modality) if demo.held_out_fold in (None, item.fold, item.group)
+    ]
+    item = tested[len(tested) // 3]
+    given: Any = item.path
+    if config.modality == "audio":
+        waveform, rate = read_audio(item.path)
+        given = {"raw": waveform[0], "sampling_rate": rate}
+    answers = pipeline(f"{config.modality}-classification", str(classifier))(given, top_k=3)
     said = ", ".join(f"{answer['label']} ({answer['score']:.0%})" for answer in answers)
-    return f"{Path(item.path).name} from {demo.held_out_in_words} is: {item.label}. The classifier says: {said}"
+    return f"{Path(item.path).name} is: {item.label}. The classifier says: {said}"
 
 
-def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any], answer: str) -> None:
+def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any]) -> None:
     """results.json, report, cards; then tell."""
-    table["notes"].append(answer)
     pretraining = out / "pretraining"
     write_json(pretraining / "results.json", [table])
     write_json(out / "probes.json", probes)
     report = write_report(pretraining)
     run_json = json.loads((pretraining / "run.json").read_text(encoding="utf-8"))
     write_card(pretraining / "encoder", run_json, card_results(demo, probes))
-    widths = [max(len(str(row[column])) for row in [table["columns"], *table["rows"]])
-              for column in range(len(table["columns"]))]  # fmt: skip
+    lines = [table["columns"], *table["rows"]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table["columns"]))]
     print()
-    for row in [table["columns"], *table["rows"]]:
-        print("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
-    print()
-    for note in table["notes"]:
-        print(note)
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    print("", *table["notes"], sep="\n")
     print(f"\nreport:     {report}\npictures:   {pretraining / 'figures'}")
     print(f"encoder:    {pretraining / 'encoder'}\ntokenizer:  {pretraining / 'tokenizer'}")
     print(f"classifier: {out / 'classifier'}")
@@ -256,7 +286,8 @@ def card_results(demo: Demo, probes: dict[str, Any]) -> dict[str, dict[str, Any]
         newest = max(name for name in rows if name.startswith("iteration"))
         scores = {name: (row.get(POOLINGS[0]) or row[""])["score"] for name, row in rows.items()}
         value = scores.pop(newest)
-        note = f"frozen linear probe, {task.folds} folds; pretraining left out {demo.held_out_in_words} alone"
+        seen = f"pretraining saw the inputs without labels{f', but for {demo.held_out}' if demo.unseen else ''}"
+        note = f"frozen linear probe, mean over folds; {seen}"
         results[task.title] = {"metric": "accuracy", "value": value, "controls": scores, "note": note}
     return results
 

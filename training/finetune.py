@@ -3,8 +3,8 @@
     python training/finetune.py training/recipes/NAME.yaml --model DIR_OR_ID --data DIR_OR_HUB_ID --output_dir OUT
 
 Takes every option of `TrainingArguments` beside its own. OUT is a `from_pretrained` folder of the classifier with its
-processor and model card: `pipeline("audio-classification", OUT)`; beside them stand results.json, run.json,
-skipped.jsonl and checkpoints/.
+processor and model card: `pipeline("audio-classification", OUT)`, or image, or video; beside them stand results.json,
+run.json, skipped.jsonl and checkpoints/.
 """
 
 import json
@@ -19,13 +19,18 @@ from typing import Any
 
 import accelerate
 import numpy as np
-import soxr
 import torch
 import transformers
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 
@@ -33,33 +38,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf
 from model_cards.card import write_card
-from training.arguments import ArgumentError, parse_arguments
-from training.data import (
-    MODALITIES,
-    AudioLoader,
-    DrawDataset,
-    Item,
-    MediaError,
-    SkippedFiles,
-    TooManyBadFiles,
-    collate,
-    find_items,
-    iterate_eval,
-    roll_and_gain,
-)
+from training.arguments import ArgumentError, Mapping, parse_arguments
+from training.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
+from training.data import DrawDataset, SkippedFiles, TooManyBadFiles, collate, find_items, iterate_eval
 from training.labels import Labels, split_by_groups
-from training.metrics import METRIC_NAMES, ClassificationMetric
+from training.media import Load, VideoLoader, load_processor, make_item_loader
+from training.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 from training.monitoring import write_json
 from training.pretrain import git_revision
 from training.probe import load_config
+from training.reading import Item
 
 
 logger = logging.getLogger(__name__)
 
-# What opens a classifier and its processor, by modality.
-AUTO_CLASSES = {"audio": (AutoModelForAudioClassification, AutoFeatureExtractor)}
+# What opens a classifier, by modality.
+AUTO_MODELS = {
+    "audio": AutoModelForAudioClassification,
+    "image": AutoModelForImageClassification,
+    "video": AutoModelForVideoClassification,
+}
+# Options that fit some modalities alone.
+OPTIONS_OF = {
+    ("audio",): ("max_length", "mean", "std", "mel_mask", "time_mask"),
+    ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
+    ("video",): ("eval_clips", "eval_crops"),
+}
 BALANCED_STREAM = 3  # of random numbers, beside those of training/data.py
-FULL_LENGTH_FRAMES = 1024  # the length that the widths of SpecAugment's time masks are given for
 # What a run leaves in its folder beside the saved model; --overwrite removes it.
 RUN_FILES = ("results.json", "run.json", "skipped.jsonl", "checkpoints")
 
@@ -98,15 +103,28 @@ class FinetuneArguments:
     patch_dropout: list[float] = field(
         default_factory=lambda: [0.0, 0.0], metadata={"help": "fractions of (time, mel) stripes of patches dropped"}
     )
-    mixup_probability: float = field(default=0.0, metadata={"help": "mix this share of the waveforms with another"})
+    loader: Mapping = field(
+        default_factory=dict,
+        metadata={"help": "arguments of the image or video loader, as {stride: 4, min_crop: 0.2, flip: false}"},
+    )
+    augment: bool = field(
+        default=False,
+        metadata={"help": "audio: circular shift and gain, Beta(10, 10) + 0.5; image, video: random crop and flip"},
+    )
+    mixup_probability: float = field(default=0.0, metadata={"help": "mix this share of the inputs with another"})
     mixup_alpha: float = field(default=10.0, metadata={"help": "the mix is Beta(alpha, alpha)"})
     mel_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bins"})
     time_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in frames of a clip of 1024"})
-    augment: bool = field(default=False, metadata={"help": "circular shift and gain, Beta(10, 10) + 0.5"})
+    cutmix_probability: float = field(default=0.0, metadata={"help": "paste a box of another into this share"})
+    rand_augment: float = field(default=0.0, metadata={"help": "magnitude of RandAugment, up to 10; 0: none"})
+    random_erasing: float = field(default=0.0, metadata={"help": "erase a rectangle of this share of the inputs"})
     balanced_sampling: bool = field(default=False, metadata={"help": "draw items by 1 / frequency of their classes"})
     draws_per_epoch: int | None = field(
-        default=None, metadata={"help": "items per epoch (default: as many as there are)"}
+        default=None, metadata={"help": "samples per epoch (default: samples_per_item of each item)"}
     )
+    samples_per_item: int = field(default=1, metadata={"help": "samples drawn of an item in a row, each at random"})
+    eval_clips: int = field(default=1, metadata={"help": "clips per film in the last evaluation, spread over it"})
+    eval_crops: int = field(default=1, metadata={"help": "crops per clip in the last evaluation, side by side"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
@@ -159,20 +177,22 @@ def main() -> None:
         config = load_config(args.model)
         task = make_task(args, config, training_args.seed)
         check_arguments(args, training_args, config, task)
-        prepare_folder(out, args, training_args)
         model, processor = load_model(args, training_args, task)
-        trainer = make_trainer(args, training_args, task, model, processor, out / "skipped.jsonl")
+        loaders = make_loaders(args, model.config, processor, task)
+        # Nothing that could refuse the arguments follows --overwrite's deletion.
+        prepare_folder(out, args, training_args)
+        trainer = make_trainer(args, training_args, task, model, processor, loaders, out / "skipped.jsonl")
     except (ValueError, OSError, TooManyBadFiles) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(" ".join(str(error).split())) from error
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
     seconds = time.monotonic() - started
-    results = evaluate(trainer, task)
+    results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
         processor.save_pretrained(out)
-        write_outputs(out, arguments, task, results, seconds)
+        write_outputs(out, arguments, config.modality, task, results, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,20 +280,36 @@ def check_arguments(
     Raises:
         ValueError: naming the option.
     """
-    audio_only = ("max_length", "mean", "std", "mixup_probability", "mel_mask", "time_mask", "augment")
-    given = [name for name in audio_only if getattr(args, name)]
-    if given and config.modality != "audio":
-        raise ValueError(f"--{given[0]} is for audio, but --model {args.model} is for {config.modality}")
+    unset = {entry.name: entry.default for entry in fields(args)}
+    for modalities, names in OPTIONS_OF.items():
+        for name in names if config.modality not in modalities else ():
+            if getattr(args, name) != unset[name]:
+                suited = " and ".join(modalities)
+                raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
     if training_args.label_smoothing_factor and task.labels.multi_label:
         raise ValueError("--label_smoothing_factor is for one label per item, but these items have several")
-    if training_args.remove_unused_columns or not 0 <= args.mixup_probability <= 1 or not 0 < args.layer_decay <= 1:
-        raise ValueError(
-            "--remove_unused_columns must be false, --mixup_probability in [0, 1], --layer_decay in (0, 1]"
-        )
-    if args.mel_mask > config.num_mel_bins or args.time_mask > FULL_LENGTH_FRAMES:
-        raise ValueError(f"--mel_mask must be at most {config.num_mel_bins}, --time_mask at most {FULL_LENGTH_FRAMES}")
+    if training_args.remove_unused_columns or not 0 < args.layer_decay <= 1:
+        raise ValueError("--remove_unused_columns must be false, --layer_decay in (0, 1]")
+    _check_augmentation(args, config)
     if args.freeze_encoder and (args.drop_path_rate or args.layer_decay != 1 or args.from_scratch):
         raise ValueError("--freeze_encoder leaves nothing for --drop_path_rate, --layer_decay or --from_scratch to do")
+
+
+def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
+    ranges = {
+        "mixup_probability": 1, "cutmix_probability": 1 - args.mixup_probability, "random_erasing": 1,
+        "rand_augment": RAND_AUGMENT_MAX, "mel_mask": config.num_mel_bins, "time_mask": FULL_LENGTH_FRAMES,
+    }  # fmt: skip
+    for name, most in ranges.items():
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} must be at most {most:g} and not negative, got {getattr(args, name)}")
+    for name in ("samples_per_item", "eval_clips", "eval_crops"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    random_views = [name for name in ("min_crop", "flip") if name in args.loader]
+    if not args.augment and (args.rand_augment or random_views):
+        name = "rand_augment" if args.rand_augment else f"loader.{random_views[0]}"
+        raise ValueError(f"--{name} changes random views: give --augment too")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,12 +326,12 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     config.drop_path_rate, config.patch_dropout = args.drop_path_rate, args.patch_dropout
     # The model smooths, mixed targets too; the Trainer's own smoother would take class numbers only.
     config.label_smoothing, training_args.label_smoothing_factor = training_args.label_smoothing_factor, 0.0
-    auto_model, auto_processor = AUTO_CLASSES[config.modality]
-    processor = auto_processor.from_pretrained(args.model)
+    auto_model = AUTO_MODELS[config.modality]
+    processor = load_processor(args.model, config)
     for name in ("max_length", "mean", "std"):
         if getattr(args, name) is not None:
             setattr(processor, name, getattr(args, name))
-    config.max_length = processor.max_length
+    config.max_length = getattr(processor, "max_length", config.max_length)
     config.validate_architecture()
     if args.from_scratch:
         model = auto_model.from_config(config)
@@ -329,101 +365,34 @@ def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Samples: augmentation, mixing, and the order in which they are drawn
+# The order in which samples are drawn
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class AudioTrainingLoader(AudioLoader):
-    """Read a recording for training: waveform mixup, log-mel, SpecAugment, and the target as `labels`.
-
-    Args:
-        feature_extractor, max_frames, cache_bytes: as `AudioLoader` takes them.
-        task: its training items are what is mixed in; its targets become `labels`: class numbers, or (with mixup, and
-            for several labels per item) rows of class weights.
-        args: `augment`, `mixup_probability`, `mixup_alpha`, `mel_mask`, `time_mask`.
-    """
-
-    def __init__(self, feature_extractor: Any, max_frames: int, cache_bytes: int, task: Task, args: FinetuneArguments):
-        super().__init__(feature_extractor, max_frames, augment=args.augment, cache_bytes=cache_bytes)
-        self.task, self.args = task, args
-
-    def __call__(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        args, target = self.args, self._target(item)
-        sample = None
-        if args.mixup_probability and rng.random() < args.mixup_probability:
-            other = self.task.train[rng.integers(len(self.task.train))]
-            weight = float(rng.beta(args.mixup_alpha, args.mixup_alpha))
-            try:
-                sample = self._mixed(item, other, weight, rng)
-                target = weight * target + (1 - weight) * self._target(other)
-            except MediaError as error:
-                if error.path != other.path:
-                    raise
-                # The item stays unmixed; the other one is reported when its own turn comes.
-        sample = super().__call__(item, rng) if sample is None else sample
-        if args.mel_mask or args.time_mask:
-            real = int(sample["attention_mask"].sum())
-            sample["input_values"] = spec_augment(sample["input_values"], real, args.mel_mask, args.time_mask, rng)
-        return {**sample, "labels": target}
-
-    def _target(self, item: Item) -> torch.Tensor:
-        target = self.task.targets[item.path]
-        if self.args.mixup_probability and not self.task.labels.multi_label:
-            return nn.functional.one_hot(target, len(self.task.labels.names)).float()
-        return target
-
-    def _mixed(self, item: Item, other: Item, weight: float, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        (first, rate), (second, second_rate) = self.read(item, rng), self.read(other, rng)
-        first, second = first.mean(axis=0), second.mean(axis=0)
-        if second_rate != rate:
-            second = soxr.resample(second, second_rate, rate)
-        mixed = mix_waveforms(first, second, weight)[None]
-        return self._fit(self.features(roll_and_gain(mixed, rng) if self.augment else mixed, rate), None)
-
-
-TRAINING_LOADERS = {"audio": AudioTrainingLoader}
-
-
-def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """`weight` parts of `first` and the rest of `second` (samples,), each without its mean; as long as `first`."""
-    fitted = np.zeros_like(first)
-    fitted[: len(second)] = second[: len(first)] - second.mean()
-    return np.float32(weight) * (first - first.mean()) + np.float32(1 - weight) * fitted
-
-
-def spec_augment(
-    values: torch.Tensor, num_real: int, mel_mask: int, time_mask: int, rng: np.random.Generator
-) -> torch.Tensor:
-    """Set one stripe of mel bins and one of frames to 0, the mean of the data (SpecAugment); on a copy.
-
-    Args:
-        values: (frames, mel bins), normalised.
-        num_real: frames that are not padding; the stripe of frames lies among them.
-        mel_mask: the widest stripe of mel bins.
-        time_mask: the widest stripe of frames for a clip of 1024 frames, in proportion for a shorter one.
-    """
-    values = values.clone()
-    widest = round(time_mask * min(num_real, FULL_LENGTH_FRAMES) / FULL_LENGTH_FRAMES)
-    for axis, size, most in ((0, num_real, widest), (1, values.shape[1], mel_mask)):
-        width = int(rng.integers(most + 1))
-        values.narrow(axis, int(rng.integers(size - width + 1)), width).zero_()
-    return values
-
-
 class TrainingDraws(DrawDataset):
-    """`DrawDataset` with an epoch's length and, given weights, items drawn with replacement in proportion to them."""
+    """`DrawDataset` with an epoch's length and, given weights, items drawn with replacement in proportion to them.
+
+    Each item drawn gives `samples_per_item` draws in a row (repeated augmentation), each with its own random numbers.
+    """
 
     def __init__(
-        self, items: Sequence[Item], load: Any, seed: int, draws_per_epoch: int, weights: np.ndarray | None = None
+        self,
+        items: Sequence[Item],
+        load: Load,
+        seed: int,
+        draws_per_epoch: int,
+        weights: np.ndarray | None = None,
+        samples_per_item: int = 1,
     ):
         super().__init__(items, load, seed)
-        self.draws_per_epoch = draws_per_epoch
+        self.draws_per_epoch, self.samples_per_item = draws_per_epoch, samples_per_item
         self._cumulative = None if weights is None else np.cumsum(weights / weights.sum())
 
     def __len__(self) -> int:
         return self.draws_per_epoch
 
     def index_of(self, draw: int) -> int:
+        draw //= self.samples_per_item
         if self._cumulative is None:
             return super().index_of(draw)
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, draw), spawn_key=(BALANCED_STREAM,)))
@@ -458,9 +427,9 @@ class EpochDraws(Sampler):
 
 
 class EvaluationItems(Dataset):
-    """Every item once, as it is, with its target as `labels`."""
+    """Every item once, as `load` reads it, with its target as `labels`."""
 
-    def __init__(self, items: Sequence[Item], load: AudioLoader, task: Task):
+    def __init__(self, items: Sequence[Item], load: Load, task: Task):
         self.items, self.load, self.task = items, load, task
 
     def __len__(self) -> int:
@@ -468,7 +437,19 @@ class EvaluationItems(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.items[index]
-        return {**self.load(item), "labels": self.task.targets[item.path], "index": index, "skipped": []}
+        return {**self.load(item, None), "labels": self.task.targets[item.path], "index": index, "skipped": []}
+
+
+@dataclass(frozen=True)
+class ViewLoader:
+    """Several views of a film, as `views` (clips * crops, frames, channels, height, width)."""
+
+    load: VideoLoader
+    num_clips: int
+    num_crops: int
+
+    def __call__(self, item: Item, rng: None = None) -> dict[str, torch.Tensor]:
+        return {"views": self.load.views(item, self.num_clips, self.num_crops)}
 
 
 def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -511,6 +492,19 @@ class FinetuneTrainer(Trainer):
             raise TooManyBadFiles(f"no file of a whole batch could be read; the last is {': '.join(skipped[-1])}")
         return super()._prepare_inputs(inputs)
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Where a batch holds several `views` of each item: the mean loss, and the mean of the probabilities."""
+        if "views" not in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        views, name = inputs.pop("views"), self.model.main_input_name
+        # One after the other: all at once are many times the batch that was asked for.
+        steps = [super(FinetuneTrainer, self).prediction_step(model, {**inputs, name: view}, *args, **kwargs)
+                 for view in views.unbind(1)]  # fmt: skip
+        losses, logits, labels = zip(*steps)
+        multi_label = self.model.config.problem_type == "multi_label_classification"
+        probabilities = [entry.sigmoid() if multi_label else entry.softmax(dim=-1) for entry in logits]
+        return torch.stack(losses).mean(), torch.stack(probabilities).mean(dim=0), labels[0]
+
 
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
@@ -542,12 +536,40 @@ def parameter_groups(
     return list(groups.values())
 
 
+@dataclass(frozen=True)
+class Loaders:
+    """What reads items: to train on, to evaluate on after an epoch, and to evaluate on in the end."""
+
+    training: TrainingLoader
+    epoch: Load
+    final: Load
+
+
+def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Task) -> Loaders:
+    """The loaders that the arguments ask for.
+
+    Raises:
+        ValueError: arguments that the modality's loader does not take.
+    """
+    load, random_load = (
+        make_item_loader(config, processor, args.loader, augment, args.cache_mb << 20)
+        for augment in (False, args.augment)
+    )
+    training_loader = TRAINING_LOADERS[config.modality]
+    return Loaders(
+        training_loader(random_load, task.train, task.targets, len(task.labels.names), args),
+        load,
+        ViewLoader(load, args.eval_clips, args.eval_crops) if args.eval_clips * args.eval_crops > 1 else load,
+    )
+
+
 def make_trainer(
     args: FinetuneArguments,
     training_args: FinetuneTrainingArguments,
     task: Task,
     model: nn.Module,
     processor: Any,
+    loaders: Loaders,
     skipped_path: Path,
 ) -> FinetuneTrainer:
     """The trainer; files of the items to evaluate on are read once here, so that all evaluations see the same ones.
@@ -556,18 +578,16 @@ def make_trainer(
         TooManyBadFiles: more than 10% of them cannot be read.
     """
     ledger = SkippedFiles(skipped_path, len(task.train) + len(task.evaluation) + len(task.test))
-    cache_bytes = args.cache_mb << 20
-    load = MODALITIES[model.config.modality].loader(processor, processor.max_length, cache_bytes=cache_bytes)
-    training_load = TRAINING_LOADERS[model.config.modality](processor, processor.max_length, cache_bytes, task, args)
-    task.evaluation = readable(task.evaluation, load, ledger, training_args.dataloader_num_workers)
-    task.test = readable(task.test, load, ledger, training_args.dataloader_num_workers)
-    weights = balanced_weights(task.labels.encode(task.train)) if args.balanced_sampling else None
+    # By the loader that reads the most of a file.
+    task.evaluation = readable(task.evaluation, loaders.final, ledger, training_args.dataloader_num_workers)
+    task.test = readable(task.test, loaders.final, ledger, training_args.dataloader_num_workers)
     draws = TrainingDraws(
         task.train,
-        training_load,
+        loaders.training,
         training_args.seed,
-        args.draws_per_epoch or len(task.train),
-        weights,
+        args.draws_per_epoch or len(task.train) * args.samples_per_item,
+        balanced_weights(task.labels.encode(task.train)) if args.balanced_sampling else None,
+        args.samples_per_item,
     )
     if training_args.metric_for_best_model == "auto":
         training_args.metric_for_best_model = METRIC_NAMES[task.kind]
@@ -576,7 +596,7 @@ def make_trainer(
         model=model,
         args=training_args,
         train_dataset=draws,
-        eval_dataset=EvaluationItems(task.evaluation, load, task),
+        eval_dataset=EvaluationItems(task.evaluation, loaders.epoch, task),
         data_collator=collate_samples,
         processing_class=processor,
         compute_metrics=lambda outputs: metric.compute(
@@ -587,11 +607,13 @@ def make_trainer(
     )
 
 
-def readable(items: list[Item], load: AudioLoader, ledger: SkippedFiles, num_workers: int) -> list[Item]:
+def readable(items: list[Item], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Item]:
     """The items that can be read; the others go to `ledger`."""
     if not items:
         return []
-    kept = [index for indices, _ in iterate_eval(items, load, 64, ledger, num_workers) for index in indices]
+    # Views of whole films are large.
+    batch_size = 2 if isinstance(load, ViewLoader) else 64
+    kept = [index for indices, _ in iterate_eval(items, load, batch_size, ledger, num_workers) for index in indices]
     return [items[index] for index in kept]
 
 
@@ -600,32 +622,37 @@ def readable(items: list[Item], load: AudioLoader, ledger: SkippedFiles, num_wor
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(trainer: FinetuneTrainer, task: Task) -> dict[str, Any]:
+def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: int) -> dict[str, Any]:
     """What results.json holds: the final model's figures, how they came about, and the history."""
     name = METRIC_NAMES[task.kind]
     history = [
-        {"epoch": entry["epoch"], name: entry[f"eval_{name}"], "loss": entry["eval_loss"]}
+        {"epoch": entry["epoch"], **_figures(entry, "eval")}
         for entry in trainer.state.log_history
         if f"eval_{name}" in entry
     ]
-    found = trainer.evaluate()
     is_best = trainer.args.load_best_model_at_end
     results = {
         "metric": name,
-        "evaluation": {name: found[f"eval_{name}"], "loss": found["eval_loss"]},
+        "evaluation": _figures(trainer.evaluate(EvaluationItems(task.evaluation, load, task)), "eval"),
         "evaluated_on": task.held_out,
         # A best epoch chosen on the very items that it is measured on flatters itself: say so.
         "epoch": "the best, chosen on the same items" if is_best else "the last",
+        "views_per_item": views_per_item,
         "items": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
         "classes": len(task.labels.names),
         "skipped_files": len(trainer.ledger.reasons),
         "history": history,
     }
     if task.test:
-        test_items = EvaluationItems(task.test, trainer.eval_dataset.load, task)
-        tested = trainer.evaluate(test_items, metric_key_prefix="test")
-        results["test"] = {name: tested[f"test_{name}"], "loss": tested["test_loss"]}
+        test_items = EvaluationItems(task.test, load, task)
+        results["test"] = _figures(trainer.evaluate(test_items, metric_key_prefix="test"), "test")
     return results
+
+
+def _figures(found: dict[str, float], prefix: str) -> dict[str, float]:
+    """Metrics and loss out of what the Trainer measured."""
+    names = (*METRIC_NAMES.values(), TOP5, "loss")
+    return {name: found[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in found}
 
 
 def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> dict[str, Any]:
@@ -636,13 +663,18 @@ def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingA
     return json.loads(json.dumps(vars(args) | given, default=str))
 
 
-def write_outputs(out: Path, arguments: dict[str, Any], task: Task, results: dict[str, Any], seconds: float) -> None:
+def write_outputs(
+    out: Path, arguments: dict[str, Any], modality: str, task: Task, results: dict[str, Any], seconds: float
+) -> None:
     """results.json, run.json and the model card."""
+    note = f"epoch: {results['epoch']}"
+    if results["views_per_item"] > 1:
+        note += f"; {results['views_per_item']} views per item"
     measured = {
         "metric": results["metric"],
         "value": results["evaluation"][results["metric"]],
         "split": results["evaluated_on"],
-        "note": f"epoch: {results['epoch']}",
+        "note": note,
     }
     run = {
         "arguments": arguments,
@@ -657,7 +689,7 @@ def write_outputs(out: Path, arguments: dict[str, Any], task: Task, results: dic
             "accelerate": accelerate.__version__,
         },
         "git_revision": git_revision(),
-        "results": {"audio classification": measured},
+        "results": {f"{modality} classification": measured},
     }
     write_json(out / "results.json", results)
     write_json(out / "run.json", run)

@@ -29,11 +29,11 @@ from bridle_hf import (
     teacher_hidden_states,
 )
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
-from bridle_hf.quantization_bridle import count_codes
+from bridle_hf.quantization_bridle import count_codes, gather_rows
 
 
 # More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
-KMEANS_VECTORS_PER_CODE = 128
+KMEANS_VECTORS_PER_CODE = 64
 MAX_SKIPPED_IN_A_ROW = 20
 
 
@@ -78,9 +78,15 @@ class Phase:
             raise ValueError(
                 f"phases[{number}]: train is {entry.get('train')!r}: encoder, tokenizer, alternate or joint"
             )
-        for name, value in entry.items():
-            if name not in ("train", "start") and not (isinstance(value, int | float) and 0 <= value < math.inf):
-                raise ValueError(f"phases[{number}]: {name} is {value!r}, expected a number of 0 or more")
+        for item in fields(cls):
+            value = entry.get(item.name, item.default)
+            if item.name in ("train", "start") or value is item.default:
+                continue
+            kinds = int if item.type is int else (int, float)
+            # Beyond this, a length is no longer exact as a float.
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 1e15:
+                kind = "whole number" if item.type is int else "number"
+                raise ValueError(f"phases[{number}]: {item.name} is {value!r}, expected a {kind} of 0 or more")
         phase = cls(**entry)
         if phase.start not in ("fresh", "continue"):
             raise ValueError(f"phases[{number}]: start is {phase.start!r}: fresh or continue")
@@ -234,6 +240,8 @@ class Interleaving:
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.unwrapped_encoder, self.unwrapped_tokenizer
         self.optimizers = {}
+        # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
+        self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
         self.tokenizer.requires_grad_(phase.trains_tokenizer)
         if phase.trains_encoder:
@@ -267,6 +275,10 @@ class Interleaving:
         return model.to(self.accelerator.device)
 
     def _trained(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+        for name, parameter in model.named_parameters():
+            # A softmax does not see these: their gradient is rounding noise, of which Adam would make full steps.
+            if name.endswith(("k_proj.bias", "position_bias.3.bias")):
+                parameter.requires_grad_(False)
         # Decay on matrices alone: not on biases, norms, tokens.
         decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
@@ -276,89 +288,126 @@ class Interleaving:
 
     @torch.no_grad()
     def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
-        """k-means on the latents of as many of the batches as it takes."""
+        """k-means on the latents of as many of the batches as it takes; the same for any number of processes."""
         tokenizer = self.unwrapped_tokenizer.eval()
-        processes = self.accelerator.num_processes
-        least = math.ceil(tokenizer.quantizer.vectors_for_initialization / processes)
-        wanted = max(least, KMEANS_VECTORS_PER_CODE * tokenizer.config.codebook_size // processes)
-        latents: list[torch.Tensor] = []
+        codebook_size = tokenizer.config.codebook_size
+        wanted = max(tokenizer.quantizer.vectors_for_initialization, KMEANS_VECTORS_PER_CODE * codebook_size)
+        gathered: list[torch.Tensor] = []
         for batch in batches:
+            rows = []
             for inputs, attention_mask, _ in self._micro_batches(batch):
                 latent = tokenizer.latents(inputs, attention_mask)
                 real = None if attention_mask is None else patch_attention_mask(attention_mask, tokenizer.config)
-                latents.append(latent.flatten(0, 1) if real is None else latent[real])
-            if sum(map(len, latents)) >= wanted:
+                rows.append(latent.flatten(0, 1) if real is None else latent[real])
+            # Batch by batch, so that rows stand in the order of the data, however many ranks share a batch.
+            gathered.append(gather_rows(torch.cat(rows).float()))
+            if sum(map(len, gathered)) >= wanted:
                 break
-        vectors = torch.cat(latents)
+        vectors = torch.cat(gathered)
         vectors = vectors[torch.randperm(len(vectors), device=vectors.device)[:wanted]]
-        tokenizer.quantizer.initialize(vectors)
+        # The quantizer gathers, too: all vectors come from rank 0.
+        tokenizer.quantizer.initialize(vectors if self.accelerator.is_main_process else vectors[:0])
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def seed_step(self, step: int) -> None:
-        """Make what is random in a step (dropout, re-seeding) a function of seed, step and process."""
-        torch.manual_seed(_mix(self.seed, step, 2, self.accelerator.process_index))
+        """Make what is random in a step (dropout, re-seeding) a function of seed and step.
+
+        It is the same in all processes and micro batches, so that what a layer draws once for a whole batch (dropout
+        in the position bias of the Swin decoder) does not depend on how the batch is shared out.
+        """
+        torch.manual_seed(_mix(self.seed, step, 2))
 
     def step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """One optimizer step on this process's batch.
 
+        Micro batches and processes share a batch out without changing the result: each patch weighs the same, and the
+        codebooks move once, on all of the batch, after the last micro batch.
+
         Returns:
             Detached metrics under the names of `metrics.jsonl`: scalars, and tensors with one value per codebook;
-            `counts` (num_codebooks, codebook_size), how often each code was chosen. Empty for a skipped step.
+            `counts` (num_codebooks, codebook_size), how often each code was chosen. The mean over processes, of counts
+            the sum, is that of the whole batch. Empty for a skipped step.
 
         Raises:
             NonFiniteError: The 20th step in a row whose gradient is not finite.
         """
-        self.seed_step(step)
-        train_encoder, train_tokenizer = self.schedule.sides(step)
+        sides = self.schedule.sides(step)
         self._set_learning_rates(step)
-        total = len(batch[self.input_name])
         sums: dict[str, torch.Tensor] = {}
+        latents: list[torch.Tensor] = []
         micro_batches = list(self._micro_batches(batch))
-        trained = [m for m, on in ((self.encoder, train_encoder), (self.tokenizer, train_tokenizer)) if on]
+        shares = self._shares(micro_batches)
+        trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
         for number, micro_batch in enumerate(micro_batches):
-            share = len(micro_batch[0]) / total
+            self.seed_step(step)
             with self._synchronized(trained, last=number + 1 == len(micro_batches)):
-                loss, metrics = self._losses(step, micro_batch, train_encoder, train_tokenizer)
-                self.accelerator.backward(loss * share)
+                loss, metrics = self._losses(step, micro_batch, shares[number], sides, latents)
+                self.accelerator.backward(loss)
             for name, value in metrics.items():
-                weight = 1.0 if name in ("counts", "usage/reseeded") else share
-                sums[name] = sums.get(name, 0) + value.detach() * weight
-        norms = self._update(train_encoder, train_tokenizer)
+                sums[name] = sums.get(name, 0) + value.detach()
+        norms = self._update(*sides)
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
                 f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to {step}"
             )
-        return sums | norms if norms else {}
+        if not norms:
+            return {}
+        if latents:
+            self.seed_step(step)
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(torch.cat(latents))
+        return sums | norms
+
+    def _shares(self, micro_batches: list[tuple]) -> torch.Tensor:
+        """(micro batches, 2): what each holds of the hidden and of the real patches of all processes' batch.
+
+        Times the number of processes, because gradients are averaged over them.
+        """
+        counts = []
+        for _, attention_mask, bool_masked_pos in micro_batches:
+            real = torch.ones_like(bool_masked_pos, dtype=torch.bool)
+            if attention_mask is not None:
+                real = patch_attention_mask(attention_mask, self.encoder_config)
+            counts.append(torch.stack([(bool_masked_pos.bool() & real).sum(), real.sum()]))
+        counts = torch.stack(counts).float()
+        return counts * self.accelerator.num_processes / self.accelerator.reduce(counts.sum(dim=0), "sum")
 
     def _losses(
-        self, step: int, micro_batch: tuple, train_encoder: bool, train_tokenizer: bool
+        self,
+        step: int,
+        micro_batch: tuple,
+        shares: torch.Tensor,
+        sides: tuple[bool, bool],
+        latents: list[torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics of a micro batch times its shares; what the tokenizer quantized is added to `latents`."""
         inputs, attention_mask, bool_masked_pos = micro_batch
-        loss, metrics = torch.zeros((), device=inputs.device), {}
+        loss, metrics, counts = torch.zeros((), device=inputs.device), {}, None
+        phase = self.schedule.phases[self.schedule.phase_number(step)]
         with self.accelerator.autocast():
-            if train_encoder:
+            # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
+            teacher = self._teacher(inputs, attention_mask) if sides[1] else None
+            if sides[0]:
                 codes = self.unwrapped_tokenizer.encode(inputs, attention_mask, soft=True)
                 self.encoder.train()
                 output = self.encoder(inputs, attention_mask, bool_masked_pos=bool_masked_pos, labels=codes)
-                loss = loss + output.loss
-                metrics |= {"encoder/loss": output.loss, "encoder/accuracy": output.accuracy}
-                metrics["counts"] = self._count(codes, attention_mask)
-            if train_tokenizer:
-                phase = self.schedule.phases[self.schedule.phase_number(step)]
-                teacher = self._teacher(inputs, attention_mask)
+                loss = loss + output.loss * shares[0]
+                metrics |= {"encoder/loss": output.loss * shares[0], "encoder/accuracy": output.accuracy * shares[0]}
+                counts = self._count(codes, attention_mask)
+            if sides[1]:
                 self.tokenizer.train()
                 output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
-                loss = loss + output.loss * (phase.tokenizer_loss_weight if phase.train == "joint" else 1.0)
+                weight = phase.tokenizer_loss_weight if phase.train == "joint" else 1.0
+                loss = loss + output.loss * shares[1] * weight
                 metrics |= {
-                    "tokenizer/loss": output.loss,
-                    "tokenizer/cosine_loss": output.cosine_loss,
-                    "tokenizer/codebook_loss": output.codebook_loss,
-                    "usage/quantization_error": output.usage.quantization_error,
-                    "usage/reseeded": output.usage.reseeded,
-                    "counts": output.counts,
+                    "tokenizer/loss": output.loss * shares[1],
+                    "tokenizer/cosine_loss": output.cosine_loss * shares[1],
+                    "tokenizer/codebook_loss": output.codebook_loss * shares[1],
+                    "usage/quantization_error": output.usage.quantization_error * shares[1],
                 }
-        return loss, metrics
+                latents.append(output.latents)
+                counts = output.counts
+        return loss, metrics | {"counts": counts}
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         encoder = self.unwrapped_encoder.bridle.eval()
@@ -436,9 +485,11 @@ class Interleaving:
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
         self.unwrapped_encoder.load_state_dict(state["encoder"])
         self.tokenizer.load_state_dict(state["tokenizer"])
-        self.prepare(self.schedule.phase_number(step))
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+        # Between phases there is nothing more to load: the next one begins with optimizers of its own.
+        if step < self.schedule.total_steps and step not in self.schedule.starts:
+            self.prepare(self.schedule.phase_number(step))
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][name])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from training.data import Item
+from training.reading import Item
 
 
 def label_names(items: Sequence[Item]) -> list[str]:

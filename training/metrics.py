@@ -1,12 +1,13 @@
-"""How good a classifier is: accuracy, or mean average precision where items carry several labels."""
+"""How good a classifier is: accuracy, top-5 accuracy, or mean average precision where items carry several labels."""
 
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import accuracy_score, average_precision_score
+from sklearn.metrics import accuracy_score, average_precision_score, top_k_accuracy_score
 
 
 METRIC_NAMES = {"single_label": "accuracy", "multi_label": "mAP"}
+TOP5 = "top5_accuracy"  # beside the accuracy where there are more than 5 classes
 
 
 def mean_average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
@@ -36,7 +37,8 @@ class ClassificationMetric(evaluate.Metric):
     """`score` as a metric of the library `evaluate`, used directly: `evaluate.load` would fetch code from the Hub.
 
     `compute(predictions=scores or logits (items, classes), references=targets)` returns {"accuracy": ...} for the
-    configuration "single_label" and {"mAP": ...} for "multi_label".
+    configuration "single_label", with {"top5_accuracy": ...} where there are more than 5 classes, and {"mAP": ...} for
+    "multi_label".
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -53,4 +55,8 @@ class ClassificationMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
-        return {METRIC_NAMES[self.config_name]: score(np.asarray(references), np.asarray(predictions))}
+        targets, scores = np.asarray(references), np.asarray(predictions)
+        found = {METRIC_NAMES[self.config_name]: score(targets, scores)}
+        if targets.ndim == 1 and scores.shape[1] > 5:
+            found[TOP5] = float(top_k_accuracy_score(targets, scores, k=5, labels=range(scores.shape[1])))
+        return found

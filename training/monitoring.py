@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ class MetricsLog:
     def __init__(self, path: Path, resume_step: int | None = None):
         self.path = path
         kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -37,9 +38,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Monitor:
-    """Sums metrics on the device and, every `log_every` steps, averages, writes and shows them.
+    """Sums metrics on the device; at a `flush` averages, writes and shows them.
 
-    Nothing is copied to the host in between, so that a step need not wait for the device.
+    Nothing is copied to the host in between, so that a step need not wait for the device. A row should not reach over
+    the end of a phase, or over a checkpoint: the sums are not saved.
+
+    Args:
+        seconds: What the run took before it was resumed.
     """
 
     def __init__(
@@ -49,12 +54,16 @@ class Monitor:
         total_steps: int,
         first_step: int,
         global_batch_size: int,
-        log_every: int,
+        seconds: float = 0.0,
     ):
-        self.log, self.accelerator = log, accelerator
-        self.global_batch_size, self.log_every = global_batch_size, log_every
-        self.bar = tqdm(total=total_steps, initial=first_step, disable=log is None, unit="step", dynamic_ncols=True)
-        self.started = time.monotonic()
+        self.log, self.accelerator, self.global_batch_size = log, accelerator, global_batch_size
+        # In a log file a bar is one line after another.
+        interval = 0.1 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, disable=log is None, unit="step", dynamic_ncols=True,
+            mininterval=interval, maxinterval=interval,
+        )  # fmt: skip
+        self.started = time.monotonic() - seconds
         self._reset()
 
     def _reset(self) -> None:
@@ -62,33 +71,23 @@ class Monitor:
         self.numbers: dict[str, int] = {}
         self.steps, self.waited, self.since = 0, 0.0, time.monotonic()
 
-    def update(
-        self,
-        step: int,
-        position: dict[str, Any],
-        metrics: dict[str, torch.Tensor],
-        rates: dict[str, float],
-        waited: float,
-        skipped_steps: int,
-    ) -> None:
-        """Take in one step; `step` counts those done, this one included.
-
-        Args:
-            position: `phase`, `kind` and `iteration`.
-            rates: Learning rate by side.
-            waited: Seconds that this step waited for its data.
-        """
+    def update(self, metrics: dict[str, torch.Tensor], waited: float) -> None:
+        """Take in one step, which waited so many seconds for its data."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.numbers[name] = self.numbers.get(name, 0) + 1
         self.steps += 1
         self.waited += waited
         self.bar.update()
-        if step % self.log_every == 0 or step == self.bar.total:
-            self.flush(step, position, rates, skipped_steps)
 
     def flush(self, step: int, position: dict[str, Any], rates: dict[str, float], skipped_steps: int) -> None:
-        """Write what has come together since the last time; ranks are averaged, counts of codes summed."""
+        """Write what has come together since the last time; ranks are averaged, counts of codes summed.
+
+        Args:
+            step: Steps done.
+            position: `phase`, `kind` and `iteration`.
+            rates: Learning rate by side.
+        """
         if self.steps == 0:
             return
         seconds = time.monotonic() - self.since
@@ -101,9 +100,10 @@ class Monitor:
         row |= means | {f"{side}/lr": rate for side, rate in rates.items() if side in sides}
         if self.log is not None:
             self.log.write(row)
-            self.bar.set_description(f"{position['kind']} {position['iteration']}")
+            self.bar.set_description(f"{position['kind']} {position['iteration']}", refresh=False)
             shown = {"loss": _loss_of(row), "samples/s": row["samples_per_second"]}
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None})
+            shown = {name: f"{value:.4g}" for name, value in shown.items() if value is not None}
+            self.bar.set_postfix(shown, refresh=False)
         if self.accelerator.trackers:
             self.accelerator.log(_flat(row), step=step)
         self._reset()
@@ -134,8 +134,13 @@ class Monitor:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text so that a reader, or a run that is killed meanwhile, sees the old file or the new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

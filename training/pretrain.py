@@ -6,7 +6,6 @@ Writes OUT/encoder and OUT/tokenizer (`from_pretrained` folders), metrics.jsonl,
 and run.json. `--resume` goes on from the newest checkpoint.
 """
 
-import difflib
 import json
 import logging
 import shutil
@@ -20,24 +19,24 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
 from transformers import PreTrainedConfig
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bridle_hf import BridleConfig, BridleFeatureExtractor, BridleTokenizerConfig
+from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.configuration_bridle import BridleEncoderConfig
 from model_cards.card import write_card
-from training.arguments import ArgumentError, PretrainArguments, parse_arguments
-from training.checkpointing import load_newest, save_checkpoint
+from training.arguments import ArgumentError, PretrainArguments, check_name, parse_arguments
+from training.checkpointing import CheckpointError, load_newest, save_checkpoint
 from training.data import (
-    MODALITIES,
     DrawDataset,
     GlobalBatches,
     Item,
     MaskedLoader,
     SkippedFiles,
+    TooManyBadFiles,
     collate,
     find_items,
     iterate_eval,
@@ -47,6 +46,7 @@ from training.data import (
 )
 from training.evaluation import draw_example, evaluate_tokenizer, probe, probe_items, spread
 from training.interleaving import Interleaving, NonFiniteError, Schedule
+from training.media import make_item_loader, make_processor
 from training.monitoring import MetricsLog, Monitor, write_json
 from training.report import write_report
 
@@ -66,14 +66,19 @@ def main() -> None:
     (args,) = parse_arguments(PretrainArguments)
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    accelerator = make_accelerator(args)
     try:
+        accelerator = make_accelerator(args)
+        if not accelerator.is_main_process:
+            logging.getLogger().setLevel(logging.WARNING)
         run = Run(args, accelerator)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TooManyBadFiles, CheckpointError) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(str(error)) from error
-    run.train()
-    run.finish()
+    try:
+        run.train()
+        run.finish()
+    except (NonFiniteError, TooManyBadFiles, CheckpointError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def make_accelerator(args: PretrainArguments) -> Accelerator:
@@ -103,10 +108,12 @@ class Run:
         self.items = self._find_items()
         self.encoder_config, self.tokenizer_config = make_configs(args)
         self.schedule = Schedule(args.phases, len(self.items) / args.global_batch_size, args.steps_scale)
-        self._prepare_folder()
-        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.items))
-        self.processor = self._make_processor()
+        self.processor = make_processor(self.encoder_config, args.processor)
         self.dataset = self._make_dataset()
+        self._sampler(0)  # raises if the processes cannot share a batch
+        # Nothing that could refuse the arguments follows --overwrite's deletion.
+        self._prepare_folder()
+        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.items), shared=True)
         self.interleaving = Interleaving(
             accelerator,
             self.schedule,
@@ -119,9 +126,9 @@ class Run:
             max_grad_norm=args.max_grad_norm,
             gradient_checkpointing=args.gradient_checkpointing,
         )
+        self.seconds = 0.0
         self.first_step = self._resume()
         self.monitor = self._make_monitor()
-        self.seconds = 0.0
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
@@ -142,42 +149,46 @@ class Run:
                 raise ValueError(
                     f"output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew"
                 )
-            if not (out / "run.json").exists() and not (out / "checkpoints").exists():
+            if not any((out / name).exists() for name in ("run.json", "checkpoints", "skipped.jsonl")):
                 raise ValueError(f"output_dir {out} does not hold a run: choose another folder")
             if args.overwrite and not args.resume:
                 shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
 
-    def _make_processor(self) -> Any:
-        config = self.encoder_config
-        fields = {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length, **self.args.processor}
-        processor = BridleFeatureExtractor(**fields)
-        if (processor.num_mel_bins, processor.max_length) != (config.num_mel_bins, config.max_length):
-            raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
-        if self.args.measure_normalization:
-            processor.mean, processor.std = measure_normalization(self.items, processor, self.ledger)
-        return processor
+    def _measure_normalization(self) -> None:
+        """On rank 0, for all."""
+        measured = [None]
+        if self.accelerator.is_main_process:
+            measured = [measure_normalization(self.items, self.processor, self.ledger)]
+        self.processor.mean, self.processor.std = broadcast_object_list(measured)[0]
 
     def _make_dataset(self) -> DrawDataset:
         args, config = self.args, self.encoder_config
-        loader = MODALITIES[args.modality].loader
-        self.load = loader(
-            self.processor, max_frames=config.max_length, augment=args.augment, cache_bytes=args.cache_mb << 20
-        )
+        self.load = make_item_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         return DrawDataset(self.items, MaskedLoader(self.load, config, args.masks), seed=args.seed)
 
     def _resume(self) -> int:
         """Load the newest checkpoint if asked to; returns the first step to do."""
         state = load_newest(self.out / "checkpoints") if self.args.resume else None
         if state is None:
+            if self.args.measure_normalization:
+                self._measure_normalization()
             return 0
-        changed = [name for name, value in state["arguments"].items()
-                   if name not in FREE_ON_RESUME and value != _plain(self.args)[name]]  # fmt: skip
+        ours, theirs = _plain(self.args), state["arguments"]
+        changed = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in sorted(ours.keys() | theirs)
+                   if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]  # fmt: skip
+        if state["samples"] != len(self.items):
+            changed.append(f"the number of samples ({state['samples']}, now {len(self.items)})")
         if changed:
-            raise ValueError(f"--resume: {', '.join(changed)} differ from the run in {self.out}; give the same values")
+            raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(changed)}; give the same values")
         self.interleaving.load_state_dict(state, state["step"])
-        self.ledger.load_state_dict(state["skipped"])
+        if state["normalization"] is not None:
+            self.processor.mean, self.processor.std = state["normalization"]
+        self.seconds = state["seconds"]
+        if self.accelerator.is_main_process:
+            self.ledger.load_state_dict(state["skipped"])
+        self.accelerator.wait_for_everyone()
         logger.info("resuming after step %d of %d", state["step"], self.schedule.total_steps)
         return state["step"]
 
@@ -189,7 +200,7 @@ class Run:
         if self.args.tracker != "none":
             self.accelerator.init_trackers("tracker")
         return Monitor(log, self.accelerator, self.schedule.total_steps, self.first_step,
-                       self.args.global_batch_size, self.args.log_every)  # fmt: skip
+                       self.args.global_batch_size, self.seconds)  # fmt: skip
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -205,19 +216,22 @@ class Run:
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
-            metrics = self._step(step, batch)
+            self.monitor.update(self._step(step, batch), waited)
             done = step + 1
-            self.monitor.update(done, self._position(number), metrics, self._rates(step), waited,
-                                self.interleaving.skipped_steps)  # fmt: skip
+            ends = done == schedule.starts[number] + schedule.lengths[number]
+            saves = ends or (args.save_every and done % args.save_every == 0)
+            if saves or done % args.log_every == 0:
+                position, skipped = self._position(number), self.interleaving.skipped_steps
+                self.monitor.flush(done, position, self._rates(step), skipped)
             self.seconds += time.monotonic() - started
             started = time.monotonic()
-            if done == schedule.starts[number] + schedule.lengths[number]:
+            if ends:
                 self._end_phase(number, done)
             if args.probe_every and (done % args.probe_every == 0 or done == schedule.total_steps):
                 self._probe(done)
             if args.report_every and done % args.report_every == 0:
                 self._report()
-            if done == schedule.total_steps or (args.save_every and done % args.save_every == 0):
+            if saves:
                 self._save(done)
         self.monitor.close()
 
@@ -229,17 +243,20 @@ class Run:
             raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
 
     def _batches(self, first_step: int) -> Iterator[dict[str, Any]]:
-        sampler = GlobalBatches(
-            self.args.global_batch_size, self.accelerator.process_index, self.accelerator.num_processes, first_step
-        )
         pin_memory = self.accelerator.device.type == "cuda"
+        sampler = self._sampler(first_step)
         loader = make_loader(self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory)
         return train_batches(loader, self.ledger)
 
+    def _sampler(self, first_step: int) -> GlobalBatches:
+        accelerator = self.accelerator
+        return GlobalBatches(
+            self.args.global_batch_size, accelerator.process_index, accelerator.num_processes, first_step
+        )
+
     def _peek(self, step: int) -> Iterator[dict[str, Any]]:
         """The batches from `step` on, read beside the run."""
-        processes = (self.accelerator.process_index, self.accelerator.num_processes)
-        for draws in GlobalBatches(self.args.global_batch_size, *processes, step):
+        for draws in self._sampler(step):
             batch = collate([self.dataset[draw] for draw in draws])
             self.ledger.update(batch["skipped"])
             yield batch
@@ -279,8 +296,10 @@ class Run:
 
     def _save(self, done: int) -> None:
         if self.accelerator.is_main_process:
+            measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
             state = self.interleaving.state_dict() | {
-                "arguments": _plain(self.args), "skipped": self.ledger.state_dict(), "seconds": self.seconds
+                "arguments": _plain(self.args), "samples": len(self.items), "skipped": self.ledger.state_dict(),
+                "normalization": measured, "seconds": self.seconds,
             }  # fmt: skip
             save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last)
         self.accelerator.wait_for_everyone()
@@ -331,6 +350,8 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         ValueError: An unknown or wrong field, or codebooks that differ between the two.
     """
     encoder = _make_config(BridleConfig, "encoder", {"modality": args.modality, **args.encoder})
+    if encoder.modality != args.modality:
+        raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
     own = set(PreTrainedConfig().to_dict())
     shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
     fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
@@ -340,6 +361,9 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         ours, theirs = getattr(encoder, name), getattr(tokenizer, name)
         if ours != theirs:
             raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
+    depth, layers = encoder.num_hidden_layers, tokenizer.teacher_layers
+    if layers is not None and not (layers and all(-depth - 1 <= layer <= depth for layer in layers)):
+        raise ValueError(f"tokenizer.teacher_layers is {layers}: expected some of 0 (the embedding) to {depth}")
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer
@@ -348,9 +372,7 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
 def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:
     known = config_class().to_dict()
     for key in fields:
-        if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{name}.{key} is not a field" + (f"; did you mean '{nearest[0]}'?" if nearest else ""))
+        check_name(name, key, known)
     try:
         return config_class(**fields)
     except Exception as error:

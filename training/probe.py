@@ -10,22 +10,24 @@ import json
 import logging
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+from transformers import AutoConfig, AutoModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
-from training.arguments import ArgumentError, parse_arguments
-from training.data import MODALITIES, Item, SkippedFiles, find_items
+from training.arguments import ArgumentError, Mapping, parse_arguments
+from training.data import SkippedFiles, find_items
 from training.labels import Labels, assign_folds
+from training.media import load_processor, make_item_loader
 from training.probes import format_probes, run_probes, untrained_encoder
+from training.reading import Item
 
 
 @dataclass
@@ -40,6 +42,9 @@ class ProbeArguments:
     folds: int | None = field(
         default=None,
         metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
+    )
+    loader: Mapping = field(
+        default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
     )
     random_init: bool = field(default=False, metadata={"help": "random weights in place of the saved ones"})
     batch_size: int = field(default=64, metadata={"help": "items per forward pass"})
@@ -56,12 +61,11 @@ def main() -> None:
         labels = Labels(items)
         folds = make_folds(items, args.folds)
         encoder = AutoModel.from_pretrained(args.model)
-        processor = AutoFeatureExtractor.from_pretrained(args.model)
+        load = make_item_loader(config, load_processor(args.model, config), args.loader)
     except (ValueError, OSError) as error:
         raise ArgumentError(str(error)) from error
     if args.random_init:
         encoder = untrained_encoder(encoder, args.seed)
-    load = MODALITIES[config.modality].loader(processor, max_frames=processor.max_length)
     with tempfile.TemporaryDirectory() as folder:
         ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(items))
         rows = run_probes(
@@ -82,16 +86,14 @@ def main() -> None:
 
 
 def load_config(model: str) -> Any:
-    """Configuration of a saved BRIDLE encoder or classifier, of a modality that can be read here.
+    """Configuration of a saved BRIDLE encoder or classifier.
 
     Raises:
-        ValueError: another kind of model, or a modality that `training/data.py` has no loader for.
+        ValueError: another kind of model.
     """
     config = AutoConfig.from_pretrained(model)
     if config.model_type != "bridle":
         raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
-    if config.modality not in MODALITIES:
-        raise ValueError(f"--model {model} is for {config.modality}; data can be read for: {', '.join(MODALITIES)}")
     return config
 
 
@@ -120,7 +122,7 @@ def report(
     print(f"{len(items) - skipped} items ({skipped} skipped), {len(labels.names)} classes, {num_folds} folds")
     print(format_probes(rows))
     result = {
-        "arguments": asdict(args),
+        "arguments": vars(args),
         "items": len(items) - skipped,
         "skipped": skipped,
         "classes": len(labels.names),

@@ -1,7 +1,7 @@
 """What frozen features know: pooled features, linear and nearest-neighbour probes, and controls to set beside them.
 
     Item -> loader -> batch --encoder--> patches' features --POOLINGS--> (items, dim) -- folds --> ProbeResult
-                            \\--as it is--> frames of log-mel --POOLINGS--> the control
+                            \\--as it is--> frames of log-mel --POOLINGS--> the control (pixels: not pooled)
 
 A probe says little alone: `run_probes` sets an untrained encoder, a regression on the input itself and the majority
 class beside it, under several poolings.
@@ -15,20 +15,23 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import linalg, sparse
+from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
-from training.data import Item, SkippedFiles, iterate_eval
+from training.data import SkippedFiles, iterate_eval
 from training.labels import Labels
 from training.metrics import METRIC_NAMES, score
+from training.reading import Item
 
 
-# On the notes, C = 0.1 is within .01 of the best of (0.01, 0.03, 0.1, 1) for an untrained encoder (best: 1) and for
-# log-mel (best: 0.03) alike, so that it favours neither; 100 iterations take a second per fold.
-REGULARIZATION_C, MAX_ITERATIONS = 0.1, 100
+# Features differ in how much regularization suits them (on the notes: log-mel 0.03, encoders 0.3), and one value for
+# all would favour some: each fold takes the best of these on a fold that it trains on.
+REGULARIZATIONS = (0.03, 0.1, 0.3)
+MAX_ITERATIONS = 100
 NUM_NEIGHBORS = 20
 RIDGE = 1.0  # for codes: as if each code had been seen once more, with the mean feature
 
@@ -61,9 +64,22 @@ POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] =
     "mean_std": _mean_std,
     "band_mean": _band_mean,
 }
-ENCODER_POOLINGS = {"audio": ("mean", "mean_std", "band_mean"), "image": ("mean", "mean_std"), "video": ("mean",)}
-# The regression that every probe is set beside: its name, and how the model's input of that name is pooled.
-INPUT_CONTROLS = {"input_values": ("log-mel regression", ("mean", "mean_std"))}
+ENCODER_POOLINGS = {
+    "audio": ("mean", "mean_std", "band_mean"),
+    "image": ("mean", "mean_std"),
+    "video": ("mean", "mean_std"),
+}
+# The regression that every probe is set beside: its name, and how the model's input of that name is pooled. Pixels
+# mean something where they stand, and are taken as they are.
+INPUT_CONTROLS = {
+    "input_values": ("log-mel regression", ("mean", "mean_std")),
+    "pixel_values": ("pixel regression", ()),
+    "pixel_values_videos": ("frame regression", ()),
+}
+# Pixels of larger pictures than this are averaged first, and of more numbers in all than this, 256 principal
+# components are kept: a regression on hundreds of thousands of numbers would take hours and do no better. Of few items
+# fewer components: the last ones are noise, which standardisation makes as loud as the first.
+MOST_PIXELS_A_SIDE, MOST_PIXELS, PIXEL_COMPONENTS, ITEMS_PER_COMPONENT = 32, 1024, 256, 10
 
 Features = dict[str, np.ndarray]
 
@@ -82,14 +98,14 @@ def extract_features(encoder: Any, batches: Iterable[dict[str, torch.Tensor]], d
 
 
 def input_features(batches: Iterable[dict[str, torch.Tensor]]) -> Features:
-    """The control: the input itself, pooled over real frames. For each pooling: (items, dim) float32."""
+    """The control: the input itself, pooled over real frames. For each pooling: (items, dim) float32; pixels: ""."""
     return _collect(batches, {"input": _pool_input})["input"]
 
 
 def collect_features(
     encoders: dict[str, Any], batches: Iterable[dict[str, torch.Tensor]], device: Any = "cpu", with_input: bool = True
 ) -> dict[str, Features]:
-    """Features of several encoders, by name, in one pass; with those of the input itself ("log-mel regression")."""
+    """Features of several encoders, by name, in one pass; with those of the input itself (see `INPUT_CONTROLS`)."""
     extractors = {name: _encoder_features(encoder, device) for name, encoder in encoders.items()}
     if with_input:
         modality = next(iter(encoders.values())).config.modality
@@ -115,9 +131,24 @@ def _collect(
             for pooling, features in extract(batch).items():
                 parts[name].setdefault(pooling, []).append(features.float().cpu().numpy())
     return {
-        name: {pooling: np.concatenate(arrays) for pooling, arrays in poolings.items()}
+        name: {
+            # Of pixels, which alone are not pooled; an encoder's features stay what they are.
+            pooling: np.concatenate(arrays) if pooling else _principal_components(np.concatenate(arrays))
+            for pooling, arrays in poolings.items()
+        }
         for name, poolings in parts.items()
     }
+
+
+def _principal_components(features: np.ndarray) -> np.ndarray:
+    """(items, dim) as it is, or of many dimensions the principal components.
+
+    They are fitted on all items, without their labels: if that helps anybody, then the control.
+    """
+    if features.shape[1] <= MOST_PIXELS:
+        return features
+    count = max(min(PIXEL_COMPONENTS, len(features) // ITEMS_PER_COMPONENT), 1)
+    return PCA(count, svd_solver="randomized", iterated_power=2, random_state=0).fit_transform(features)
 
 
 def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, torch.Tensor]]:
@@ -144,6 +175,10 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
 
 def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     name = next(name for name in INPUT_CONTROLS if name in batch)
+    if name != "input_values":
+        pixels, (height, width) = batch[name].float().flatten(1, -3), batch[name].shape[-2:]
+        size = (min(height, MOST_PIXELS_A_SIDE), min(width, MOST_PIXELS_A_SIDE))
+        return {"": torch.nn.functional.adaptive_avg_pool2d(pixels, size).flatten(1)}
     frames = batch[name].float()
     mask = batch.get("attention_mask")
     real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
@@ -166,27 +201,41 @@ class ProbeResult:
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
-    """Logistic regression on standardised features; one classifier per class where items carry several labels."""
+    """Logistic regression on standardised features; one classifier per class where items carry several labels.
 
-    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
-        if train_labels.ndim == 1:
-            model = _logistic_regression(train, train_labels)
-            found = np.full((len(test), num_classes), -1.0)  # a class that these folds lack is never chosen
-            found[:, model.classes_] = model.predict_proba(test)
-            return found
-        found = np.zeros((len(test), num_classes))
-        for number, target in enumerate(train_labels.T):
-            if target.min() != target.max():  # else there is nothing to learn from
-                found[:, number] = _logistic_regression(train, target).decision_function(test)
-        return found
+    The regularization is chosen for each fold, on one of the folds that it trains on.
+    """
+
+    def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
+        # Of a single training fold, every fourth item.
+        several = train_folds.min() != train_folds.max()
+        inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
+        found = {}
+        for strength in REGULARIZATIONS:
+            fitted = _fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, MAX_ITERATIONS // 2)
+            found[strength] = score(train_labels[inner], fitted)
+        return _fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
 
     return _cross_validate(scores, features, labels, folds)
 
 
-def _logistic_regression(features: np.ndarray, labels: np.ndarray) -> LogisticRegression:
+def _fit_and_score(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, strength: float, iterations: int
+) -> np.ndarray:
+    """(test items, classes) scores of a logistic regression with regularization C = `strength`."""
+    model = LogisticRegression(C=strength, max_iter=iterations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # MAX_ITERATIONS was chosen short of it
-        return LogisticRegression(C=REGULARIZATION_C, max_iter=MAX_ITERATIONS).fit(features, labels)
+        if train_labels.ndim == 1:
+            model.fit(train, train_labels)
+            found = np.full((len(test), model.classes_.max() + 1), -1.0)  # a class that is absent is never chosen
+            found[:, model.classes_] = model.predict_proba(test)
+            return found
+        found = np.zeros((len(test), train_labels.shape[1]))
+        for number, target in enumerate(train_labels.T):
+            if target.min() != target.max():  # else there is nothing to learn from
+                found[:, number] = model.fit(train, target).decision_function(test)
+        return found
 
 
 def knn_probe(
@@ -194,11 +243,11 @@ def knn_probe(
 ) -> ProbeResult:
     """Vote of the nearest training items by cosine of standardised features, each vote weighted by its similarity."""
 
-    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
+    def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
         neighbors = NearestNeighbors(n_neighbors=min(num_neighbors, len(train)), metric="cosine").fit(train)
         distances, indices = neighbors.kneighbors(test)
         similarities = 1.0 - distances / 2.0  # from 0, opposite, to 1
-        return np.einsum("nk,nkc->nc", similarities, _one_hot(train_labels, num_classes)[indices])
+        return np.einsum("nk,nkc->nc", similarities, _one_hot(train_labels)[indices])
 
     return _cross_validate(scores, features, labels, folds)
 
@@ -206,23 +255,24 @@ def knn_probe(
 def majority(labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
     """What the frequencies of the classes in the training folds alone achieve."""
 
-    def scores(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, num_classes: int) -> np.ndarray:
-        return np.broadcast_to(_one_hot(train_labels, num_classes).mean(axis=0), (len(test), num_classes))
+    def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
+        frequencies = _one_hot(train_labels).mean(axis=0)
+        return np.broadcast_to(frequencies, (len(test), len(frequencies)))
 
     return _cross_validate(scores, np.zeros((len(labels), 1)), labels, folds)
 
 
-def _one_hot(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    return np.eye(num_classes, dtype=np.float32)[labels] if labels.ndim == 1 else labels
+def _one_hot(labels: np.ndarray) -> np.ndarray:
+    return np.eye(labels.max() + 1, dtype=np.float32)[labels] if labels.ndim == 1 else labels
 
 
 def _cross_validate(
-    scores: Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray],
+    scores: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
     features: np.ndarray,
     labels: np.ndarray,
     folds: np.ndarray,
 ) -> ProbeResult:
-    """`scores(training features, training labels, test features, classes)` gives (test items, classes)."""
+    """`scores(training features, their labels, their folds, test features)` gives (test items, classes)."""
     features, labels, folds = np.asarray(features, dtype=np.float32), np.asarray(labels), np.asarray(folds)
     if not len(features) == len(labels) == len(folds):
         raise ValueError(
@@ -230,13 +280,13 @@ def _cross_validate(
         )
     if len(np.unique(folds)) < 2:
         raise ValueError("all items are in one fold: a probe needs at least 2")
-    num_classes = labels.max() + 1 if labels.ndim == 1 else labels.shape[1]
     results = []
     for fold in np.unique(folds):
         test = folds == fold
         scaler = StandardScaler().fit(features[~test])
         train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
-        results.append(score(labels[test], scores(train_features, labels[~test], test_features, num_classes)))
+        found = scores(train_features, labels[~test], folds[~test], test_features)
+        results.append(score(labels[test], found))
     metric = METRIC_NAMES["single_label" if labels.ndim == 1 else "multi_label"]
     return ProbeResult(metric, float(np.mean(results)), tuple(results))
 

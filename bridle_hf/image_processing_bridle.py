@@ -1,0 +1,169 @@
+"""Pictures of any kind into the image model's input, where transformers' own processors cannot do it.
+
+Colour images and videos are read by `ViTImageProcessor` and `VideoMAEImageProcessor`. They know 3 channels alone, and
+a path given to a pipeline always arrives as RGB, so that [`BridleImageProcessor`] serves models of any other number;
+[`make_image_processor`] chooses.
+"""
+
+import numpy as np
+import torch
+from transformers import ViTImageProcessorPil
+from transformers.image_processing_backends import PilBackend
+from transformers.image_transforms import convert_to_rgb
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+from .configuration_bridle import BridleEncoderConfig
+
+
+try:
+    from PIL import Image, ImageOps
+except ImportError:  # without Pillow there are no images, but the package must import for audio
+    Image = ImageOps = None
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as Pillow's mode L
+
+
+def image_to_array(image: "Image.Image", num_channels: int = 3) -> np.ndarray:
+    """A Pillow image, upright (EXIF), as (height, width, num_channels) uint8.
+
+    Palette, CMYK and other colour spaces become RGB, 16-bit grey is scaled to 8 bits, transparency is laid on white
+    (as transformers does), and grey and colour become each other as in [`fit_channels`]. Two and four channels are the
+    image's own, alpha included.
+
+    Raises:
+        ValueError: 32-bit or floating-point pixels, whose range is not known; or channels that do not fit.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion to 8 bits clips at 255. 65535 / 257 = 255.
+        pixels = np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8)[..., None]
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"has pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits")
+    elif image.mode in ("1", "L"):
+        pixels = np.array(image.convert("L"))[..., None]
+    elif image.mode in ("LA", "RGBA") and len(image.mode) == num_channels:
+        pixels = np.array(image)
+    else:
+        pixels = convert_to_rgb(image, return_numpy=True)
+    return fit_channels(pixels, num_channels)
+
+
+def fit_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
+    """(height, width, channels) with `num_channels`: grey is repeated for colour, colour is weighted to grey.
+
+    Raises:
+        ValueError: Any other change of the number of channels.
+    """
+    channels = pixels.shape[-1]
+    if channels == num_channels:
+        return pixels
+    if channels == 4 and num_channels in (1, 3):
+        pixels, channels = convert_to_rgb(pixels, return_numpy=True, input_data_format=ChannelDimension.LAST), 3
+    if channels == num_channels:
+        return pixels
+    if (channels, num_channels) == (1, 3):
+        return pixels.repeat(3, axis=-1)
+    if (channels, num_channels) == (3, 1):
+        grey = pixels @ np.asarray(LUMA)
+        return (np.rint(grey) if np.issubdtype(pixels.dtype, np.integer) else grey).astype(pixels.dtype)[..., None]
+    raise ValueError(f"has {channels} channels where {num_channels} are expected")
+
+
+class BridleImageProcessor(PilBackend):
+    r"""
+    Images for models of any number of channels: resized so that the shorter edge fits, cropped to the middle, scaled
+    to [0, 1] and normalised.
+
+    All arguments are those of [`ViTImageProcessor`]; the number of channels is the length of `image_mean`. Images may
+    be Pillow images (see [`image_to_array`]), or arrays and tensors (height, width), (height, width, channels) or
+    (channels, height, width), with values in 0..255; grey and colour are converted as in [`fit_channels`].
+
+    Returns `pixel_values` (batch, channels, height, width).
+    """
+
+    _auto_class = "AutoImageProcessor"  # saving copies this file beside the settings, for `trust_remote_code=True`
+    resample = 2  # bilinear, in Pillow's numbering
+    image_mean = (0.5,)
+    image_std = (0.5,)
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    crop_size = {"height": 224, "width": 224}
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    def _prepare_images_structure(self, images, expected_ndims=3):
+        # The base class takes a bare (height, width) array for a batch, and fails.
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:
+            images = images[None]
+        elif isinstance(images, list | tuple):
+            images = [image[None] if getattr(image, "ndim", None) == 2 else image for image in images]
+        return super()._prepare_images_structure(images, expected_ndims)
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, image_mean=None, **kwargs):
+        """One image as (channels, height, width)."""
+        num_channels = len(image_mean)
+        if Image is not None and isinstance(image, Image.Image):
+            pixels = image_to_array(image, num_channels)
+        else:
+            pixels = np.asarray(image)
+            layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4, num_channels))
+            if ChannelDimension(layout) == ChannelDimension.FIRST:
+                pixels = np.moveaxis(pixels, 0, -1)
+            pixels = fit_channels(pixels, num_channels)
+        return np.moveaxis(pixels, -1, 0)
+
+    def resize(self, image, size, resample=None, **kwargs):
+        """Resize (channels, height, width), one channel after the other: Pillow takes 1, 3 or 4 at a time."""
+        return np.concatenate([super(BridleImageProcessor, self).resize(c[None], size, resample) for c in image])
+
+
+def make_image_processor(
+    config: BridleEncoderConfig,
+    image_mean: list[float] | None = None,
+    image_std: list[float] | None = None,
+) -> PilBackend:
+    """The processor of an image or video model: shorter edge to the longer of `config.image_size`, middle crop.
+
+    Args:
+        config: Of the encoder or the tokenizer; `image_size` and `num_channels` are what counts.
+        image_mean, image_std: Per channel, of values in [0, 1]; 0.5 if not given, as ViT has them.
+
+    Returns:
+        For images `ViTImageProcessor`, or [`BridleImageProcessor`] where there are not 3 channels; for video
+        `VideoMAEImageProcessor`, which returns `pixel_values` (batch, frames, channels, height, width). Without
+        torchvision these are transformers' classes on top of Pillow, saved under the same names.
+
+    Raises:
+        ValueError: The config is for audio, or for video of other than 3 channels; `image_mean` or `image_std` does
+            not have one number per channel.
+    """
+    from transformers import VideoMAEImageProcessorPil
+
+    if config.modality == "audio":
+        raise ValueError("the config is for audio: use BridleFeatureExtractor")
+    if config.modality == "video" and config.num_channels != 3:
+        raise ValueError(f"`num_channels` is {config.num_channels}: there is no processor for video of other than 3")
+    image_mean = [0.5] * config.num_channels if image_mean is None else list(image_mean)
+    image_std = [0.5] * config.num_channels if image_std is None else list(image_std)
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+        if len(values) != config.num_channels:
+            raise ValueError(f"`{name}` is {values}: give {config.num_channels} numbers, one per channel")
+    height, width = config.input_size[1:]
+    settings = {
+        "size": {"shortest_edge": max(height, width)},
+        "default_to_square": False,
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "image_mean": image_mean,
+        "image_std": image_std,
+    }
+    if config.modality == "video":
+        return VideoMAEImageProcessorPil(**settings)
+    if config.num_channels == 3:
+        return ViTImageProcessorPil(**settings, do_convert_rgb=True)
+    return BridleImageProcessor(**settings)
+
+
+__all__ = ["BridleImageProcessor", "fit_channels", "image_to_array", "make_image_processor"]

@@ -1,0 +1,231 @@
+"""Processors of image and video folders: channels, Auto classes, pipelines, remote code; all without torchvision."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from films import write_film
+from fresh_process import run_fresh
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    VideoMAEImageProcessorPil,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+from bridle_hf import (
+    BridleConfig,
+    BridleForImageClassification,
+    BridleForVideoClassification,
+    BridleImageProcessor,
+    BridleTokenizerConfig,
+    BridleTokenizerModel,
+    make_image_processor,
+)
+from bridle_hf.image_processing_bridle import fit_channels
+
+
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+    "num_frames": 4,
+}
+FOLDERS = {"grey": ("image", 1), "colour": ("image", 3), "five": ("image", 5), "video": ("video", 3)}
+CLASSES = {
+    "grey": BridleImageProcessor,
+    "colour": ViTImageProcessorPil,
+    "five": BridleImageProcessor,
+    "video": VideoMAEImageProcessorPil,
+}
+
+
+def config_of(kind, **fields):
+    modality, num_channels = FOLDERS[kind]
+    return BridleConfig(modality=modality, num_channels=num_channels, **TINY, **fields)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A classifier with its processor in a folder for each kind, a picture and a film."""
+    root = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    for kind, (modality, _) in FOLDERS.items():
+        model_class = BridleForVideoClassification if modality == "video" else BridleForImageClassification
+        model = model_class(config_of(kind, num_labels=3))
+        for parameter in model.parameters():  # so that pictures tell, in a model that has learned nothing
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(root / kind)
+        make_image_processor(config_of(kind), *([[0.4] * model.config.num_channels] * 2)).save_pretrained(root / kind)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / "picture.png")
+    write_film(root / "film.mp4")
+    return root
+
+
+def settings_of(processor):
+    return {name: value for name, value in processor.to_dict().items() if name != "auto_map"}
+
+
+def scores(answers):
+    return torch.tensor([answer["score"] for answer in sorted(answers, key=lambda answer: answer["label"])])
+
+
+# --- channels ---
+
+
+def test_fit_channels():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+    colour = fit_channels(grey, 3)
+    np.testing.assert_array_equal(colour, grey.repeat(3, axis=-1))
+    np.testing.assert_array_equal(fit_channels(colour, 1), grey)
+    np.testing.assert_allclose(fit_channels(colour / 255, 1), grey / 255)  # floats stay floats
+    assert fit_channels(np.zeros((2, 2, 4), np.uint8), 1).tolist() == [[[255]] * 2] * 2  # transparent on white
+    with pytest.raises(ValueError, match="has 2 channels where 3 are expected"):
+        fit_channels(np.zeros((2, 2, 2)), 3)
+
+
+@pytest.mark.parametrize("layout", ["(height, width)", "channels last", "channels first", "tensor", "Pillow"])
+def test_grey_images_in_every_layout(layout):
+    pixels = np.random.default_rng(0).integers(0, 256, (28, 28), dtype=np.uint8)
+    image = {
+        "(height, width)": pixels,
+        "channels last": pixels[..., None].repeat(3, axis=-1),
+        "channels first": pixels[None],
+        "tensor": torch.from_numpy(pixels),
+        "Pillow": Image.fromarray(pixels),
+    }[layout]
+    processor = BridleImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    expected = torch.from_numpy(pixels / 127.5 - 1)[None, None].float()
+    for images in (image, [image]):
+        values = processor(images, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
+    assert processor([image, image], return_tensors="pt")["pixel_values"].shape == (2, 1, 28, 28)
+
+
+def test_each_of_many_channels_is_resized_alike():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 40), dtype=np.uint8)
+    one = make_image_processor(config_of("grey"))(pixels, return_tensors="pt")["pixel_values"]
+    five = make_image_processor(config_of("five"))(np.stack([pixels] * 5), return_tensors="pt")["pixel_values"]
+    assert five.shape == (1, 5, 32, 32)
+    torch.testing.assert_close(five, one.expand(-1, 5, -1, -1))
+    with pytest.raises(ValueError, match="has 3 channels where 5 are expected"):
+        make_image_processor(config_of("five"))(Image.new("RGB", (40, 48)))
+
+
+def test_make_image_processor():
+    for kind, processor_class in CLASSES.items():
+        assert type(make_image_processor(config_of(kind))) is processor_class
+    with pytest.raises(ValueError, match="for audio: use BridleFeatureExtractor"):
+        make_image_processor(BridleConfig(modality="audio"))
+    with pytest.raises(ValueError, match=r"`num_channels` is 1: .* video"):
+        make_image_processor(BridleConfig(modality="video", num_channels=1))
+    with pytest.raises(ValueError, match=r"`image_std` is \[0\.5\]: give 3 numbers"):
+        make_image_processor(config_of("colour"), image_std=[0.5])
+
+
+# --- folders ---
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_auto_image_processor(root, kind, tmp_path):
+    fresh = make_image_processor(config_of(kind), *([[0.4] * FOLDERS[kind][1]] * 2))
+    # Where torchvision is asked for and missing, as where it is there: a class of the same name, or ours.
+    for options in ({}, {"backend": "torchvision"}, {"trust_remote_code": True}):
+        processor = AutoImageProcessor.from_pretrained(root / kind, **options)
+        assert type(processor) is CLASSES[kind]
+        assert settings_of(processor) == settings_of(fresh)
+    processor.save_pretrained(tmp_path)
+    assert settings_of(AutoImageProcessor.from_pretrained(tmp_path)) == settings_of(fresh)
+    saved = json.loads((root / kind / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == CLASSES[kind].__name__.removesuffix("Pil")
+
+
+def test_auto_image_processor_of_a_tokenizer(tmp_path):
+    sizes = {"estimator_hidden_size": 16, "estimator_num_hidden_layers": 1, "estimator_num_attention_heads": 2}
+    config = BridleTokenizerConfig(modality="image", num_channels=1, **TINY, **sizes, code_dim=8, codebook_size=8)
+    BridleTokenizerModel(config).save_pretrained(tmp_path)
+    make_image_processor(config).save_pretrained(tmp_path)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is BridleImageProcessor
+
+
+@pytest.mark.parametrize("kind", ["grey", "colour"])
+def test_image_pipeline_on_path_image_and_array(root, kind, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run remote code"))
+    image = Image.open(root / "picture.png")
+    processor = AutoImageProcessor.from_pretrained(root / kind)
+    model = AutoModelForImageClassification.from_pretrained(root / kind)
+    with torch.no_grad():
+        expected = model(**processor(image, return_tensors="pt")).logits[0].softmax(dim=-1)
+    classify = pipeline("image-classification", model=str(root / kind))
+    for media in (str(root / "picture.png"), image, np.asarray(image)):
+        torch.testing.assert_close(scores(classify(media)), expected, rtol=0, atol=1e-6)
+
+
+def test_image_pipeline_on_a_grey_array(root):
+    pixels = np.asarray(Image.open(root / "picture.png").convert("L"))
+    classify = pipeline("image-classification", model=str(root / "grey"))
+    assert classify(pixels) == classify(Image.fromarray(pixels))
+
+
+def test_video_pipeline_on_a_path(root):
+    from training.reading import read_video
+
+    frames = read_video(str(root / "film.mp4"), choose=lambda total, rate: np.arange(4))  # as the pipeline samples
+    processor = AutoImageProcessor.from_pretrained(root / "video")
+    model = AutoModelForVideoClassification.from_pretrained(root / "video")
+    inputs = processor(list(frames), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 4, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(**inputs).logits[0].softmax(dim=-1)
+    classify = pipeline("video-classification", model=str(root / "video"))
+    # Its conversion to RGB may round otherwise: it asks libav for threads.
+    torch.testing.assert_close(scores(classify(str(root / "film.mp4"))), expected, rtol=0, atol=1e-4)
+    strided = classify(str(root / "film.mp4"), frame_sampling_rate=4)
+    assert not torch.allclose(scores(strided), expected, atol=1e-4)
+
+
+# --- without the package, without Pillow ---
+
+
+def test_by_remote_code(root):
+    code = f"""
+        from transformers import AutoImageProcessor, pipeline
+
+        root, answers = {str(root)!r}, {{}}
+        for kind in ("grey", "colour", "five", "video"):
+            processor = AutoImageProcessor.from_pretrained(f"{{root}}/{{kind}}", trust_remote_code=True)
+            processor.save_pretrained(f"again/{{kind}}")
+            print(type(AutoImageProcessor.from_pretrained(f"again/{{kind}}", trust_remote_code=True)).__name__)
+            task, file = ("video", "film.mp4") if kind == "video" else ("image", "picture.png")
+            if kind != "five":
+                classify = pipeline(f"{{task}}-classification", model=f"{{root}}/{{kind}}", trust_remote_code=True)
+                answers[kind] = classify(f"{{root}}/{{file}}")
+        torch.save(answers, "answers.pt")
+    """
+    names = run_fresh(code, root / "remote", package=False).split()
+    assert names == [CLASSES[kind].__name__ for kind in FOLDERS]
+    answers = torch.load(root / "remote" / "answers.pt")
+    for kind, task, file in (("grey", "image", "picture.png"), ("video", "video", "film.mp4")):
+        here = pipeline(f"{task}-classification", model=str(root / kind))(str(root / file))
+        torch.testing.assert_close(scores(answers[kind]), scores(here), rtol=0, atol=1e-6)
+
+
+def test_audio_needs_no_pillow(tmp_path):
+    code = """
+        sys.modules["PIL"] = None
+        import bridle_hf
+        print(len(bridle_hf.BridleFeatureExtractor()([0.1] * 16000, sampling_rate=16000)["input_values"]))
+    """
+    assert run_fresh(code, tmp_path, package=True).strip() == "1"
+
+
+def test_nothing_here_needs_torchvision():
+    assert "torchvision" not in sys.modules
