@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from threadpoolctl import threadpool_limits
 from transformers import AutoConfig, AutoModel, pipeline
 
 
@@ -171,10 +171,12 @@ def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, o
         groups = [names.pop() if len(names) == 1 else None for names in tested]
         jobs[task.title, "majority", ""] = (majority, (labels, folds), groups)
         for name, poolings in features.items():
-            for pooling in [pooling for pooling in (*POOLINGS, "") if pooling in poolings]:
+            # One pooling is enough to see a second task beside the first.
+            wanted = POOLINGS if task is demo.tasks[0] else POOLINGS[:1]
+            for pooling in [pooling for pooling in (*wanted, "") if pooling in poolings]:
                 jobs[task.title, name, pooling] = (linear_probe, (poolings[pooling], labels, folds), groups)
     # One thread each: a logistic regression of this size gains nothing from a second one.
-    with ProcessPoolExecutor(max_workers=2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(max_workers=2, initializer=threadpool_limits, initargs=(1,)) as pool:
         found = {key: pool.submit(function, *arguments) for key, (function, arguments, _) in jobs.items()}
         results: dict[str, Any] = {}
         for (title, name, pooling), future in found.items():
@@ -222,7 +224,7 @@ def make_table(demo: Demo, probes: dict[str, Any], finetuned: dict[str, float]) 
             alone = ""
             if demo.held_out_fold is not None:
                 alone = f"{100 * entry['per_fold'][entry['folds'].index(demo.held_out_fold)]:.1f}"
-            more = [_percent(probes[task.title][name][pooling]) for task in others]
+            more = [_percent(probes[task.title][name].get(pooling)) for task in others]
             rows.append([label, _percent(entry), alone, *more])
     arms = {"fine-tuned from the last iteration": "classifier", "the same from scratch": "from_scratch"}
     for label, name in arms.items():
@@ -238,7 +240,9 @@ def make_table(demo: Demo, probes: dict[str, Any], finetuned: dict[str, float]) 
     return {"title": "Frozen probes and fine-tuning", "columns": columns, "rows": rows, "notes": notes}
 
 
-def _percent(entry: dict[str, Any]) -> str:
+def _percent(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
     low, high = min(entry["per_fold"]), max(entry["per_fold"])
     return f"{100 * entry['score']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
 

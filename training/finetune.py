@@ -42,11 +42,9 @@ from training.arguments import ArgumentError, Mapping, parse_arguments
 from training.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
 from training.data import DrawDataset, SkippedFiles, TooManyBadFiles, collate, find_items, iterate_eval
 from training.labels import Labels, split_by_groups
-from training.media import Load, VideoLoader, load_processor, make_item_loader
+from training.media import Load, VideoLoader, load_config, load_processor, make_item_loader
 from training.metrics import METRIC_NAMES, TOP5, ClassificationMetric
-from training.monitoring import write_json
-from training.pretrain import git_revision
-from training.probe import load_config
+from training.monitoring import git_revision, write_json
 from training.reading import Item
 
 

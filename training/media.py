@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoFeatureExtractor, AutoImageProcessor
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
 from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
 from bridle_hf.feature_extraction_bridle import num_samples
@@ -477,6 +477,18 @@ def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None
     if any(fields.get(name, size) != size for name, size in sizes.items()):
         raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
     return BridleFeatureExtractor(**{**sizes, **fields})
+
+
+def load_config(model: str) -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if config.model_type != "bridle":
+        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
+    return config
 
 
 def load_processor(folder: str, config: BridleConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,14 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def git_revision() -> str | None:
+    """Revision of this source tree, if it is a git checkout."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,6 @@ and run.json. `--resume` goes on from the newest checkpoint.
 import json
 import logging
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ from training.data import (
 from training.evaluation import draw_example, evaluate_tokenizer, probe, probe_items, spread
 from training.interleaving import Interleaving, NonFiniteError, Schedule
 from training.media import make_item_loader, make_processor
-from training.monitoring import MetricsLog, Monitor, write_json
+from training.monitoring import MetricsLog, Monitor, git_revision, write_json
 from training.report import write_report
 
 
@@ -383,14 +382,6 @@ def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:
 def _plain(args: PretrainArguments) -> dict[str, Any]:
     """Arguments as JSON would give them back."""
     return json.loads(json.dumps(vars(args)))
-
-
-def git_revision() -> str | None:
-    """Revision of this source tree, if it is a git checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,7 +25,7 @@ import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
 from training.arguments import ArgumentError, Mapping, parse_arguments
 from training.data import SkippedFiles, find_items
 from training.labels import Labels, assign_folds
-from training.media import load_processor, make_item_loader
+from training.media import load_config, load_processor, make_item_loader
 from training.probes import format_probes, run_probes, untrained_encoder
 from training.reading import Item
 
@@ -83,18 +83,6 @@ def main() -> None:
             name="untrained encoder" if args.random_init else "encoder",
         )
     report(args, rows, items, labels, folds, ledger)
-
-
-def load_config(model: str) -> Any:
-    """Configuration of a saved BRIDLE encoder or classifier.
-
-    Raises:
-        ValueError: another kind of model.
-    """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != "bridle":
-        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
-    return config
 
 
 def make_folds(items: list[Item], num_folds: int | None) -> np.ndarray:
