@@ -8,6 +8,7 @@ from pixels import pixel_config, write_item
 from sounds import RATE
 
 from training import augmentation
+from training.arguments import FinetuneArguments
 from training.augmentation import (
     AudioTrainingLoader,
     PixelTrainingLoader,
@@ -17,7 +18,6 @@ from training.augmentation import (
     rand_augment,
     spec_augment,
 )
-from training.finetune import FinetuneArguments
 from training.media import AudioLoader, make_item_loader, make_processor
 from training.reading import Item, MediaError
 

@@ -10,20 +10,16 @@ import torch
 from pixels import save_pixel_encoder, write_item, write_pixels
 from safetensors.torch import load_file
 from sounds import RATE, save_encoder, sound, tiny_config, write_sounds
+from torch import nn
 from transformers import AutoModelForVideoClassification, pipeline
 
 from bridle_hf import BridleConfig, BridleForAudioClassification
 from training import finetune
-from training.finetune import (
-    EpochDraws,
-    FinetuneArguments,
-    TrainingDraws,
-    balanced_weights,
-    parameter_groups,
-    split_items,
-)
+from training.arguments import FinetuneArguments
 from training.media import VideoLoader, load_processor, make_item_loader, make_processor
 from training.reading import Item
+from training.task import split_items
+from training.trainer import EpochDraws, TrainingDraws, balanced_weights, parameter_groups
 
 
 SHORT = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": "true"}
@@ -292,6 +288,26 @@ def test_bad_files_are_skipped_and_listed(run, sounds):
     skipped = [json.loads(line)["path"] for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert sorted(finetune.Path(path).name for path in skipped) == ["noise_0.wav", "tone_1.wav"]
     assert json.loads((out / "results.json").read_text())["items"]["evaluation"] == 11
+
+
+def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path):
+    healthy, calls = nn.functional.cross_entropy, []
+
+    def sick(logits, labels, **options):
+        calls.append(1)
+        return healthy(logits, labels, **options) * (float("nan") if len(calls) in bad else 1.0)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", sick)
+    bad = range(2, 4)
+    out = run(num_train_epochs=2, validation_fraction=0.25)
+    results = json.loads((out / "results.json").read_text())
+    assert results["skipped_steps"] == 2 and np.isfinite(results["evaluation"]["loss"])
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
+
+    calls, bad = [], range(1, 10**6)
+    with pytest.raises(SystemExit, match="not finite in 20 steps in a row"):
+        run(output_dir=tmp_path / "sick", num_train_epochs=30, eval_strategy="no", save_strategy="no",
+            load_best_model_at_end="false", validation_fraction=0.25)  # fmt: skip
 
 
 def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):

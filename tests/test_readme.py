@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from saved_folders import make_models, save_all
 
-from training.arguments import PretrainArguments
-from training.finetune import FinetuneArguments, FinetuneTrainingArguments
+from training.arguments import FinetuneArguments, FinetuneTrainingArguments, PretrainArguments
 from training.probe import ProbeArguments
 
 

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -159,6 +160,89 @@ class PretrainArguments:
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
+
+
+@dataclass
+class FinetuneArguments:
+    """Arguments of `training/finetune.py` beside those of `TrainingArguments`."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
+    data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels; `labels`: several per item"})
+    group_column: str = field(default="group", metadata={"help": "column of the groups"})
+    label_order: str | None = field(
+        default=None, metadata={"help": "csv with index, mid, display_name that numbers the classes (AudioSet)"}
+    )
+    train_split: str = field(default="train", metadata={"help": "split to train on, where the data has splits"})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "split to evaluate on (default: validation, else test)"}
+    )
+    eval_fold: list[str] = field(default_factory=list, metadata={"help": "folds to evaluate on, train on the others"})
+    eval_group: list[str] = field(default_factory=list, metadata={"help": "groups to evaluate on"})
+    validation_fraction: float = field(
+        default=0.0, metadata={"help": "evaluate on this random fraction; of whole groups where items have one"}
+    )
+
+    from_scratch: bool = field(default=False, metadata={"help": "random weights: the control"})
+    freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone (linear probing)"})
+    max_length: int | None = field(
+        default=None, metadata={"help": "input length in frames (default: the processor's)"}
+    )
+    mean: float | None = field(default=None, metadata={"help": "mean of the log-mel (default: the processor's)"})
+    std: float | None = field(default=None, metadata={"help": "std of the log-mel (default: the processor's)"})
+
+    layer_decay: float = field(default=1.0, metadata={"help": "learning rate of a layer, relative to the one above"})
+    drop_path_rate: float = field(default=0.0, metadata={"help": "stochastic depth of the last layer"})
+    patch_dropout: list[float] = field(
+        default_factory=lambda: [0.0, 0.0], metadata={"help": "fractions of (time, mel) stripes of patches dropped"}
+    )
+    loader: Mapping = field(
+        default_factory=dict,
+        metadata={"help": "arguments of the image or video loader, as {stride: 4, min_crop: 0.2, flip: false}"},
+    )
+    augment: bool = field(
+        default=False,
+        metadata={"help": "audio: circular shift and gain, Beta(10, 10) + 0.5; image, video: random crop and flip"},
+    )
+    mixup_probability: float = field(default=0.0, metadata={"help": "mix this share of the inputs with another"})
+    mixup_alpha: float = field(default=10.0, metadata={"help": "the mix is Beta(alpha, alpha)"})
+    mel_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bins"})
+    time_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in frames of a clip of 1024"})
+    cutmix_probability: float = field(default=0.0, metadata={"help": "paste a box of another into this share"})
+    rand_augment: float = field(default=0.0, metadata={"help": "magnitude of RandAugment, up to 10; 0: none"})
+    random_erasing: float = field(default=0.0, metadata={"help": "erase a rectangle of this share of the inputs"})
+    balanced_sampling: bool = field(default=False, metadata={"help": "draw items by 1 / frequency of their classes"})
+    draws_per_epoch: int | None = field(
+        default=None, metadata={"help": "samples per epoch (default: samples_per_item of each item)"}
+    )
+    samples_per_item: int = field(default=1, metadata={"help": "samples drawn of an item in a row, each at random"})
+    eval_clips: int = field(default=1, metadata={"help": "clips per film in the last evaluation, spread over it"})
+    eval_crops: int = field(default=1, metadata={"help": "crops per clip in the last evaluation, side by side"})
+    cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
+
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
+
+
+@dataclass
+class FinetuneTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of this script."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "folder to write (required)"})
+    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate"})
+    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint"})
+    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept, beside the best"})
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "keep the best epoch's model, not the last's"}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
+    weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
+    label_smoothing_factor: float = field(default=0.0, metadata={"help": "of the single-label cross-entropy"})
+    seed: int = field(default=0, metadata={"help": "of everything that is random"})
+    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "faster copies to a GPU"})
+    # The batches hold what the model takes, and `skipped` for the trainer.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
 
 
 class _OneLineParser(HfArgumentParser):

@@ -12,8 +12,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,11 @@ import accelerate
 import numpy as np
 import torch
 import transformers
-from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 from torch import nn
-from torch.utils.data import Dataset, Sampler
 from transformers import (
     AutoModelForAudioClassification,
     AutoModelForImageClassification,
     AutoModelForVideoClassification,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -38,14 +34,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf
 from model_cards.card import write_card
-from training.arguments import ArgumentError, Mapping, parse_arguments
+from training.arguments import ArgumentError, FinetuneArguments, FinetuneTrainingArguments, parse_arguments
 from training.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
-from training.data import DrawDataset, SkippedFiles, TooManyBadFiles, collate, find_items, iterate_eval
-from training.labels import Labels, split_by_groups
-from training.media import Load, VideoLoader, load_config, load_processor, make_item_loader
+from training.data import SkippedFiles, TooManyBadFiles, iterate_eval
+from training.interleaving import NonFiniteError
+from training.media import Load, load_config, load_processor, make_item_loader
 from training.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 from training.monitoring import git_revision, write_json
 from training.reading import Item
+from training.task import Task, make_task
+from training.trainer import (
+    EvaluationItems,
+    FinetuneTrainer,
+    TrainingDraws,
+    ViewLoader,
+    balanced_weights,
+    collate_samples,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -62,108 +67,8 @@ OPTIONS_OF = {
     ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
     ("video",): ("eval_clips", "eval_crops"),
 }
-BALANCED_STREAM = 3  # of random numbers, beside those of training/data.py
 # What a run leaves in its folder beside the saved model; --overwrite removes it.
 RUN_FILES = ("results.json", "run.json", "skipped.jsonl", "checkpoints")
-
-
-@dataclass
-class FinetuneArguments:
-    """Arguments of `training/finetune.py` beside those of `TrainingArguments`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
-    data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels; `labels`: several per item"})
-    group_column: str = field(default="group", metadata={"help": "column of the groups"})
-    label_order: str | None = field(
-        default=None, metadata={"help": "csv with index, mid, display_name that numbers the classes (AudioSet)"}
-    )
-    train_split: str = field(default="train", metadata={"help": "split to train on, where the data has splits"})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "split to evaluate on (default: validation, else test)"}
-    )
-    eval_fold: list[str] = field(default_factory=list, metadata={"help": "folds to evaluate on, train on the others"})
-    eval_group: list[str] = field(default_factory=list, metadata={"help": "groups to evaluate on"})
-    validation_fraction: float = field(
-        default=0.0, metadata={"help": "evaluate on this random fraction; of whole groups where items have one"}
-    )
-
-    from_scratch: bool = field(default=False, metadata={"help": "random weights: the control"})
-    freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone (linear probing)"})
-    max_length: int | None = field(
-        default=None, metadata={"help": "input length in frames (default: the processor's)"}
-    )
-    mean: float | None = field(default=None, metadata={"help": "mean of the log-mel (default: the processor's)"})
-    std: float | None = field(default=None, metadata={"help": "std of the log-mel (default: the processor's)"})
-
-    layer_decay: float = field(default=1.0, metadata={"help": "learning rate of a layer, relative to the one above"})
-    drop_path_rate: float = field(default=0.0, metadata={"help": "stochastic depth of the last layer"})
-    patch_dropout: list[float] = field(
-        default_factory=lambda: [0.0, 0.0], metadata={"help": "fractions of (time, mel) stripes of patches dropped"}
-    )
-    loader: Mapping = field(
-        default_factory=dict,
-        metadata={"help": "arguments of the image or video loader, as {stride: 4, min_crop: 0.2, flip: false}"},
-    )
-    augment: bool = field(
-        default=False,
-        metadata={"help": "audio: circular shift and gain, Beta(10, 10) + 0.5; image, video: random crop and flip"},
-    )
-    mixup_probability: float = field(default=0.0, metadata={"help": "mix this share of the inputs with another"})
-    mixup_alpha: float = field(default=10.0, metadata={"help": "the mix is Beta(alpha, alpha)"})
-    mel_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in mel bins"})
-    time_mask: int = field(default=0, metadata={"help": "SpecAugment: widest mask in frames of a clip of 1024"})
-    cutmix_probability: float = field(default=0.0, metadata={"help": "paste a box of another into this share"})
-    rand_augment: float = field(default=0.0, metadata={"help": "magnitude of RandAugment, up to 10; 0: none"})
-    random_erasing: float = field(default=0.0, metadata={"help": "erase a rectangle of this share of the inputs"})
-    balanced_sampling: bool = field(default=False, metadata={"help": "draw items by 1 / frequency of their classes"})
-    draws_per_epoch: int | None = field(
-        default=None, metadata={"help": "samples per epoch (default: samples_per_item of each item)"}
-    )
-    samples_per_item: int = field(default=1, metadata={"help": "samples drawn of an item in a row, each at random"})
-    eval_clips: int = field(default=1, metadata={"help": "clips per film in the last evaluation, spread over it"})
-    eval_crops: int = field(default=1, metadata={"help": "crops per clip in the last evaluation, side by side"})
-    cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
-
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
-    overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
-
-
-@dataclass
-class FinetuneTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of this script."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "folder to write (required)"})
-    eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate"})
-    save_strategy: str = field(default="epoch", metadata={"help": "when to save a checkpoint"})
-    save_total_limit: int | None = field(default=1, metadata={"help": "checkpoints kept, beside the best"})
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "keep the best epoch's model, not the last's"}
-    )
-    adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
-    weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
-    label_smoothing_factor: float = field(default=0.0, metadata={"help": "of the single-label cross-entropy"})
-    seed: int = field(default=0, metadata={"help": "of everything that is random"})
-    dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "faster copies to a GPU"})
-    # The batches hold what the model takes, and `skipped` for the trainer.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
-
-
-@dataclass
-class Task:
-    """Who is to be told from whom: the classes, and the items to train and to evaluate on."""
-
-    labels: Labels
-    train: list[Item]
-    evaluation: list[Item]
-    test: list[Item]
-    held_out: str  # in words, for results.json
-    targets: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)  # by item path
-
-    @property
-    def kind(self) -> str:
-        return "multi_label" if self.labels.multi_label else "single_label"
 
 
 def main() -> None:
@@ -184,7 +89,10 @@ def main() -> None:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(" ".join(str(error).split())) from error
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
+    except (NonFiniteError, TooManyBadFiles) as error:
+        raise SystemExit(f"error: {error}") from error
     seconds = time.monotonic() - started
     results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
     if trainer.is_world_process_zero():
@@ -194,80 +102,8 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The task: classes and items
+# What is asked for
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
-    """Find the items, hold some out and number the classes.
-
-    Raises:
-        ValueError: nothing to evaluate on, an item without label, or a label seen in evaluation only.
-    """
-    items = find_items(args.data, config.modality, None, args.label_column, args.group_column)
-    train, evaluation, test, held_out = split_items(items, args, seed)
-    labels = Labels(train, args.label_order)
-    if len(labels.names) < 2:
-        raise ValueError(
-            f"{args.data}: the training items have one class only ({labels.names[0]}): nothing to tell apart"
-        )
-    task = Task(labels, train, evaluation, test, held_out)
-    for part in (train, evaluation, test):
-        task.targets |= {item.path: target for item, target in zip(part, labels.encode(part))}
-    return task
-
-
-def split_items(
-    items: list[Item], args: FinetuneArguments, seed: int
-) -> tuple[list[Item], list[Item], list[Item], str]:
-    """(to train on, to evaluate on after each epoch, to test the final model on or [], what is evaluated on in words).
-
-    Raises:
-        ValueError: more than one way to hold out is asked for, or none is and the data has no splits.
-    """
-    asked = [name for name in ("eval_split", "eval_fold", "eval_group", "validation_fraction") if getattr(args, name)]
-    if len(asked) > 1:
-        raise ValueError(f"--{asked[0]} and --{asked[1]} both say what to evaluate on: give one")
-    splits = {item.split for item in items} - {None}
-    train = [item for item in items if item.split in (args.train_split, None)]
-    if not train:
-        raise ValueError(f"{args.data}: no items of split {args.train_split!r}; the splits are {sorted(splits)}")
-    if asked and asked[0] != "eval_split":
-        train, evaluation, held_out = _hold_out(train, args, seed)
-        return train, evaluation, [item for item in items if item.split == "test"], held_out
-    split = args.eval_split or next((name for name in ("validation", "test") if name in splits), None)
-    evaluation = [item for item in items if item.split == split and split not in (None, args.train_split)]
-    if not evaluation:
-        raise ValueError(
-            f"{args.data}: nothing to evaluate on (its splits: {sorted(splits) or 'none'}); give --eval_split, "
-            "--eval_fold, --eval_group or --validation_fraction"
-        )
-    test = [item for item in items if item.split == "test" != split]
-    return train, evaluation, test, f"split {split}"
-
-
-def _hold_out(items: list[Item], args: FinetuneArguments, seed: int) -> tuple[list[Item], list[Item], str]:
-    if args.eval_group:
-        return *split_by_groups(items, args.eval_group), f"group {', '.join(args.eval_group)}"
-    if args.eval_fold:
-        unknown = set(args.eval_fold) - {item.fold for item in items}
-        if unknown:
-            found = sorted({str(item.fold) for item in items})
-            raise ValueError(f"--eval_fold: no items of fold {', '.join(sorted(unknown))}; the folds are {found}")
-        rest = [item for item in items if item.fold not in args.eval_fold]
-        held_out = [item for item in items if item.fold in args.eval_fold]
-        return rest, held_out, f"fold {', '.join(args.eval_fold)}"
-    options = {"n_splits": 1, "test_size": args.validation_fraction, "random_state": seed}
-    labels, groups = [item.label for item in items], [item.group for item in items]
-    if None not in groups:
-        chosen = GroupShuffleSplit(**options).split(items, labels, groups)
-    elif None not in labels:
-        chosen = StratifiedShuffleSplit(**options).split(items, labels)
-    else:
-        chosen = ShuffleSplit(**options).split(items)
-    train, held_out = next(chosen)
-    where = f"a random fraction of {args.validation_fraction} (seed {seed})"
-    return [items[index] for index in train], [items[index] for index in held_out], where
 
 
 def check_arguments(
@@ -363,175 +199,8 @@ def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The order in which samples are drawn
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class TrainingDraws(DrawDataset):
-    """`DrawDataset` with an epoch's length and, given weights, items drawn with replacement in proportion to them.
-
-    Each item drawn gives `samples_per_item` draws in a row (repeated augmentation), each with its own random numbers.
-    """
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        load: Load,
-        seed: int,
-        draws_per_epoch: int,
-        weights: np.ndarray | None = None,
-        samples_per_item: int = 1,
-    ):
-        super().__init__(items, load, seed)
-        self.draws_per_epoch, self.samples_per_item = draws_per_epoch, samples_per_item
-        self._cumulative = None if weights is None else np.cumsum(weights / weights.sum())
-
-    def __len__(self) -> int:
-        return self.draws_per_epoch
-
-    def index_of(self, draw: int) -> int:
-        draw //= self.samples_per_item
-        if self._cumulative is None:
-            return super().index_of(draw)
-        rng = np.random.default_rng(np.random.SeedSequence((self.seed, draw), spawn_key=(BALANCED_STREAM,)))
-        return min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self.items) - 1)
-
-
-def balanced_weights(targets: torch.Tensor) -> np.ndarray:
-    """1 / frequency of an item's class, summed over its classes where it has several (as in the AudioSet recipes).
-
-    Args:
-        targets: class numbers (items,), or 0/1 rows (items, classes).
-    """
-    rows = nn.functional.one_hot(targets) if targets.dim() == 1 else targets
-    return (rows.double() @ (1.0 / rows.sum(dim=0).clamp(min=1).double())).numpy()
-
-
-class EpochDraws(Sampler):
-    """The draws of one epoch after the other, so that a resumed run sees what an unbroken one would have."""
-
-    def __init__(self, draws_per_epoch: int):
-        self.draws_per_epoch, self.epoch = draws_per_epoch, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.draws_per_epoch
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.epoch * self.draws_per_epoch
-        return iter(range(first, first + self.draws_per_epoch))
-
-
-class EvaluationItems(Dataset):
-    """Every item once, as `load` reads it, with its target as `labels`."""
-
-    def __init__(self, items: Sequence[Item], load: Load, task: Task):
-        self.items, self.load, self.task = items, load, task
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        return {**self.load(item, None), "labels": self.task.targets[item.path], "index": index, "skipped": []}
-
-
-@dataclass(frozen=True)
-class ViewLoader:
-    """Several views of a film, as `views` (clips * crops, frames, channels, height, width)."""
-
-    load: VideoLoader
-    num_clips: int
-    num_crops: int
-
-    def __call__(self, item: Item, rng: None = None) -> dict[str, torch.Tensor]:
-        return {"views": self.load.views(item, self.num_clips, self.num_crops)}
-
-
-def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of what the model takes, and `skipped` for the trainer."""
-    batch = collate(samples)
-    del batch["index"]
-    return batch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class FinetuneTrainer(Trainer):
-    """`Trainer` with layer-wise learning rates, our own order of draws and a ledger of bad files."""
-
-    def __init__(self, *args: Any, layer_decay: float, ledger: SkippedFiles, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.layer_decay, self.ledger = layer_decay, ledger
-        # The model takes any keyword (for its attention), which the Trainer reads as "divides its loss by itself".
-        self.model_accepts_loss_kwargs = False
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            groups = parameter_groups(
-                model or self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay
-            )
-            self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return EpochDraws(len(self.train_dataset))
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        skipped = inputs.pop("skipped")
-        self.ledger.update(skipped)
-        if "labels" not in inputs:
-            raise TooManyBadFiles(f"no file of a whole batch could be read; the last is {': '.join(skipped[-1])}")
-        return super()._prepare_inputs(inputs)
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """Where a batch holds several `views` of each item: the mean loss, and the mean of the probabilities."""
-        if "views" not in inputs:
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        views, name = inputs.pop("views"), self.model.main_input_name
-        # One after the other: all at once are many times the batch that was asked for.
-        steps = [super(FinetuneTrainer, self).prediction_step(model, {**inputs, name: view}, *args, **kwargs)
-                 for view in views.unbind(1)]  # fmt: skip
-        losses, logits, labels = zip(*steps)
-        multi_label = self.model.config.problem_type == "multi_label_classification"
-        probabilities = [entry.sigmoid() if multi_label else entry.softmax(dim=-1) for entry in logits]
-        return torch.stack(losses).mean(), torch.stack(probabilities).mean(dim=0), labels[0]
-
-
-def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
-) -> list[dict[str, Any]]:
-    """Optimizer groups: the rate falls by `layer_decay` with each layer below the head; weight decay on matrices only.
-
-    The embeddings are layer 0, then come the encoder's layers; its last norm belongs to the head.
-    """
-    top = len(model.bridle.layers) + 1
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        depth = top
-        if ".embeddings." in name:
-            depth = 0
-        elif ".layers." in name:
-            depth = 1 + int(name.split(".layers.")[1].split(".")[0])
-        is_matrix = parameter.dim() == 2
-        group = groups.setdefault(
-            (depth, is_matrix),
-            {
-                "params": [],
-                "lr": learning_rate * layer_decay ** (top - depth),
-                "weight_decay": weight_decay if is_matrix else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    return list(groups.values())
 
 
 @dataclass(frozen=True)
@@ -594,7 +263,7 @@ def make_trainer(
         model=model,
         args=training_args,
         train_dataset=draws,
-        eval_dataset=EvaluationItems(task.evaluation, loaders.epoch, task),
+        eval_dataset=EvaluationItems(task.evaluation, loaders.epoch, task.targets),
         data_collator=collate_samples,
         processing_class=processor,
         compute_metrics=lambda outputs: metric.compute(
@@ -631,7 +300,7 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: i
     is_best = trainer.args.load_best_model_at_end
     results = {
         "metric": name,
-        "evaluation": _figures(trainer.evaluate(EvaluationItems(task.evaluation, load, task)), "eval"),
+        "evaluation": _figures(trainer.evaluate(EvaluationItems(task.evaluation, load, task.targets)), "eval"),
         "evaluated_on": task.held_out,
         # A best epoch chosen on the very items that it is measured on flatters itself: say so.
         "epoch": "the best, chosen on the same items" if is_best else "the last",
@@ -639,10 +308,11 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: i
         "items": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
         "classes": len(task.labels.names),
         "skipped_files": len(trainer.ledger.reasons),
+        "skipped_steps": trainer.skip_non_finite.skipped_steps,
         "history": history,
     }
     if task.test:
-        test_items = EvaluationItems(task.test, load, task)
+        test_items = EvaluationItems(task.test, load, task.targets)
         results["test"] = _figures(trainer.evaluate(test_items, metric_key_prefix="test"), "test")
     return results
 
