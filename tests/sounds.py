@@ -28,6 +28,22 @@ def tiny_config(**fields) -> BridleConfig:
     return BridleConfig(**{"modality": "audio", **TINY, **fields})
 
 
+def write_tone(path: Path, seconds=0.3, rate=RATE, channels=1, frequency=440.0, **options) -> str:
+    """A file with a tone; `options` are those of `soundfile.write`."""
+    time = np.arange(int(seconds * rate)) / rate
+    tone = 0.5 * np.sin(2 * np.pi * frequency * time)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.stack([tone] * channels, axis=1), rate, **options)
+    return str(path)
+
+
+def write_tones(folder: Path, count: int = 20) -> str:
+    """`folder` with tones of two classes, all of them different."""
+    for number in range(count):
+        write_tone(folder / f"class_{number % 2}" / f"{number:02d}.wav", frequency=200 + 50 * number)
+    return str(folder)
+
+
 def sound(name: str, rng: np.random.Generator, seconds: float = 0.4) -> np.ndarray:
     """A "tone", "noise" or "click" (samples,), or several at once, joined by "+"."""
     time = np.arange(int(seconds * RATE)) / RATE

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from training.arguments import ArgumentError, PretrainArguments, parse_arguments, read_yaml
-from training.interleaving import Schedule
-from training.pretrain import make_configs
+from training.configs import make_configs
+from training.schedule import Schedule
 
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"

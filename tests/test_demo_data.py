@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from training import demo_data
-from training.data import find_items
 from training.demo_data import CLIP_PIXELS, DIRECTIONS, make_digits, make_moving_digits, render_notes
+from training.items import find_items
 from training.labels import group_folds
 from training.reading import read_image, read_video
 

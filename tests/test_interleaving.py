@@ -1,6 +1,7 @@
 """The schedule against closed forms; and what each kind of phase moves, leaves alone, counts and refuses."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridle_hf import teacher_hidden_states
+from bridle_hf.encoder_bridle import BridleDropPath
 from bridle_hf.masking_bridle import random_mask
 from bridle_hf.patching_bridle import patch_attention_mask
-from training.interleaving import MAX_SKIPPED_IN_A_ROW, Interleaving, NonFiniteError, Schedule
+from training.interleaving import MAX_SKIPPED_IN_A_ROW, Interleaving, NonFiniteError
+from training.schedule import Schedule
 
 
 # The schedule
@@ -317,7 +320,7 @@ def test_gradients_are_clipped_side_by_side(build):
             gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             seen[side] = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
 
-        optimizer.optimizer.register_step_pre_hook(note)
+        optimizer.register_step_pre_hook(note)
     run.step(0, make_batch(0))
     assert seen.keys() == {"encoder", "tokenizer"} and all(abs(norm - 1e-3) < 1e-5 for norm in seen.values())
 
@@ -401,6 +404,113 @@ def test_gradient_checkpointing_changes_nothing(build):
     for expected, found in zip(first, second):
         torch.testing.assert_close(found["encoder/grad_norm"], expected["encoder/grad_norm"], rtol=1e-5, atol=0)
     assert moved(tensors(runs[0]), tensors(runs[1])) == set()
+
+
+def test_stochastic_depth_does_not_depend_on_micro_batches(build):
+    """A sample loses the same layers, whichever part of the batch it stands in; and others lose others."""
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 1, "learning_rate": 1e-3}]
+    fields = {"drop_path_rate": 0.5}
+    whole, cut = build(phases, fields, fields), build(phases, fields, fields, micro_batch_size=2)
+    for expected, found in zip(train(whole), train(cut)):
+        for name in ("encoder/loss", "tokenizer/loss"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+    drop_path = BridleDropPath(0.5).train()
+    torch.manual_seed(0)
+    kept = drop_path(torch.ones(64, 3, 2))
+    assert 0 < int((kept == 0).all(dim=(1, 2)).sum()) < 64 and set(kept.unique().tolist()) == {0.0, 2.0}
+    for first in (0, 16, 48):
+        torch.manual_seed(0)
+        drop_path.rows = first, 64
+        assert torch.equal(drop_path(torch.ones(16, 3, 2)), kept[first : first + 16])
+
+
+# Half precision
+
+
+def test_codes_are_those_of_float32_under_autocast(build):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    run = build([{"train": "joint", "steps": 2, "tokenizer_every": 1, "learning_rate": 1e-3}])
+    run.accelerator = accelerator
+    run.enter_phase(0, peek)
+    quantizer, found = run.unwrapped_tokenizer.quantizer, []
+    nearest = quantizer._nearest
+
+    def note(q, vectors, count):
+        codes = nearest(q, vectors, count)
+        exact = torch.cdist(vectors.double(), quantizer.codebooks[q].double())
+        # As near as the nearest, up to float32's rounding: half precision is off by 1e-2.
+        excess = exact.gather(1, codes) ** 2 - exact.min(dim=1, keepdim=True).values ** 2
+        found.append((vectors.dtype, torch.is_autocast_enabled("cpu"), float(excess.max())))
+        return codes
+
+    quantizer._nearest = note
+    linear = run.unwrapped_encoder.bridle.layers[0].mlp.fc1
+    inner = []
+    linear.register_forward_hook(lambda module, inputs, output: inner.append(output.dtype))
+    metrics = [run.step(step, make_batch(step)) for step in range(2)]
+    assert set(inner) == {torch.bfloat16}
+    assert len(found) > 6 and all(dtype == torch.float32 and not half for dtype, half, _ in found)
+    assert max(excess for *_, excess in found) < 1e-5
+    assert all(bool(torch.isfinite(value).all()) for row in metrics for value in row.values())
+    for tensor in tensors(run).values():
+        assert tensor.dtype in (torch.float32, torch.bool)
+
+
+@pytest.fixture
+def scaled(build):
+    """An `Interleaving` whose loss is scaled, as in fp16; the arithmetic stays in float32."""
+
+    def make(phases, scale, growth_interval=2000, **options):
+        run = build(phases, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+        run.accelerator.scaler = scaler
+        return run
+
+    return make
+
+
+def test_scaling_the_loss_changes_nothing(build, scaled):
+    """Both sides' gradients are scaled back once, before they are clipped."""
+    phases = [{"train": "joint", "steps": 4, "tokenizer_every": 2, "learning_rate": 1e-3}]
+    plain = build(phases, max_grad_norm=0.1)
+    expected = train(plain)
+    run = scaled(phases, 2.0**12, max_grad_norm=0.1)
+    for first, second in zip(expected, train(run)):
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], atol=1e-5, rtol=1e-5, check_dtype=False)
+    for name, value in tensors(plain).items():
+        torch.testing.assert_close(tensors(run)[name], value, atol=1e-5, rtol=0)
+
+
+def test_a_scale_that_overflows_is_lowered_and_the_step_skipped(scaled):
+    run = scaled([{"train": "joint", "steps": 9, "tokenizer_every": 1, "learning_rate": 1e-3}], 2.0**127)
+    run.enter_phase(0, peek)
+    before = tensors(run)
+    assert run.step(0, make_batch(0)) == {} and moved(before, tensors(run)) == set()
+    assert run.accelerator.scaler.get_scale() == 2.0**126 and run.skipped_steps == 1
+    metrics = [run.step(step, make_batch(step)) for step in range(1, 9)]
+    assert metrics[-1] and moved(before, tensors(run)) == {"encoder", "tokenizer", "codebooks"}
+
+
+def test_the_scale_is_resumed(scaled):
+    phases = [{"train": "joint", "steps": 6, "tokenizer_every": 2, "learning_rate": 1e-3}]
+    undisturbed = scaled(phases, 2.0**8, growth_interval=2)
+    train(undisturbed, last=3)
+    state = copy.deepcopy(undisturbed.state_dict())
+    saved = json.loads(json.dumps(state["gradient_scaler"]))
+    # Doubled once, and halfway to the next time.
+    assert (saved["scale"], saved["_growth_tracker"]) == (2.0**9, 1)
+    train(undisturbed, 3)
+    end = undisturbed.accelerator.scaler.state_dict()
+    resumed = scaled(phases, 2.0**8, growth_interval=2)
+    resumed.load_state_dict(state, 3)
+    train(resumed, 3)
+    assert resumed.accelerator.scaler.state_dict() == end != saved
+    assert moved(tensors(undisturbed), tensors(resumed)) == set()
 
 
 # Steps that are not finite

@@ -18,7 +18,8 @@ from PIL import Image
 
 from bridle_hf import BridleConfig, make_image_processor
 from training import reading
-from training.data import DrawDataset, find_items
+from training.data import DrawDataset
+from training.items import find_items
 from training.media import (
     ImageLoader,
     VideoLoader,

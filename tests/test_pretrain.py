@@ -1,4 +1,4 @@
-"""Pretraining end to end: what it leaves, what it refuses, and that neither kills nor processes change its result."""
+"""Pretraining end to end: what it leaves, what it refuses, and that kills do not change its result."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny_run import PHASES, RATE, ROOT, pretrain, rows, run_script, weights, write_recipe, write_recordings
+from tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_recipe, write_recordings
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
@@ -200,92 +200,6 @@ def test_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
         for _ in range(20)
     ]
     run_killed(tmp_path, moments)
-
-
-# Processes
-
-TWO_PROCESSES = """
-import sys
-import torch
-from accelerate.state import AcceleratorState
-import training.pretrain as pretrain
-
-class Stopped(Exception):
-    pass
-
-def finish(run):
-    torch.save(run.interleaving.state_dict(), run.out.parent / f"{run.out.name}_{run.accelerator.process_index}.pt")
-    original_finish(run)
-
-def save(run, done):
-    original_save(run, done)
-    if run.out.name == "stopped" and done == 8:
-        raise Stopped
-
-original_finish, original_save = pretrain.Run.finish, pretrain.Run._save
-pretrain.Run.finish, pretrain.Run._save = finish, save
-pretrain.draw_example = pretrain.write_report = lambda *args: None
-# One process group for all runs.
-pretrain.Accelerator.end_training = lambda accelerator: None
-torch.set_num_threads(1)
-folder, data = sys.argv[1:]
-for recipe, name in (("phases", "phases"), ("joint", "joint"), ("phases", "stopped")):
-    sys.argv[1:] = [f"{folder}/{recipe}.yaml", "--data", data, "--output_dir", f"{folder}/{name}"]
-    try:
-        pretrain.main()
-    except Stopped:
-        pass
-    AcceleratorState._reset_state()
-"""
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """Losses and weights to 1e-5, codes chosen equally often."""
-    ours, theirs = weights(found), weights(expected)
-    for name, tensor in theirs.items():
-        torch.testing.assert_close(
-            ours[name], tensor, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
-    for row, other in zip(rows(found), rows(expected), strict=True):
-        assert row.keys() == other.keys()
-        for name, value in row.items():
-            if name.endswith("loss"):
-                assert abs(value - other[name]) <= 1e-5, (row["step"], name)
-            if name in ("usage/used_fraction", "usage/reseeded", "skipped_steps"):
-                assert value == other[name], (row["step"], name)
-
-
-def test_two_processes_equal_one(data, tmp_path, quick):
-    """With padded clips and masks of several kinds, so that the processes hold different numbers of patches."""
-    broken = tmp_path / "data"
-    write_recordings(broken)
-    (broken / "00_broken.wav").write_bytes(b"no sound")
-    recipes = {name: write_recipe(tmp_path / f"{name}.yaml", name) for name in ("phases", "joint")}
-    done = run_script(TWO_PROCESSES, str(tmp_path), str(broken), str(tmp_path / "script.py"), processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name, recipe in recipes.items():
-        pretrain(recipe, str(broken), tmp_path / f"alone_{name}")
-        assert_same_run(tmp_path / name, tmp_path / f"alone_{name}")
-        ranks = [torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in range(2)]
-        for side in ("encoder", "tokenizer"):
-            assert all(torch.equal(tensor, ranks[1][side][key]) for key, tensor in ranks[0][side].items())
-        assert len((tmp_path / name / "skipped.jsonl").read_text().splitlines()) <= 2
-    # Stopped with two processes, resumed with one.
-    pretrain(recipes["phases"], str(broken), tmp_path / "stopped", "--resume")
-    assert_same_run(tmp_path / "stopped", tmp_path / "alone_phases")
-
-
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_all(tmp_path):
-    code = "import runpy, sys; sys.argv[0] = 'pretrain.py'; from training.pretrain import main; main()"
-    recipe = write_recipe(tmp_path / "recipe.yaml", measure_normalization=False, save_every=0)
-    folder = tmp_path / "data"
-    write_recordings(folder)
-    for number in range(10):
-        (folder / f"broken_{number}.wav").write_bytes(b"no sound")
-    arguments = (recipe, "--data", str(folder), "--output_dir", str(tmp_path / "out"), str(tmp_path / "script.py"))
-    done = run_script(code, *arguments, processes=2)
-    assert done.returncode != 0 and "files cannot be read, more than 10%" in done.stderr
 
 
 # Data

@@ -116,7 +116,7 @@ def weights(out: Path) -> dict:
 
 
 def rows(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
-    clocks = ("time", "samples_per_second", "data_wait_share")
+    """metrics.jsonl without what depends on the clock and the memory."""
+    clocks = ("time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]

@@ -93,7 +93,7 @@ def _load_value(text: str) -> Any:
 class PretrainArguments:
     """Arguments of `training/pretrain.py`."""
 
-    data: str = field(metadata={"help": "folder or Hub id of the recordings, images or clips"})
+    data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
     output_dir: str = field(metadata={"help": "folder to write; must not exist without --resume or --overwrite"})
     modality: Literal["audio", "image", "video"] = field(default="audio", metadata={"help": "what the data is"})
 
@@ -136,21 +136,34 @@ class PretrainArguments:
     save_every: int = field(
         default=1000, metadata={"help": "steps between checkpoints; 0: at the end of phases alone"}
     )
-    keep_last: int = field(default=2, metadata={"help": "checkpoints kept"})
+    keep_last: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    keep_every: int = field(default=0, metadata={"help": "steps between checkpoints that are kept for good; 0: none"})
     keep_iterations: bool = field(default=False, metadata={"help": "keep the models of every phase in OUT/iterations"})
     report_every: int = field(default=200, metadata={"help": "steps between rewrites of report.html; 0: at the end"})
     probe_every: int = field(default=0, metadata={"help": "steps between probes, if there are labels; 0: none"})
     probe_items: int = field(default=2000, metadata={"help": "items that a probe uses at most"})
-    tracker: Literal["none", "tensorboard"] = field(default="tensorboard", metadata={"help": "beside metrics.jsonl"})
+    tracker: Literal["none", "tensorboard", "trackio"] = field(
+        default="tensorboard", metadata={"help": "beside metrics.jsonl"}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "TFLOP/s that one process could do at most, for the MFU; default: measured"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "do a step of each phase, tell what the run would take, and write nothing"}
+    )
+    overfit_one_batch: bool = field(
+        default=False, metadata={"help": "see the first batch at every step: a check that the loss can fall"}
+    )
 
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
-            "keep_last": (1, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9), "probe_items": (1, 1e9),
+            "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
+            "probe_items": (1, 1e9), "peak_tflops": (1e-9, 1e9),
         }  # fmt: skip
         for name, (least, most) in ranges.items():
             value = getattr(self, name)

@@ -32,12 +32,14 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read: names the file."""
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: int) -> Path:
-    """Write `folder/step_N` so that it is there whole or not at all, then remove all but the newest `keep_last`.
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> Path:
+    """Write `folder/step_N` so that it is there whole or not at all, then remove those no longer to be kept.
 
     Args:
         state: `encoder` and `tokenizer` (tensors by name), `optimizers` (optimizer states by name); all else must be
             JSON-serialisable.
+        keep_last: How many of the newest stay.
+        keep_every: Those whose step is a multiple of it stay for good; 0: none.
 
     Raises:
         CheckpointError: The file system refused; checkpoints written before are untouched.
@@ -65,14 +67,19 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; the one before is intact") from error
     for old in list_checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
+        if not keep_every or _step_of(old) % keep_every:
+            shutil.rmtree(old)
     return target
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:

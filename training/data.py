@@ -1,4 +1,4 @@
-"""From a folder or a Hub id to batches: find the items, read them, draw them in an order that nothing can disturb.
+"""From items to batches: draw them in an order that nothing can disturb, read them, keep a ledger of the bad ones.
 
 The order of the data and every random choice about a sample are pure functions of (seed, draw), where a *draw* is the
 position of a sample in the whole run: 0, 1, 2, ... without end. Workers, processes and restarts only decide who
@@ -7,11 +7,12 @@ computes a draw, and so cannot change it. On the way:
     find_items -> [Item] -> DrawDataset (item of a draw, read by a loader) -> GlobalBatches -> make_loader
                                                                            -> train_batches (bad files to the ledger)
 
-What differs between modalities stands in one table, `MODALITIES` of training/media.py.
+So it is for shards, too: an item of a shard is read where it lies, and an epoch's order takes shards and their parts
+as they come near each other (`DrawDataset`). What differs between modalities stands in one table, `MODALITIES` of
+training/media.py.
 """
 
 import contextlib
-import csv
 import json
 import logging
 import math
@@ -28,22 +29,15 @@ from bridle_hf import BridleConfig
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.masking_bridle import make_mask
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
-from training.media import MODALITIES, Load
+from training.media import Load
 from training.monitoring import write_text
-from training.reading import HubRow, Item, MediaError, read_audio
+from training.reading import Item, MediaError, read_audio
+from training.shard_sources import WINDOW
+from training.signals import leave_signals_to_parent
 
 
 logger = logging.getLogger(__name__)
 
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "eval": "test",
-}
 MAX_BAD_FRACTION = 0.1
 MAX_ATTEMPTS = 32  # with 10% bad files, 32 bad ones in a row are a matter of 1e-32
 
@@ -53,200 +47,6 @@ _PERMUTATION_STREAM, _REPLACEMENT_STREAM = 1, 2
 
 class TooManyBadFiles(RuntimeError):  # noqa: N818 (the name says the error)
     """More than 10% of the items cannot be read, or none can."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Finding items
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def find_items(
-    data: str,
-    modality: str,
-    split: str | None = None,
-    label_column: str = "label",
-    group_column: str = "group",
-) -> list[Item]:
-    """List the items of a folder or a Hub id, in an order that depends on their names alone.
-
-    `data` is the first of these that fits:
-
-    * a folder with `metadata.csv`: column `file_name` (relative to the folder) and optionally `label` or `labels`
-      (";"-separated: multi-label), `split`, `fold`, `group`; an empty cell means that it is not known;
-    * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
-      read as splits where every folder on it is called train, validation (valid, val, dev) or test (eval); deeper
-      folders under the class change nothing;
-    * a folder of parquet files, or a Hub id: whatever `datasets.load_dataset` takes, with a column of the modality's
-      feature type, or named like it, and optionally columns as above.
-
-    Files are not opened: one that is listed and missing, or broken, shows when it is read.
-
-    Args:
-        data: folder or Hub id.
-        modality: a key of `MODALITIES`.
-        split: only the items of this split; for a Hub id, what `load_dataset(split=...)` takes.
-        label_column: column that holds the label, where there are columns; "labels" means multi-label.
-        group_column: column that holds the group, where there are columns.
-
-    Raises:
-        ValueError: unknown modality, nothing of that modality in `data`, a column or split that is not there, split
-            folders mixed with others, or a Hub id that `datasets` cannot load.
-    """
-    if modality not in MODALITIES:
-        raise ValueError(f"modality {modality!r}: expected one of {sorted(MODALITIES)}")
-    folder = Path(data)
-    if not folder.is_dir():
-        return _hub_items(data, modality, split, label_column, group_column)
-    if (folder / "metadata.csv").is_file():
-        items = _csv_items(folder / "metadata.csv", label_column, group_column)
-    elif not (items := _folder_items(folder, modality)):
-        if any(folder.rglob("*.parquet")):
-            return _hub_items(data, modality, split, label_column, group_column)
-        extensions = " ".join(MODALITIES[modality].extensions)
-        raise ValueError(f"{data}: no {modality} files found; looked for metadata.csv, *.parquet and {extensions}")
-    elif (label_column, group_column) != ("label", "group"):
-        raise ValueError(f"{data}: columns {label_column!r} and {group_column!r} were asked for: needs a metadata.csv")
-    return items if split is None else _of_split(items, split, data)
-
-
-def _folder_items(folder: Path, modality: str) -> list[Item]:
-    extensions = MODALITIES[modality].extensions
-    files = sorted(
-        (
-            Path(root, name).relative_to(folder)
-            for root, _, names in os.walk(folder, followlinks=True)
-            for name in names
-        ),
-        key=lambda path: path.parts,
-    )
-    files = [path for path in files if path.suffix.lower() in extensions and not path.name.startswith(".")]
-    first_level = {path.parts[0] for path in files if len(path.parts) > 1}
-    splits = first_level & SPLIT_NAMES.keys()
-    if splits and splits != first_level:
-        others = sorted(first_level - splits)
-        raise ValueError(
-            f"{folder}: folders named like splits ({', '.join(sorted(splits))}) stand beside others "
-            f"({', '.join(others[:3])}): keep one kind on the first level, or write a metadata.csv"
-        )
-    items = []
-    for path in files:
-        folders = path.parts[:-1]
-        split = SPLIT_NAMES[folders[0]] if splits and folders else None
-        classes = folders[1:] if splits else folders
-        items.append(Item(str(folder / path), label=classes[0] if classes else None, split=split))
-    return items
-
-
-def _csv_items(path: Path, label_column: str, group_column: str) -> list[Item]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "file_name" not in columns:
-            raise ValueError(f"{path}: no column file_name; the columns are {columns}")
-        label_column = _choose_label_column(columns, label_column, path)
-        if group_column != "group" and group_column not in columns:
-            raise ValueError(f"{path}: no column {group_column!r} for the groups; the columns are {columns}")
-        items = []
-        for row in reader:
-            if not row["file_name"]:
-                raise ValueError(f"{path}, line {reader.line_num}: file_name is empty")
-            items.append(_item_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
-    if not items:
-        raise ValueError(f"{path}: lists no files")
-    return sorted(items, key=lambda item: item.path)
-
-
-def _choose_label_column(columns: Sequence[str], wanted: str, where: str | Path) -> str:
-    if wanted == "label" and "labels" in columns:
-        if "label" in columns:
-            raise ValueError(f"{where}: has both columns label and labels (multi-label): keep one of them")
-        return "labels"
-    if wanted != "label" and wanted not in columns:
-        raise ValueError(f"{where}: no column {wanted!r} for the labels; the columns are {list(columns)}")
-    return wanted
-
-
-def _item_of_row(
-    path: str, row: dict[str, Any], label_column: str, group_column: str, hub: HubRow | None = None
-) -> Item:
-    def cell(column: str) -> str | None:
-        value = row.get(column)
-        return None if value is None or value == "" else str(value)
-
-    label, labels = cell(label_column), None
-    if label_column == "labels":
-        names = row["labels"].split(";") if isinstance(row["labels"], str) else row["labels"] or ()
-        label, labels = None, tuple(name.strip() for name in names if name.strip()) or None
-    split = cell("split")
-    split = SPLIT_NAMES.get(split, split)
-    return Item(path, label, labels, split, cell("fold"), cell(group_column), row=hub)
-
-
-def _of_split(items: list[Item], split: str, data: str) -> list[Item]:
-    name = SPLIT_NAMES.get(split, split)
-    chosen = [item for item in items if item.split == name]
-    if not chosen:
-        found = sorted({item.split for item in items if item.split is not None})
-        raise ValueError(f"{data}: no items of split {split!r}; the splits are {found or 'not given'}")
-    return chosen
-
-
-# --- Rows of a Hub set. Streaming is to come: it needs another source of draws, not another Item. ---
-
-
-def _hub_items(data: str, modality: str, split: str | None, label_column: str, group_column: str) -> list[Item]:
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(data, split=split)
-    except Exception as error:  # whatever its network, its builders and its file systems raise
-        raise ValueError(
-            f"{data!r} is not a folder, and datasets.load_dataset(..., split={split!r}) failed: {error}"
-        ) from error
-    by_split = loaded if isinstance(loaded, dict) else {split: loaded}
-    items = []
-    for name, dataset in by_split.items():
-        items += _dataset_items(dataset, f"{data}/{name}", name, modality, label_column, group_column)
-    if not items:
-        raise ValueError(f"{data}: holds no rows")
-    return items
-
-
-def _dataset_items(
-    dataset: Any, name: str, split: str, modality: str, label_column: str, group_column: str
-) -> list[Item]:
-    import datasets
-
-    media = _media_column(dataset, name, modality)
-    feature = getattr(datasets, modality.capitalize())
-    media_only = dataset.select_columns([media]).cast_column(media, feature(decode=False))
-    label_column = _choose_label_column(dataset.column_names, label_column, name)
-    if group_column != "group" and group_column not in dataset.column_names:
-        raise ValueError(f"{name}: no column {group_column!r} for the groups; the columns are {dataset.column_names}")
-    wanted = {label_column, group_column, "split", "fold"} & set(dataset.column_names) - {media}
-    columns = {column: _names(dataset.features[column], list(dataset[column])) for column in sorted(wanted)}
-    items = []
-    for index in range(len(dataset)):
-        row = {"split": split} | {column: values[index] for column, values in columns.items()}
-        hub = HubRow(media_only, media, index)
-        items.append(_item_of_row(f"{name}/{index}", row, label_column, group_column, hub))
-    return items
-
-
-def _media_column(dataset: Any, name: str, modality: str) -> str:
-    typed = [column for column, kind in dataset.features.items() if type(kind).__name__ == modality.capitalize()]
-    found = typed or [column for column in dataset.column_names if column == modality]
-    if len(found) != 1:
-        raise ValueError(f"{name}: expected one {modality} column, found {found} among {dataset.column_names}")
-    return found[0]
-
-
-def _names(feature: Any, values: list) -> list:
-    """Class numbers of a `ClassLabel`, or of a list of them, as names; anything else as it is."""
-    inner = getattr(feature, "feature", feature)
-    if not hasattr(inner, "int2str"):
-        return values
-    return [inner.int2str(value) if value is not None else None for value in values]
 
 
 class MaskedLoader:
@@ -299,7 +99,7 @@ def measure_normalization(
             try:
                 waveform, rate = read_audio(item.media(), item.path)
             except MediaError as error:
-                ledger.add(error.path, error.reason)
+                ledger.add(item.path, error.reason)
                 continue
             if waveform.shape[-1] < num_samples(1, rate):
                 ledger.add(item.path, "is shorter than one frame of 25 ms")
@@ -320,12 +120,56 @@ def measure_normalization(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Places:
+    """Which items of a set of shards lie near each other: by shard, and by part (a tar has one, parquet row groups).
+
+    Args:
+        part_of_item: (items,) numbers of the parts.
+        shard_of_part: (parts,) numbers of the shards.
+    """
+
+    def __init__(self, part_of_item: np.ndarray, shard_of_part: np.ndarray):
+        self.part_of_item, self.shard_of_part = part_of_item, shard_of_part
+
+    @classmethod
+    def of(cls, items: Sequence[Item]) -> "Places | None":
+        """Places of the items; None if any can be read as well as any other: files, rows of a Hub set, few parts."""
+        parts: dict[tuple[str, int], int] = {}
+        part_of_item = np.empty(len(items), np.int64)
+        for number, item in enumerate(items):
+            if (place := item.place) is None:
+                return None
+            part_of_item[number] = parts.setdefault(place, len(parts))
+        if len(parts) <= WINDOW:
+            return None
+        shards: dict[str, int] = {}
+        return cls(part_of_item, np.array([shards.setdefault(shard, len(shards)) for shard, _ in parts]))
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """A permutation of the items, (items,) int64, that has them from `WINDOW` parts of as many shards at a time.
+
+        The window slides: shards stand in line at random, and parts begin up to `WINDOW` places behind their shard,
+        items up to `WINDOW` places behind their part. So shards are asked for one by one, not many at once.
+        """
+        shards = rng.permutation(self.shard_of_part.max() + 1)
+        parts = _ranks(shards[self.shard_of_part] + WINDOW * rng.random(len(self.shard_of_part)))
+        return np.argsort(parts[self.part_of_item] + WINDOW * rng.random(len(self.part_of_item)), kind="stable")
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(values), np.int64)
+    ranks[np.argsort(values, kind="stable")] = np.arange(len(values))
+    return ranks
+
+
 class DrawDataset(Dataset):
     """Map-style data set over an endless sequence of draws.
 
-    `dataset[draw]` is `load(item, rng)` of item `permutation(seed, draw // n)[draw % n]` with
-    `rng = np.random.default_rng([seed, draw])`, so that each item comes once in every n draws. Added to what `load`
-    returns: `index`, the item's place in `items`, and `skipped`, a list of (path, reason) of bad files met on the way.
+    `dataset[draw]` is `load(item, rng)` of item `order(seed, draw // n)[draw % n]` with
+    `rng = np.random.default_rng([seed, draw])`, so that each item comes once in every n draws. The order of an epoch
+    is any permutation of the items, or, where they lie in many shards, one that reads from few at a time: `Places`.
+    Added to what `load` returns: `index`, the item's place in `items`, and `skipped`, a list of (path, reason) of bad
+    files met on the way.
 
     A bad file (`load` raises ValueError, of which MediaError is one) is replaced by an item that depends on
     (seed, draw, attempt) alone. After 32 bad ones in a row the sample holds nothing but `skipped`;
@@ -336,13 +180,15 @@ class DrawDataset(Dataset):
         if not items:
             raise ValueError("`items` is empty: there is nothing to draw from")
         self.items, self.load, self.seed = items, load, seed
+        self._places = Places.of(items)
         self._permutations: dict[int, np.ndarray] = {}
 
     def index_of(self, draw: int) -> int:
         """Place in `items` of the draw, were no file bad."""
         epoch, position = divmod(draw, len(self.items))
         if epoch not in self._permutations:
-            order = _rng(_PERMUTATION_STREAM, self.seed, epoch).permutation(len(self.items))
+            rng = _rng(_PERMUTATION_STREAM, self.seed, epoch)
+            order = rng.permutation(len(self.items)) if self._places is None else self._places.order(rng)
             # Two are kept: near the turn of an epoch, batches ask for both.
             latest = sorted(self._permutations)[-1:]
             self._permutations = {kept: self._permutations[kept] for kept in latest} | {epoch: order}
@@ -439,6 +285,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,  # their caches live as long as they do
         prefetch_factor=4 if num_workers > 0 else None,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # the loader seeds its workers from it, and leaves torch's global state alone
     )
 

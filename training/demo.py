@@ -28,8 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf  # noqa: F401 (registers the models)
 from model_cards.card import write_card
-from training.data import SkippedFiles, find_items, iterate_eval
+from training.data import SkippedFiles, iterate_eval
 from training.demo_data import make_digits, make_moving_digits, render_notes
+from training.items import find_items
 from training.labels import Labels, assign_folds
 from training.media import load_processor, make_item_loader
 from training.monitoring import write_json

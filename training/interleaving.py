@@ -1,25 +1,18 @@
-"""Encoder and tokenizer trained in turns: the schedule as one state machine, and the steps of its phases.
-
-The only state of a schedule is the number of optimizer steps done; phase, learning rates and what is trained follow
-from it. So a run resumes from a step number, and a schedule is data (`phases` of a recipe):
-
-    phases:
-      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # iteration 0: random projection
-      - {train: tokenizer, epochs: 31, warmup_epochs: 2, learning_rate: 2.0e-4}   # iteration 1: distils the encoder
-      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # and so on, as long as wanted
-"""
+"""Encoder and tokenizer trained in turns: what each phase of a schedule sets up, and what its steps do."""
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bridle_hf import (
     BridleConfig,
@@ -28,149 +21,16 @@ from bridle_hf import (
     BridleTokenizerModel,
     teacher_hidden_states,
 )
+from bridle_hf.encoder_bridle import BridleDropPath
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
 from bridle_hf.quantization_bridle import count_codes, gather_rows
+from training.monitoring import gradient_norms
+from training.schedule import Schedule
 
 
 # More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
 KMEANS_VECTORS_PER_CODE = 64
 MAX_SKIPPED_IN_A_ROW = 20
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One entry of a schedule.
-
-    train: `encoder`; `tokenizer`; `alternate` (the two in turns, `switch_every` steps each, encoder first); or `joint`
-        (the encoder at every step, the tokenizer at every `tokenizer_every`-th with weight `tokenizer_loss_weight`).
-    steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
-    learning_rate: of the encoder, or of the tokenizer where that alone is trained.
-    tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
-    start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
-    """
-
-    train: str
-    steps: int = 0
-    epochs: float = 0.0
-    warmup_steps: int = 0
-    warmup_epochs: float = 0.0
-    learning_rate: float = 5e-4
-    tokenizer_learning_rate: float | None = None
-    start: str = "fresh"
-    switch_every: int = 100
-    tokenizer_every: int = 4
-    tokenizer_loss_weight: float = 0.2
-
-    @classmethod
-    def from_dict(cls, number: int, entry: dict[str, Any]) -> "Phase":
-        """Check one entry of a recipe.
-
-        Raises:
-            ValueError: An unknown key or a wrong value, naming phase and key.
-        """
-        names = [item.name for item in fields(cls)]
-        for name in entry:
-            if name not in names:
-                nearest = difflib.get_close_matches(str(name), names, n=1)
-                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-                raise ValueError(f"phases[{number}]: unknown key '{name}'{hint}")
-        if entry.get("train") not in ("encoder", "tokenizer", "alternate", "joint"):
-            raise ValueError(
-                f"phases[{number}]: train is {entry.get('train')!r}: encoder, tokenizer, alternate or joint"
-            )
-        for item in fields(cls):
-            value = entry.get(item.name, item.default)
-            if item.name in ("train", "start") or value is item.default:
-                continue
-            kinds = int if item.type is int else (int, float)
-            # Beyond this, a length is no longer exact as a float.
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 1e15:
-                kind = "whole number" if item.type is int else "number"
-                raise ValueError(f"phases[{number}]: {item.name} is {value!r}, expected a {kind} of 0 or more")
-        phase = cls(**entry)
-        if phase.start not in ("fresh", "continue"):
-            raise ValueError(f"phases[{number}]: start is {phase.start!r}: fresh or continue")
-        if (phase.steps > 0) == (phase.epochs > 0):
-            raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
-        if min(phase.switch_every, phase.tokenizer_every) < 1:
-            raise ValueError(f"phases[{number}]: switch_every and tokenizer_every must be at least 1")
-        return phase
-
-    @property
-    def trains_encoder(self) -> bool:
-        return self.train != "tokenizer"
-
-    @property
-    def trains_tokenizer(self) -> bool:
-        return self.train != "encoder"
-
-
-class Schedule:
-    """Phases with their lengths settled; everything is a function of the optimizer step.
-
-    Args:
-        entries: The `phases` of a recipe.
-        steps_per_epoch: Optimizer steps that one pass over the data takes (need not be whole).
-        scale: Factor on every phase's length and warm-up.
-
-    Raises:
-        ValueError: No phases, or a wrong one.
-    """
-
-    def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):
-        self.phases = [Phase.from_dict(number, entry) for number, entry in enumerate(entries)]
-        if not self.phases:
-            raise ValueError("phases: the schedule is empty; give at least one phase")
-
-        def settle(steps: int, epochs: float) -> int:
-            return round((steps or epochs * steps_per_epoch) * scale)
-
-        self.lengths = [max(1, settle(phase.steps, phase.epochs)) for phase in self.phases]
-        self.warmups = [settle(phase.warmup_steps, phase.warmup_epochs) for phase in self.phases]
-        self.starts = [sum(self.lengths[:number]) for number in range(len(self.phases))]
-        self.total_steps = sum(self.lengths)
-
-    def phase_number(self, step: int) -> int:
-        """The phase that optimizer step `step` (from 0) belongs to."""
-        if not 0 <= step < self.total_steps:
-            raise ValueError(f"step {step} lies outside of the schedule's {self.total_steps} steps")
-        return max(number for number, start in enumerate(self.starts) if start <= step)
-
-    def iteration(self, number: int) -> int:
-        """How many tokenizers have been distilled up to and with phase `number`."""
-        return sum(phase.trains_tokenizer for phase in self.phases[: number + 1])
-
-    def sides(self, step: int) -> tuple[bool, bool]:
-        """Whether encoder and tokenizer are trained at this step."""
-        number = self.phase_number(step)
-        phase, offset = self.phases[number], step - self.starts[number]
-        if phase.train == "alternate":
-            encoder_turn = offset // phase.switch_every % 2 == 0
-            return encoder_turn, not encoder_turn
-        if phase.train == "joint":
-            return True, offset % phase.tokenizer_every == 0
-        return phase.trains_encoder, phase.trains_tokenizer
-
-    def learning_rates(self, step: int) -> tuple[float, float]:
-        """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase."""
-        number = self.phase_number(step)
-        phase, offset = self.phases[number], step - self.starts[number]
-        length, warmup = self.lengths[number], min(self.warmups[number], self.lengths[number])
-        if offset < warmup:
-            factor = (offset + 1) / warmup
-        else:
-            factor = 0.5 * (1.0 + math.cos(math.pi * (offset - warmup) / max(1, length - warmup)))
-        tokenizer_rate = phase.learning_rate
-        if phase.trains_encoder and phase.tokenizer_learning_rate is not None:
-            tokenizer_rate = phase.tokenizer_learning_rate
-        return factor * phase.learning_rate, factor * tokenizer_rate
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Kind, iteration and steps of each phase, JSON-serialisable."""
-        return [
-            {"kind": phase.train, "iteration": self.iteration(number), "steps": length, "spec": asdict(phase)}
-            for number, (phase, length) in enumerate(zip(self.phases, self.lengths))
-        ]
 
 
 class NonFiniteError(RuntimeError):
@@ -185,6 +45,11 @@ class Interleaving:
         encoder_config, tokenizer_config: What is built at the start of a phase; `tokenizer_config` is that of the
             self-distilled tokenizer, from which the random projection of iteration 0 follows.
         micro_batch_size: Samples of this process per forward; the gradients of a batch are accumulated over them.
+        shard: Each process holds a part of what is trained, of its gradients and of its optimizer (FSDP2). What is
+            frozen, and the codebooks, are whole in each.
+
+    Raises:
+        ValueError: `shard` with fp16, whose gradient scaler would see another part in each process.
     """
 
     def __init__(
@@ -199,17 +64,21 @@ class Interleaving:
         weight_decay: float = 1e-4,
         max_grad_norm: float | None = None,
         gradient_checkpointing: bool = False,
+        shard: bool = False,
     ):
+        if shard and accelerator.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision is fp16: models that are sharded (FSDP) are trained in bf16 or no")
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
         self.micro_batch_size = micro_batch_size
         self.adam_options = {"betas": tuple(adam_betas), "weight_decay": weight_decay}
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing = gradient_checkpointing
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shard else None
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
-        self.optimizers: dict[str, Any] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
 
     # -- phases -------------------------------------------------------------------------------------------------------
@@ -238,7 +107,7 @@ class Interleaving:
         """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer."""
         phase = self.schedule.phases[number]
         self.accelerator.free_memory()
-        self.encoder, self.tokenizer = self.unwrapped_encoder, self.unwrapped_tokenizer
+        self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
@@ -262,6 +131,17 @@ class Interleaving:
     def unwrapped_tokenizer(self) -> BridleTokenizerModel:
         return self.accelerator.unwrap_model(self.tokenizer)
 
+    def whole_models(self) -> tuple[BridleForPreTraining, BridleTokenizerModel]:
+        """Encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
+        return self._whole_model(self.unwrapped_encoder), self._whole_model(self.unwrapped_tokenizer)
+
+    def _whole_model(self, model: nn.Module) -> nn.Module:
+        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            return model
+        whole = self._build(type(model), model.config, phase=0)
+        whole.load_state_dict(_gathered(model.state_dict()))
+        return whole
+
     def _is_distilled(self) -> bool:
         return self.tokenizer is not None and self.unwrapped_tokenizer.config.tokenizer_type == "self_distilled"
 
@@ -279,12 +159,12 @@ class Interleaving:
             # A softmax does not see these: their gradient is rounding noise, of which Adam would make full steps.
             if name.endswith(("k_proj.bias", "position_bias.3.bias")):
                 parameter.requires_grad_(False)
+        wrapped = self.accelerator.prepare(model) if self.mesh is None else _sharded(model, self.mesh)
         # Decay on matrices alone: not on biases, norms, tokens.
         decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=0.0, **self.adam_options)
-        return self.accelerator.prepare(model, optimizer)
+        return wrapped, torch.optim.AdamW(groups, lr=0.0, **self.adam_options)
 
     @torch.no_grad()
     def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
@@ -314,7 +194,8 @@ class Interleaving:
         """Make what is random in a step (dropout, re-seeding) a function of seed and step.
 
         It is the same in all processes and micro batches, so that what a layer draws once for a whole batch (dropout
-        in the position bias of the Swin decoder) does not depend on how the batch is shared out.
+        in the position bias of the Swin decoder) does not depend on how the batch is shared out. Nor does stochastic
+        depth, see `_place`. Dropout of attention weights does: each micro batch of each process draws the same.
         """
         torch.manual_seed(_mix(self.seed, step, 2))
 
@@ -341,6 +222,7 @@ class Interleaving:
         trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
         for number, micro_batch in enumerate(micro_batches):
             self.seed_step(step)
+            self._place(trained, batch, number)
             with self._synchronized(trained, last=number + 1 == len(micro_batches)):
                 loss, metrics = self._losses(step, micro_batch, shares[number], sides, latents)
                 self.accelerator.backward(loss)
@@ -432,10 +314,19 @@ class Interleaving:
                 for tensor in tensors
             )
 
+    def _place(self, trained: list[nn.Module], batch: dict[str, Any], number: int) -> None:
+        """Tell stochastic depth which samples of all processes' batch micro batch `number` of this process holds."""
+        own = len(batch[self.input_name])
+        first = self.accelerator.process_index * own + number * (self.micro_batch_size or own)
+        for model in trained:
+            for module in model.modules():
+                if isinstance(module, BridleDropPath):
+                    module.rows = first, own * self.accelerator.num_processes
+
     def _synchronized(self, trained: list[nn.Module], last: bool) -> Any:
-        """Exchange gradients in the last micro batch alone."""
+        """Exchange gradients in the last micro batch alone; sharded, a process has no room for whole gradients."""
         stack = contextlib.ExitStack()
-        if not last:
+        if not last and self.mesh is None:
             for model in trained:
                 stack.enter_context(self.accelerator.no_sync(model))
         return stack
@@ -448,19 +339,27 @@ class Interleaving:
     def _update(self, train_encoder: bool, train_tokenizer: bool) -> dict[str, torch.Tensor]:
         """Step the optimizers, unless a gradient is not finite: then all ranks skip, since gradients are shared."""
         sides = {"encoder": (self.encoder, train_encoder), "tokenizer": (self.tokenizer, train_tokenizer)}
+        trained = {name: model for name, (model, on) in sides.items() if on}
+        # A gradient scaler (fp16) is told of the gradients of all sides before it chooses its next scale.
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            for name in trained:
+                scaler.unscale_(self.optimizers[name])
         norms = {
-            f"{name}/grad_norm": self.accelerator.clip_grad_norm_(model.parameters(), self.max_grad_norm)
-            for name, (model, trained) in sides.items()
-            if trained
+            f"{name}/grad_norm": _gathered(nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm))
+            for name, model in trained.items()
         }
         finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
-        for name, (_, trained) in sides.items():
-            if not trained:
-                continue
-            # A gradient scaler (fp16) looks for overflow itself, skips, and lowers its scale.
-            if finite or self.accelerator.scaler is not None:
+        for name, model in trained.items():
+            # They have been clipped by now.
+            undo = (norms[f"{name}/grad_norm"] / self.max_grad_norm).clamp(min=1.0)
+            norms |= {part: norm * undo for part, norm in _gathered(gradient_norms(model, name)).items()}
+        for name in trained:
+            if finite:
                 self.optimizers[name].step()
             self.optimizers[name].zero_grad()
+        if scaler is not None:
+            scaler.update()
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.skipped_steps += not finite
         return norms if finite else {}
@@ -468,12 +367,14 @@ class Interleaving:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a run needs beside its arguments and the step number."""
+        """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""
+        scaler = self.accelerator.scaler
         return {
-            "encoder": self.unwrapped_encoder.state_dict(),
-            "tokenizer": self.unwrapped_tokenizer.state_dict(),
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "encoder": _gathered(self.unwrapped_encoder.state_dict()),
+            "tokenizer": _gathered(self.unwrapped_tokenizer.state_dict()),
+            "optimizers": {name: _gathered(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
             "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
+            "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
@@ -489,8 +390,41 @@ class Interleaving:
         if step < self.schedule.total_steps and step not in self.schedule.starts:
             self.prepare(self.schedule.phase_number(step))
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(state["optimizers"][name])
+                optimizer.load_state_dict(_sharded_like(optimizer, state["optimizers"][name]))
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+
+def _sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Shard each layer, and what is left of each part that is called by itself, in place.
+
+    The teacher is the encoder without its decoder, and codes are looked up without the estimator: so the parts stand
+    side by side, and the model as a whole is no unit.
+    """
+    for part in model.children():
+        if any(True for _ in part.parameters()):
+            for unit in (*getattr(part, "layers", ()), part):
+                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    return model
+
+
+def _gathered(state: Any) -> Any:
+    """A tensor, or a structure of them, with what is sharded gathered; all processes must call it."""
+    return recursively_apply(lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state)
+
+
+def _sharded_like(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """The whole state of an optimizer, laid out as its parameters are."""
+    entries = dict(state["state"])
+    for number, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if isinstance(parameter, DTensor) and number in entries:
+            entries[number] = {
+                # Moments have the shape of the parameter; the number of steps is a scalar.
+                name: distribute_tensor(value, parameter.device_mesh, parameter.placements) if value.dim() else value
+                for name, value in entries[number].items()
+            }
+    return {**state, "state": entries}
 
 
 def _mix(*numbers: int) -> int:

@@ -6,6 +6,7 @@ Writes OUT/encoder and OUT/tokenizer (`from_pretrained` folders), metrics.jsonl,
 and run.json. `--resume` goes on from the newest checkpoint.
 """
 
+import itertools
 import json
 import logging
 import shutil
@@ -18,17 +19,18 @@ from typing import Any
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, set_seed
-from transformers import PreTrainedConfig
+from accelerate.utils import (
+    broadcast_object_list,
+)
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bridle_hf import BridleConfig, BridleTokenizerConfig
-from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from model_cards.card import write_card
-from training.arguments import ArgumentError, PretrainArguments, check_name, parse_arguments
+from training.arguments import ArgumentError, PretrainArguments, parse_arguments
 from training.checkpointing import CheckpointError, load_newest, save_checkpoint
+from training.configs import make_configs
 from training.data import (
     DrawDataset,
     GlobalBatches,
@@ -37,17 +39,22 @@ from training.data import (
     SkippedFiles,
     TooManyBadFiles,
     collate,
-    find_items,
     iterate_eval,
     make_loader,
     measure_normalization,
     train_batches,
 )
+from training.dry_run import dry_run
 from training.evaluation import draw_example, evaluate_tokenizer, probe, probe_items, spread
-from training.interleaving import Interleaving, NonFiniteError, Schedule
+from training.flops import ScheduleFlops, find_peak
+from training.interleaving import Interleaving, NonFiniteError
+from training.items import find_items
 from training.media import make_item_loader, make_processor
-from training.monitoring import MetricsLog, Monitor, git_revision, write_json
+from training.monitoring import MetricsLog, Monitor, git_revision, start_tracker, write_json
+from training.processes import Rank0, asked_to_shard, ending_with_the_others, make_accelerator
 from training.report import write_report
+from training.schedule import Schedule
+from training.signals import StopRequest
 
 
 logger = logging.getLogger(__name__)
@@ -56,8 +63,9 @@ logger = logging.getLogger(__name__)
 EVALUATED_CLIPS = 1000
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
-    "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "report_every",
-    "probe_every", "probe_items", "tracker", "keep_iterations", "output_dir", "micro_batch_size", "data",
+    "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
+    "report_every", "probe_every", "probe_items", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
+    "data", "peak_tflops", "dry_run",
 }  # fmt: skip
 
 
@@ -65,33 +73,33 @@ def main() -> None:
     (args,) = parse_arguments(PretrainArguments)
     transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    with ending_with_the_others():
+        carry_out(args)
+
+
+def carry_out(args: PretrainArguments) -> None:
     try:
-        accelerator = make_accelerator(args)
-        if not accelerator.is_main_process:
-            logging.getLogger().setLevel(logging.WARNING)
-        run = Run(args, accelerator)
+        if args.dry_run:
+            return dry_run(args, start)
+        run = start(args)
     except (ValueError, OSError, TooManyBadFiles, CheckpointError) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(str(error)) from error
     try:
-        run.train()
-        run.finish()
-    except (NonFiniteError, TooManyBadFiles, CheckpointError) as error:
+        with StopRequest(run.accelerator) as stop:
+            finished = run.train(stop)
+        if finished:
+            run.finish()
+    except (NonFiniteError, TooManyBadFiles, CheckpointError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def make_accelerator(args: PretrainArguments) -> Accelerator:
-    on_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
-    accelerator = Accelerator(
-        cpu=not on_accelerator,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.tracker == "none" else args.tracker,
-        project_dir=args.output_dir,
-        # The codebooks are kept equal by the quantizer; nothing else is a buffer that changes.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    set_seed(args.seed, deterministic=args.deterministic)
-    return accelerator
+def start(args: PretrainArguments) -> "Run":
+    """The run, ready for its first step."""
+    accelerator = make_accelerator(args)
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    return Run(args, accelerator)
 
 
 class Run:
@@ -103,6 +111,7 @@ class Run:
 
     def __init__(self, args: PretrainArguments, accelerator: Accelerator):
         self.args, self.accelerator = args, accelerator
+        self.rank_0 = Rank0(accelerator)
         self.out = Path(args.output_dir)
         self.items = self._find_items()
         self.encoder_config, self.tokenizer_config = make_configs(args)
@@ -124,6 +133,7 @@ class Run:
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
             gradient_checkpointing=args.gradient_checkpointing,
+            shard=asked_to_shard() and accelerator.num_processes > 1,
         )
         self.seconds = 0.0
         self.first_step = self._resume()
@@ -153,13 +163,14 @@ class Run:
             if args.overwrite and not args.resume:
                 shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
+        self.rank_0.wait()
 
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
         measured = [None]
         if self.accelerator.is_main_process:
             measured = [measure_normalization(self.items, self.processor, self.ledger)]
+        self.rank_0.wait()
         self.processor.mean, self.processor.std = broadcast_object_list(measured)[0]
 
     def _make_dataset(self) -> DrawDataset:
@@ -187,38 +198,44 @@ class Run:
         self.seconds = state["seconds"]
         if self.accelerator.is_main_process:
             self.ledger.load_state_dict(state["skipped"])
-        self.accelerator.wait_for_everyone()
+        self.rank_0.wait()
         logger.info("resuming after step %d of %d", state["step"], self.schedule.total_steps)
         return state["step"]
 
     def _make_monitor(self) -> Monitor:
-        log = None
+        log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
+        self.flops = ScheduleFlops(self.schedule, self.encoder_config, self.tokenizer_config, args.masks)
+        self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
-            log = MetricsLog(self.out / "metrics.jsonl", self.first_step if self.args.resume else None)
+            log = MetricsLog(self.out / "metrics.jsonl", resumed_from)
             self._write_run_json()
-        if self.args.tracker != "none":
-            self.accelerator.init_trackers("tracker")
-        return Monitor(log, self.accelerator, self.schedule.total_steps, self.first_step,
-                       self.args.global_batch_size, self.seconds)  # fmt: skip
+        start_tracker(self.accelerator, self.out, resumed_from)
+        return Monitor(log, self.accelerator, self.flops, self.peak["tflops"], self.first_step,
+                       args.global_batch_size, self.seconds)  # fmt: skip
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """All steps from the first to the last, with checkpoints and reports on the way."""
+    def train(self, stop: StopRequest) -> bool:
+        """All steps from the first to the last, with checkpoints and reports on the way.
+
+        Returns:
+            Whether the last step has been done; `False` if a signal ended the run, with a checkpoint, before that.
+        """
         schedule, args = self.schedule, self.args
-        batches = self._batches(self.first_step)
+        batches, done = self.batches(self.first_step), self.first_step
         started = time.monotonic()
         for step in range(self.first_step, schedule.total_steps):
             number = schedule.phase_number(step)
             if step == schedule.starts[number]:
-                self.interleaving.enter_phase(number, lambda step=step: self._peek(step))
+                self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
-            self.monitor.update(self._step(step, batch), waited)
+            self.monitor.update(self._step(step, batch), asked, waited)
             done = step + 1
             ends = done == schedule.starts[number] + schedule.lengths[number]
-            saves = ends or (args.save_every and done % args.save_every == 0)
+            stops = stop.is_made()
+            saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
             if saves or done % args.log_every == 0:
                 position, skipped = self._position(number), self.interleaving.skipped_steps
                 self.monitor.flush(done, position, self._rates(step), skipped)
@@ -232,7 +249,13 @@ class Run:
                 self._report()
             if saves:
                 self._save(done)
+            if stops and done < schedule.total_steps:
+                break
         self.monitor.close()
+        if done < schedule.total_steps:
+            logger.warning("stopped after step %d of %d: --resume goes on", done, schedule.total_steps)
+            self.accelerator.end_training()
+        return done == schedule.total_steps
 
     def _step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         try:
@@ -241,11 +264,12 @@ class Run:
             files = [self.items[index].path for index in batch["index"].tolist()]
             raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
 
-    def _batches(self, first_step: int) -> Iterator[dict[str, Any]]:
+    def batches(self, first_step: int) -> Iterator[dict[str, Any]]:
         pin_memory = self.accelerator.device.type == "cuda"
-        sampler = self._sampler(first_step)
+        sampler = self._sampler(0 if self.args.overfit_one_batch else first_step)
         loader = make_loader(self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory)
-        return train_batches(loader, self.ledger)
+        batches = train_batches(loader, self.ledger)
+        return itertools.repeat(next(batches)) if self.args.overfit_one_batch else batches
 
     def _sampler(self, first_step: int) -> GlobalBatches:
         accelerator = self.accelerator
@@ -253,7 +277,7 @@ class Run:
             self.args.global_batch_size, accelerator.process_index, accelerator.num_processes, first_step
         )
 
-    def _peek(self, step: int) -> Iterator[dict[str, Any]]:
+    def peek(self, step: int) -> Iterator[dict[str, Any]]:
         """The batches from `step` on, read beside the run."""
         for draws in self._sampler(step):
             batch = collate([self.dataset[draw] for draw in draws])
@@ -268,47 +292,45 @@ class Run:
         return dict(zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)))
 
     def _end_phase(self, number: int, done: int) -> None:
-        """Save the models, look at them, and tell."""
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return
-        position = self._position(number)
-        name = f"phase {number} ({position['kind']} {position['iteration']})"
-        models = self.interleaving.unwrapped_encoder, self.interleaving.unwrapped_tokenizer
+        """Save the models, look at them, and tell; rank 0 does it."""
+        models = self.interleaving.whole_models()
+        if self.accelerator.is_main_process:
+            position = self._position(number)
+            name = f"phase {number} ({position['kind']} {position['iteration']})"
+            self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
+            sample = self.dataset[self.schedule.starts[number]]
+            draw_example(*models, sample, self.out / "figures", name)
+            self._save_models(self.out, *models)
+            if self.args.keep_iterations:
+                self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}", *models)
+        self.rank_0.wait()
+
+    def _evaluate(self, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> dict[str, Any]:
         examples = spread(self.items, EVALUATED_CLIPS)
-        evaluated = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
-        measured = evaluate_tokenizer(models[1], models[0], evaluated)
-        self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": measured})
-        sample = self.dataset[self.schedule.starts[number]]
-        draw_example(*models, sample, self.out / "figures", name)
-        self._save_models(self.out)
-        if self.args.keep_iterations:
-            self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}")
+        batches = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
+        return evaluate_tokenizer(tokenizer, encoder, batches)
 
     def _probe(self, done: int) -> None:
         """Probe the encoder, on labels if there are any; rank 0 does it."""
         items = probe_items(self.items, self.args.probe_items)
+        encoder, device = self.interleaving.whole_models()[0], self.accelerator.device
         if items and self.accelerator.is_main_process:
-            encoder, device = self.interleaving.unwrapped_encoder, self.accelerator.device
             self.monitor.event({"step": done, **probe(encoder, items, self.load, self.ledger, device, self.args.seed)})
-        self.accelerator.wait_for_everyone()
+        self.rank_0.wait()
 
     def _save(self, done: int) -> None:
+        state = self.interleaving.state_dict()
         if self.accelerator.is_main_process:
             measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
-            state = self.interleaving.state_dict() | {
+            state |= {
                 "arguments": _plain(self.args), "samples": len(self.items), "skipped": self.ledger.state_dict(),
                 "normalization": measured, "seconds": self.seconds,
             }  # fmt: skip
-            save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last)
-        self.accelerator.wait_for_everyone()
+            save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last, self.args.keep_every)
+        self.rank_0.wait()
 
-    def _save_models(self, folder: Path) -> None:
-        models = (
-            ("encoder", self.interleaving.unwrapped_encoder),
-            ("tokenizer", self.interleaving.unwrapped_tokenizer),
-        )
-        for name, model in models:
+    def _save_models(self, folder: Path, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> None:
+        for name, model in (("encoder", encoder), ("tokenizer", tokenizer)):
             model.save_pretrained(folder / name)
             self.processor.save_pretrained(folder / name)
 
@@ -319,8 +341,9 @@ class Run:
 
     def finish(self) -> None:
         """The models with their cards, run.json and the report of the finished run."""
+        models = self.interleaving.whole_models()
         if self.accelerator.is_main_process:
-            self._save_models(self.out)
+            self._save_models(self.out, *models)
             self._report()
             run = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
             for name in ("encoder", "tokenizer"):
@@ -336,47 +359,11 @@ class Run:
             "phases": self.schedule.describe(),
             "seed": self.args.seed,
             "processes": self.accelerator.num_processes,
+            "peak": self.peak,
             "seconds": round(getattr(self, "seconds", 0.0), 1),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "git_revision": git_revision(),
         })  # fmt: skip
-
-
-def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizerConfig]:
-    """Configs of both sides; what the tokenizer shares with the encoder and does not name, it takes from it.
-
-    Raises:
-        ValueError: An unknown or wrong field, or codebooks that differ between the two.
-    """
-    encoder = _make_config(BridleConfig, "encoder", {"modality": args.modality, **args.encoder})
-    if encoder.modality != args.modality:
-        raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
-    own = set(PreTrainedConfig().to_dict())
-    shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
-    fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
-    fields |= {"teacher_hidden_size": encoder.hidden_size, **args.tokenizer}
-    tokenizer = _make_config(BridleTokenizerConfig, "tokenizer", fields)
-    for name in ("modality", "num_codebooks", "codebook_size", "patch_grid", "patch_shape"):
-        ours, theirs = getattr(encoder, name), getattr(tokenizer, name)
-        if ours != theirs:
-            raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
-    depth, layers = encoder.num_hidden_layers, tokenizer.teacher_layers
-    if layers is not None and not (layers and all(-depth - 1 <= layer <= depth for layer in layers)):
-        raise ValueError(f"tokenizer.teacher_layers is {layers}: expected some of 0 (the embedding) to {depth}")
-    if tokenizer.tokenizer_type != "self_distilled":
-        raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
-    return encoder, tokenizer
-
-
-def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:
-    known = config_class().to_dict()
-    for key in fields:
-        check_name(name, key, known)
-    try:
-        return config_class(**fields)
-    except Exception as error:
-        # huggingface_hub's strict dataclasses raise their own errors, over several lines.
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
 
 
 def _plain(args: PretrainArguments) -> dict[str, Any]:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
 from training.arguments import ArgumentError, Mapping, parse_arguments
-from training.data import SkippedFiles, find_items
+from training.data import SkippedFiles
+from training.items import find_items
 from training.labels import Labels, assign_folds
 from training.media import load_config, load_processor, make_item_loader
 from training.probes import format_probes, run_probes, untrained_encoder

@@ -1,4 +1,4 @@
-"""What a file or a row of a Hub set holds: recordings by libsndfile, images by Pillow, films by PyAV.
+"""What a file or a part of a shard holds: recordings by libsndfile, images by Pillow, films by PyAV.
 
     Item ─► read_audio ─► waveform (channels, samples)
          ─► read_image ─► pixels (height, width, channels)
@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -47,6 +47,10 @@ class HubRow:
     column: str
     index: int
 
+    @property
+    def place(self) -> None:
+        return None
+
     def media(self) -> str | bytes:
         """The bytes, or the path where the set holds none. MediaError if it holds neither."""
         cell = self.dataset[self.index][self.column] or {}
@@ -56,13 +60,24 @@ class HubRow:
         return media
 
 
+class Source(Protocol):
+    """Where the bytes of an item are, when it is not a file of its own: a row of a Hub set, a part of a shard."""
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """The shard and the part of it that are read together; None where any item is as near as any other."""
+
+    def media(self) -> str | bytes:
+        """The bytes, or the path of a file. MediaError if there are none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One recording, image or clip, before it is read.
 
-    `path` names it: a file, or `<id>/<split>/<row>` for a row of a Hub set. A set has either `label` or `labels`
-    (multi-label). `split` is `train`, `validation` or `test` wherever the source says so under one of their usual
-    names.
+    `path` names it: a file, `<id>/<split>/<row>` for a row of a Hub set, or `<shard>/<name>` within a shard. A set has
+    either `label` or `labels` (multi-label). `split` is `train`, `validation` or `test` wherever the data says so
+    under one of their usual names.
     """
 
     path: str
@@ -71,11 +86,25 @@ class Item:
     split: str | None = None
     fold: str | None = None
     group: str | None = None
-    row: HubRow | None = field(default=None, repr=False, compare=False)
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """See `Source`; None for a file."""
+        return None if self.source is None else self.source.place
 
     def media(self) -> str | bytes:
-        """What a reader opens: the path of the file, or the bytes of a Hub row."""
-        return self.path if self.row is None else self.row.media()
+        """What a reader opens: the path of the file, or the bytes of a row or of a part of a shard.
+
+        Raises:
+            MediaError: There are none.
+        """
+        if self.source is None:
+            return self.path
+        try:
+            return self.source.media()
+        except MediaError as error:
+            raise MediaError(self.path, error.reason) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

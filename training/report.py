@@ -25,7 +25,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.monitoring import read_metrics
+from training.monitoring import PARTS, read_metrics
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles help in print.
@@ -45,8 +45,8 @@ CAPTIONS = {
     "usage": "How well each level of the quantizer uses its codes, over the stretch of steps between two logged rows. "
     "Used codes and entropy near 100% are good; in encoder phases they are those of the targets. The quantization "
     "error should fall from level to level: what is left of the latents, as a share of their squared length.",
-    "training": "Speed, waiting for data, learning rate and gradient norm. A large share of waiting says that the "
-    "loader, not the model, sets the pace.",
+    "training": "Speed, share of the peak (settings: peak), waiting for data, memory, learning rate, gradient norm. A "
+    "large share of waiting says that the loader, not the model, sets the pace.",
     "probes": "Accuracy of classifiers on frozen features as the run goes. Dashed lines are the controls to beat.",
     "masked_input": "One input, and the patches that the encoder sees of it; it predicts codes for the hatched ones.",
     "codes": "The codes that the tokenizer gives each patch, level by level. Within a panel one colour is one code; "
@@ -145,15 +145,19 @@ def plot_usage(rows: list[dict[str, Any]]) -> Figure:
 
 
 def plot_training(rows: list[dict[str, Any]]) -> Figure:
-    """Throughput, data wait, learning rates and gradient norms over the steps."""
+    """Throughput, MFU, data wait, memory, learning rates and gradient norms over the steps."""
     sides = ("encoder", "tokenizer")
+    parts = {f"{side}/grad_norm/{part}": f"{side}: {part}" for side in sides for part in ("layers", *PARTS)}
     panels = [
         Panel("Throughput", "samples/s", {"samples_per_second": ""}),
+        Panel("FLOPs of the model (MFU)", "of the peak (%)", {"mfu": ""}, percent=True),
         Panel("Time spent waiting for data", "of a step (%)", {"data_wait_share": ""}, percent=True),
+        Panel("Memory of the first process", "GiB", {"memory_gib": ""}, style="raw"),
         Panel("Learning rate", "learning rate", {f"{side}/lr": side for side in sides}, style="raw"),
         Panel(
             "Gradient norm before clipping", "norm", {f"{side}/grad_norm": side for side in sides}, logarithmic=True
         ),
+        Panel("Gradient norm by part of the model", "norm", parts, logarithmic=True),
     ]
     return _plot(rows, panels, "Speed and optimization")
 

@@ -7,7 +7,7 @@ import torch
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 
 from training.arguments import FinetuneArguments
-from training.data import find_items
+from training.items import find_items
 from training.labels import Labels, split_by_groups
 from training.reading import Item
 

@@ -1,0 +1,119 @@
+"""
+What watching a run costs, as a share of the step time, probes off: the same steps of a recipe with the monitor and
+without it. Run:
+
+    python tests/benchmarks/bench_monitoring.py [--recipe training/recipes/audio_demo.yaml] [--pairs 100]
+
+Watched are the norms of the gradients by part, the sums on the device, the row of metrics.jsonl, the progress bar and
+TensorBoard. Steps with and without take turns, so that a busy machine slows both; a row is written every `log_every`
+watched steps, as in a run. Reported, per phase: what a watched step takes longer than the unwatched one beside it (the
+median over pairs), and a row's median / log_every, as a share of the median unwatched step.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import training.interleaving
+from bridle_hf.masking_bridle import make_mask
+from bridle_hf.patching_bridle import INPUT_NAMES
+from training.arguments import PretrainArguments, parse_arguments
+from training.configs import make_configs
+from training.flops import ScheduleFlops
+from training.interleaving import Interleaving
+from training.monitoring import MetricsLog, Monitor, start_tracker
+from training.schedule import Schedule
+
+
+DEMO = Path(__file__).parents[2] / "training" / "recipes" / "audio_demo.yaml"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=str(DEMO))
+    parser.add_argument("--pairs", type=int, default=100, help="steps of each kind, per phase")
+    options = parser.parse_args()
+    (args,) = parse_arguments(PretrainArguments, argv=[options.recipe, "--data", "-", "--output_dir", "-"])
+    configs = make_configs(args)
+    schedule = Schedule(args.phases, steps_per_epoch=1000.0)
+    flops = ScheduleFlops(schedule, *configs, args.masks)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="tensorboard", project_dir=folder)
+        start_tracker(accelerator, Path(folder), None)
+        interleaving = Interleaving(accelerator, schedule, *configs, seed=0, micro_batch_size=args.micro_batch_size)
+        batch = make_batch(configs[0], args)
+        print(f"{'phase':>14}{'step (ms)':>12}{'watched (+ms)':>14}{'row (ms)':>10}{'overhead':>10}")
+        for number, phase in enumerate(schedule.phases):
+            interleaving.enter_phase(number, lambda: iter([batch] * 100))
+            log = MetricsLog(Path(folder) / "metrics.jsonl")
+            monitor = Monitor(log, accelerator, flops, 1.0, schedule.starts[number], args.global_batch_size)
+            times = measure(interleaving, monitor, batch, schedule, number, options.pairs, args.log_every)
+            monitor.bar.leave = False
+            monitor.close()
+            print_row(f"{phase.train} {schedule.iteration(number)}", times, args.log_every)
+        accelerator.end_training()
+
+
+def make_batch(config, args):
+    """Inputs and masks of a batch, the same at every step: what is in them does not matter here."""
+    generator = torch.Generator().manual_seed(0)
+    kind = max(args.masks, key=args.masks.get, default=config.mask_type)
+    size = args.global_batch_size
+    masks = [make_mask(kind, config.patch_grid, config.mask_ratio, generator) for _ in range(size)]
+    frames, height, width = config.input_size
+    shape = {"audio": (height, width), "image": (config.num_channels, height, width)}
+    shape = shape.get(config.modality, (frames, config.num_channels, height, width))
+    inputs = torch.randn(size, *shape, generator=generator)
+    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
+
+
+def measure(interleaving, monitor, batch, schedule, number, pairs, log_every):
+    """Seconds of each unwatched step, each watched one and each row."""
+    times = {"unwatched": [], "watched": [], "row": []}
+    gradient_norms = training.interleaving.gradient_norms
+
+    def unwatched():
+        training.interleaving.gradient_norms = lambda *unused: {}
+        interleaving.step(step, batch)
+        training.interleaving.gradient_norms = gradient_norms
+
+    def watched():
+        monitor.done = step
+        monitor.update(interleaving.step(step, batch), time.monotonic(), 0.0)
+
+    position = {"phase": number, "kind": schedule.phases[number].train, "iteration": schedule.iteration(number)}
+    step = schedule.starts[number]
+    for pair in range(pairs + 3):
+        # Which of the two comes first changes from pair to pair.
+        for kind in (unwatched, watched)[:: 1 if pair % 2 else -1]:
+            start = time.perf_counter()
+            kind()
+            if interleaving.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            if pair >= 3:  # the first are to warm up
+                times[kind.__name__].append(time.perf_counter() - start)
+        if pair % log_every == log_every - 1:
+            start = time.perf_counter()
+            monitor.flush(pair + 1, position, {"encoder": 1e-3, "tokenizer": 1e-3}, 0)
+            times["row"].append(time.perf_counter() - start)
+    return times
+
+
+def print_row(name, times, log_every):
+    unwatched, row = statistics.median(times["unwatched"]), statistics.median(times["row"])
+    more = statistics.median(watched - alone for watched, alone in zip(times["watched"], times["unwatched"]))
+    overhead = (more + row / log_every) / unwatched
+    print(f"{name:>14}{1e3 * unwatched:12.1f}{1e3 * more:14.2f}{1e3 * row:10.1f}{overhead:10.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The schedule of a run as one state machine: which phases there are, and what follows from a step's number.
+
+The only state of a schedule is the number of optimizer steps done; phase, learning rates and what is trained follow
+from it. So a run resumes from a step number, and a schedule is data (`phases` of a recipe):
+
+    phases:
+      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # iteration 0: random projection
+      - {train: tokenizer, epochs: 31, warmup_epochs: 2, learning_rate: 2.0e-4}   # iteration 1: distils the encoder
+      - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # and so on, as long as wanted
+"""
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One entry of a schedule.
+
+    train: `encoder`; `tokenizer`; `alternate` (the two in turns, `switch_every` steps each, encoder first); or `joint`
+        (the encoder at every step, the tokenizer at every `tokenizer_every`-th with weight `tokenizer_loss_weight`).
+    steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
+    learning_rate: of the encoder, or of the tokenizer where that alone is trained.
+    tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
+    start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
+    """
+
+    train: str
+    steps: int = 0
+    epochs: float = 0.0
+    warmup_steps: int = 0
+    warmup_epochs: float = 0.0
+    learning_rate: float = 5e-4
+    tokenizer_learning_rate: float | None = None
+    start: str = "fresh"
+    switch_every: int = 100
+    tokenizer_every: int = 4
+    tokenizer_loss_weight: float = 0.2
+
+    @classmethod
+    def from_dict(cls, number: int, entry: dict[str, Any]) -> "Phase":
+        """Check one entry of a recipe.
+
+        Raises:
+            ValueError: An unknown key or a wrong value, naming phase and key.
+        """
+        names = [item.name for item in fields(cls)]
+        for name in entry:
+            if name not in names:
+                nearest = difflib.get_close_matches(str(name), names, n=1)
+                hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+                raise ValueError(f"phases[{number}]: unknown key '{name}'{hint}")
+        if entry.get("train") not in ("encoder", "tokenizer", "alternate", "joint"):
+            raise ValueError(
+                f"phases[{number}]: train is {entry.get('train')!r}: encoder, tokenizer, alternate or joint"
+            )
+        for item in fields(cls):
+            value = entry.get(item.name, item.default)
+            if item.name in ("train", "start") or value is item.default:
+                continue
+            kinds = int if item.type is int else (int, float)
+            # Beyond this, a length is no longer exact as a float.
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < 1e15:
+                kind = "whole number" if item.type is int else "number"
+                raise ValueError(f"phases[{number}]: {item.name} is {value!r}, expected a {kind} of 0 or more")
+        phase = cls(**entry)
+        if phase.start not in ("fresh", "continue"):
+            raise ValueError(f"phases[{number}]: start is {phase.start!r}: fresh or continue")
+        if (phase.steps > 0) == (phase.epochs > 0):
+            raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
+        if min(phase.switch_every, phase.tokenizer_every) < 1:
+            raise ValueError(f"phases[{number}]: switch_every and tokenizer_every must be at least 1")
+        return phase
+
+    @property
+    def trains_encoder(self) -> bool:
+        return self.train != "tokenizer"
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        return self.train != "encoder"
+
+
+class Schedule:
+    """Phases with their lengths settled; everything is a function of the optimizer step.
+
+    Args:
+        entries: The `phases` of a recipe.
+        steps_per_epoch: Optimizer steps that one pass over the data takes (need not be whole).
+        scale: Factor on every phase's length and warm-up.
+
+    Raises:
+        ValueError: No phases, or a wrong one.
+    """
+
+    def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):
+        self.phases = [Phase.from_dict(number, entry) for number, entry in enumerate(entries)]
+        if not self.phases:
+            raise ValueError("phases: the schedule is empty; give at least one phase")
+
+        def settle(steps: int, epochs: float) -> int:
+            return round((steps or epochs * steps_per_epoch) * scale)
+
+        self.lengths = [max(1, settle(phase.steps, phase.epochs)) for phase in self.phases]
+        self.warmups = [settle(phase.warmup_steps, phase.warmup_epochs) for phase in self.phases]
+        self.starts = [sum(self.lengths[:number]) for number in range(len(self.phases))]
+        self.total_steps = sum(self.lengths)
+
+    def phase_number(self, step: int) -> int:
+        """The phase that optimizer step `step` (from 0) belongs to."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} lies outside of the schedule's {self.total_steps} steps")
+        return max(number for number, start in enumerate(self.starts) if start <= step)
+
+    def iteration(self, number: int) -> int:
+        """How many tokenizers have been distilled up to and with phase `number`."""
+        return sum(phase.trains_tokenizer for phase in self.phases[: number + 1])
+
+    def sides(self, step: int) -> tuple[bool, bool]:
+        """Whether encoder and tokenizer are trained at this step."""
+        number = self.phase_number(step)
+        phase, offset = self.phases[number], step - self.starts[number]
+        if phase.train == "alternate":
+            encoder_turn = offset // phase.switch_every % 2 == 0
+            return encoder_turn, not encoder_turn
+        if phase.train == "joint":
+            return True, offset % phase.tokenizer_every == 0
+        return phase.trains_encoder, phase.trains_tokenizer
+
+    def learning_rates(self, step: int) -> tuple[float, float]:
+        """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase."""
+        number = self.phase_number(step)
+        phase, offset = self.phases[number], step - self.starts[number]
+        length, warmup = self.lengths[number], min(self.warmups[number], self.lengths[number])
+        if offset < warmup:
+            factor = (offset + 1) / warmup
+        else:
+            factor = 0.5 * (1.0 + math.cos(math.pi * (offset - warmup) / max(1, length - warmup)))
+        tokenizer_rate = phase.learning_rate
+        if phase.trains_encoder and phase.tokenizer_learning_rate is not None:
+            tokenizer_rate = phase.tokenizer_learning_rate
+        return factor * phase.learning_rate, factor * tokenizer_rate
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Kind, iteration and steps of each phase, JSON-serialisable."""
+        return [
+            {"kind": phase.train, "iteration": self.iteration(number), "steps": length, "spec": asdict(phase)}
+            for number, (phase, length) in enumerate(zip(self.phases, self.lengths))
+        ]

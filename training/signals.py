@@ -1,0 +1,60 @@
+"""Signals that end a run in good order: the step is finished, a checkpoint is written, the exit status is 0.
+
+Queue systems send SIGTERM or SIGUSR1 before they take a machine away, and start the same command again later: with
+`--resume`, the run goes on where it was.
+"""
+
+import logging
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+# A launcher passes on the SIGINT that the terminal has already sent to all: that is one press of Ctrl-C, not two.
+SAME_PRESS_SECONDS = 0.5
+
+
+class StopRequest:
+    """Takes SIGTERM, SIGUSR1 and SIGINT as the wish to stop at the next step; a second SIGINT stops at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received: signal.Signals | None = None
+        self._interrupted_at: float | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            if self._interrupted_at is not None and now - self._interrupted_at > SAME_PRESS_SECONDS:
+                raise KeyboardInterrupt
+            self._interrupted_at = self._interrupted_at or now
+        if self.received is None:
+            self.received = signal.Signals(number)
+            logger.warning("%s: stopping after this step; a second Ctrl-C stops at once", self.received.name)
+
+    def is_made(self) -> bool:
+        """Whether any process has been asked to stop: the same answer in all of them."""
+        asked = torch.tensor(float(self.received is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Make a loader process outlive the signals that a whole process group gets; its parent decides when it ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
