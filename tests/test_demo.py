@@ -1,4 +1,4 @@
-"""The demo's whole way, on a few notes and steps."""
+"""The demo's whole way, on a few notes, digits or films and steps."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.demo_data import render_notes
+from training.demo_data import make_digits, make_moving_digits, render_notes
 
 
 ROOT = Path(__file__).parents[1]
@@ -17,11 +17,15 @@ ROOT = Path(__file__).parents[1]
 def demo(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("demo")
     notes = render_notes(folder, programs=range(0, 40, 8), pitches=range(36, 84, 4))
-    command = [sys.executable, str(ROOT / "training/demo.py"), "--output_dir", str(folder / "out"), "--data", notes]
-    command += ["--steps_scale", "0.005", "--finetune_epochs", "1"]
+    return folder / "out", run_demo("audio", folder / "out", notes)
+
+
+def run_demo(modality: str, out: Path, data: str) -> str:
+    command = [sys.executable, str(ROOT / "training/demo.py"), "--modality", modality, "--output_dir", str(out)]
+    command += ["--data", data, "--steps_scale", "0.003", "--finetune_epochs", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return folder / "out", result.stdout
+    return result.stdout
 
 
 def test_the_table_has_every_arm_and_control(demo):
@@ -61,3 +65,31 @@ def test_the_pipeline_names_general_midi_instruments(demo):
     config = json.loads((out / "classifier/config.json").read_text())
     assert "Acoustic Grand Piano" in config["id2label"].values()
     assert "The classifier says: " in printed
+
+
+def few_digits(folder: Path) -> str:
+    digits = Path(make_digits(folder))
+    header, *rows = (digits / "metadata.csv").read_text().splitlines()
+    (digits / "metadata.csv").write_text("\n".join([header, *rows[::23]]) + "\n")
+    return str(digits)
+
+
+@pytest.mark.parametrize(
+    ("modality", "make_data", "control"),
+    [
+        ("image", few_digits, "pixel regression"),
+        ("video", lambda folder: make_moving_digits(folder, num_clips=80), "frame regression"),
+    ],
+)
+def test_the_whole_way_of_pixels(tmp_path, modality, make_data, control):
+    printed = run_demo(modality, tmp_path / "out", make_data(tmp_path))
+    pretraining = tmp_path / "out" / "pretraining"
+    (table,) = json.loads((pretraining / "results.json").read_text())
+    arms = [row[0] for row in table["rows"]]
+    assert {"iteration 0, mean pooling", "iteration 1, mean pooling", "untrained encoder, mean pooling"} <= set(arms)
+    assert any(arm.startswith(control) for arm in arms) and "fine-tuned from the last iteration" in arms
+    assert all(arm in printed for arm in arms) and "The classifier says: " in printed
+    names = {path.name.split("_phase")[0] for path in (pretraining / "figures").glob("*_phase_*.png")}
+    assert names == {"masked_input", "codes", "predictions"}
+    assert control in (pretraining / "report.html").read_text()
+    assert f"{modality}-classification" in (tmp_path / "out" / "classifier" / "README.md").read_text()
