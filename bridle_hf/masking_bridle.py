@@ -107,7 +107,10 @@ def make_mask(
 
 
 def num_hidden(num_patches: int, ratio: float) -> int:
-    """Patches hidden of `num_patches`: all but `floor(num_patches * (1 - ratio))`, at least one kept."""
+    """Patches hidden of `num_patches`: all but `floor(num_patches * (1 - ratio))`, at least one kept.
+
+    MAE rounds so; VideoMAE hides `floor(num_patches * ratio)`: of 196 at 0.9 it keeps 20, this 19.
+    """
     # Rounded first: in floating point, 10 * (1 - 0.8) is a little under 2.
     return num_patches - max(1, math.floor(round(num_patches * (1 - ratio), 6)))
 

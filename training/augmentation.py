@@ -7,6 +7,7 @@ Partners are read anew and not taken from the batch: so a sample depends on its 
 processes, and a resumed run sees what an unbroken one would have. A mixed sample costs two reads.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ ERASED_AREAS, ERASED_RATIOS = (0.02, 1 / 3), (0.3, 3.3)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class TrainingLoader:
+class TrainingLoader(ABC):
     """Read an item for training, perhaps mixed with another one, with its target as `labels`.
 
     Args:
@@ -70,14 +71,15 @@ class TrainingLoader:
             return nn.functional.one_hot(target, self.num_classes).float()
         return target
 
+    @abstractmethod
     def _single(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """The sample, not mixed."""
 
+    @abstractmethod
     def _mixed(
         self, item: Item, other: Item, is_cutmix: bool, rng: np.random.Generator
     ) -> tuple[dict[str, torch.Tensor], float]:
         """The sample, and which part of it is `item`."""
-        raise NotImplementedError
 
 
 class AudioTrainingLoader(TrainingLoader):
