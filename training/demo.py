@@ -41,7 +41,8 @@ from training.report import write_report
 
 TRAINING = Path(__file__).parent
 POOLINGS = ("mean_std", "mean")
-HALF_THE_CORES = max(1, (os.cpu_count() or 1) // 2)
+CORES = os.cpu_count() or 1
+HALF_THE_CORES, ALL_CORES_BUT_ONE = max(1, CORES // 2), max(1, CORES - 1)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Demo:
 
     held_out: what fine-tuning is tested on, in words; held_out_fold: the fold of the first task's probe that is tested
         on the same; unseen: whether pretraining, too, was kept from it.
+    busy_loader: whether reading takes a core of its own in pretraining.
     """
 
     make_data: Callable[[], str]
@@ -69,6 +71,7 @@ class Demo:
     held_out: str
     held_out_fold: str | None
     unseen: bool
+    busy_loader: bool = False
 
 
 DEMOS = {
@@ -92,6 +95,7 @@ DEMOS = {
         held_out="fold 1",
         held_out_fold="1",
         unseen=False,
+        busy_loader=True,
     ),
     "video": Demo(
         make_data=make_moving_digits,
@@ -113,7 +117,7 @@ def main() -> None:
     print(f"data: {data}", flush=True)
     overwrite = ["--overwrite"] if args.overwrite else []
     run("pretrain.py", f"{args.modality}_demo.yaml", data, out / "pretraining", *overwrite, *demo.pretrain_options,
-        "--steps_scale", str(args.steps_scale))  # fmt: skip
+        "--steps_scale", str(args.steps_scale), threads=ALL_CORES_BUT_ONE if demo.busy_loader else None)  # fmt: skip
     encoders = iteration_encoders(out / "pretraining")
     probes = probe_all(demo, args.modality, encoders, data, out)
     newest = encoders[max(encoders)]
