@@ -345,15 +345,13 @@ class Interleaving:
         if scaler is not None:
             for name in trained:
                 scaler.unscale_(self.optimizers[name])
-        norms = {
-            f"{name}/grad_norm": _gathered(nn.utils.clip_grad_norm_(model.parameters(), self.max_grad_norm))
-            for name, model in trained.items()
-        }
-        finite = all(bool(torch.isfinite(norm)) for norm in norms.values())
+        norms: dict[str, torch.Tensor] = {}
         for name, model in trained.items():
-            # They have been clipped by now.
-            undo = (norms[f"{name}/grad_norm"] / self.max_grad_norm).clamp(min=1.0)
-            norms |= {part: norm * undo for part, norm in _gathered(gradient_norms(model, name)).items()}
+            parts = _gathered(gradient_norms(model, name))
+            total = torch.linalg.vector_norm(torch.stack(list(parts.values())))
+            nn.utils.clip_grads_with_norm_(model.parameters(), self.max_grad_norm, total)
+            norms |= {f"{name}/grad_norm": total, **parts}
+        finite = all(bool(torch.isfinite(norms[f"{name}/grad_norm"])) for name in trained)
         for name in trained:
             if finite:
                 self.optimizers[name].step()
