@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -44,19 +45,29 @@ class _Handler(SimpleHTTPRequestHandler):
     """Python's own: it knows no byte ranges."""
 
     asked: list[str] = []
+    redirects = False
 
     def do_GET(self):
         self.asked.append(self.path)
         super().do_GET()
+
+    def send_head(self):
+        if not self.redirects or "?" in self.path:
+            return super().send_head()
+        self.send_response(302)
+        self.send_header("Location", f"{self.path}?signature={uuid.uuid4()}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return None
 
     def log_message(self, *args):
         pass
 
 
 @contextmanager
-def served(folder: str | Path) -> Iterator[tuple[str, list[str]]]:
-    """The folder's URL, and the paths that were asked for with GET."""
-    _Handler.asked = []
+def served(folder: str | Path, redirects: bool = False) -> Iterator[tuple[str, list[str]]]:
+    """The folder's URL, and the paths that were asked for with GET; perhaps each with a redirection, new each time."""
+    _Handler.asked, _Handler.redirects = [], redirects
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -79,6 +79,28 @@ def test_odd_rate(tmp_path, feature_extractor):
     assert AudioLoader(feature_extractor, MAX_FRAMES)(Item(path))["attention_mask"].sum() == 28
 
 
+def test_flac_that_went_through_a_pipe(tmp_path):
+    path = write_tone(tmp_path / "a.flac", seconds=5.0)
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    expected, rate = read_audio(path)
+    content[21] &= 0xF0  # the header's count of samples, 36 bits: 0 is "unknown"
+    content[22:26] = bytes(4)
+    for crop in (None, lambda samples, rate: (samples - 1000, 900)):
+        waveform = read_audio(bytes(content), crop=crop)[0]
+        start, count = crop(expected.shape[1], rate) if crop else (0, expected.shape[1])
+        np.testing.assert_array_equal(waveform, expected[:, start : start + count])
+    content[21] |= 0x0F  # and one that promises terabytes
+    content[22:26] = b"\xff" * 4
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        read_audio(bytes(content))
+
+
+def test_a_rate_that_cannot_be(tmp_path):
+    with pytest.raises(MediaError, match=r"sampling rate of 10 Hz"):
+        read_audio(write_tone(tmp_path / "a.wav", seconds=100, rate=10))
+
+
 def test_bad_files(tmp_path):
     good = Path(write_tone(tmp_path / "good.flac")).read_bytes()
     (tmp_path / "truncated.flac").write_bytes(good[: len(good) // 2])

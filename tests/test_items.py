@@ -1,6 +1,7 @@
 """Tests of training/items.py: what is found in folders and Hub sets, and what is refused."""
 
 import csv
+import os
 from pathlib import Path
 
 import datasets
@@ -45,6 +46,30 @@ def test_split_folders_under_their_usual_names(tmp_path):
     assert len(find_items(str(tmp_path), "audio", split="valid")) == 1
     with pytest.raises(ValueError, match=r"no items of split 'balanced'.*'test', 'train', 'validation'"):
         find_items(str(tmp_path), "audio", split="balanced")
+
+
+def test_links_and_hidden_folders(tmp_path):
+    data = tmp_path / "data"
+    write_tone(data / "dog" / "a.wav")
+    write_tone(data / ".ipynb_checkpoints" / "a.wav")
+    write_tone(tmp_path / "elsewhere" / "b.wav")
+    links = {"cat": "../elsewhere", "dog/up": "..", "dog/self": ".", "../elsewhere/back": "../data"}
+    for link, target in links.items():
+        (data / link).symlink_to(target)
+    assert [Path(item.path).relative_to(data).as_posix() for item in find_items(str(data), "audio")] == [
+        "cat/b.wav",
+        "dog/a.wav",
+    ]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    write_tone(tmp_path / "a.wav")
+    os.link(os.fsencode(tmp_path) + b"/a.wav", os.fsencode(tmp_path) + b"/\xe9t\xe9.wav")
+    with pytest.raises(ValueError, match=r"the name of .*udce9.* is not UTF-8: rename it"):
+        find_items(str(tmp_path), "audio")
+    (tmp_path / "metadata.csv").write_bytes("file_name,label\na.wav,é\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"metadata\.csv: is no CSV in UTF-8"):
+        find_items(str(tmp_path), "audio")
 
 
 def test_flat_folder_has_no_labels(tmp_path):

@@ -128,6 +128,16 @@ def test_bad_images(tmp_path):
         read_image(whole.getvalue(), "here.png", num_channels=5)
 
 
+def test_whatever_pillow_raises(tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(photo(200, 200)).save(content, "TIFF")
+    content = bytearray(content.getvalue())
+    (entries,) = struct.unpack_from("<I", content, 4)
+    struct.pack_into("<H", content, entries + 2, 65000)  # the first tag, the width, is another one: TypeError
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        read_image(bytes(content))
+
+
 def test_the_pictures_of_a_camera(tmp_path):
     first, second = (Image.fromarray(photo(seed=seed)) for seed in (0, 1))
     first.save(tmp_path / "camera.mpo", save_all=True, append_images=[second])
@@ -264,6 +274,19 @@ def test_bad_films(tmp_path):
             read_video(media)
     with pytest.raises(IndexError, match=r"frames 0 \.\. 100 were chosen out of 100"):
         read_video(content, choose=lambda total, rate: np.array([0, total]))
+
+
+def test_a_codec_that_nobody_knows_and_a_broken_tag(tmp_path):
+    with open(write_film(tmp_path / "film.mp4", 10), "rb") as file:
+        content = file.read()
+    assert content.count(b"avc1") >= 1
+    with pytest.raises(MediaError, match="codec that libav does not know"):
+        read_video(content.replace(b"avc1", b"zzz1"))
+    with open(write_film(tmp_path / "film.mkv", 10), "rb") as file:
+        content = file.read()
+    broken = content.replace(b"00:00:0", b"00:0x:0")
+    assert broken != content
+    np.testing.assert_array_equal(read_video(broken), read_video(content))
 
 
 def test_a_film_that_ends_before_its_header_says(tmp_path, monkeypatch):

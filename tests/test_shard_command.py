@@ -1,11 +1,8 @@
 """Tests of training/shard.py: the same bytes whoever writes them, nothing lost, nothing taken over that is broken."""
 
-import contextlib
 import csv
 import hashlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -76,6 +73,26 @@ def test_nothing_is_lost_but_what_is_broken(data, tmp_path, kind):
     }
 
 
+def test_however_the_folder_is_spelled(tmp_path, monkeypatch):
+    tones = Path(write_tones(tmp_path / "tones", 4))
+    monkeypatch.chdir(tmp_path)
+    expected = hashes(make_shards(tones, tmp_path / "whole"))
+    for number, data in enumerate(("tones", "./tones", "tones/", "../" + tmp_path.name + "//tones")):
+        assert hashes(make_shards(data, tmp_path / f"out_{number}")) == expected
+
+
+def test_a_full_disk(tmp_path):
+    tones = write_tones(tmp_path / "tones", 4)
+    out = tmp_path / "out"
+    expected = hashes(make_shards(tones, out, "--items_per_shard", "2"))
+    (out / "data-000001.tar").unlink()
+    (out / ".data-000001.tar.part").symlink_to("/dev/full")
+    with pytest.raises(ArgumentError, match=r"No space left on device; mend this \(output_dir is .*out\), and"):
+        make_shards(tones, out, "--items_per_shard", "2", "--resume")
+    (out / ".data-000001.tar.part").unlink()
+    assert hashes(make_shards(tones, out, "--items_per_shard", "2", "--resume")) == expected
+
+
 def test_resuming_makes_what_is_missing_or_broken(data, tmp_path):
     options = ("--items_per_shard", "4")
     out = Path(make_shards(data, tmp_path / "out", *options))
@@ -105,12 +122,11 @@ def test_killed_and_resumed(tmp_path):
         str(out),
         *options,
     ]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(out.glob("*.tar"))) < 5:
         time.sleep(0.001)
-    with contextlib.suppress(ProcessLookupError):  # it was quicker
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate(timeout=60)  # ends when nobody holds the pipe: its workers have gone, too
     assert len(list(out.glob("*.tar"))) >= 5
     make_shards(tones, out, *options, "--resume")
     assert hashes(out) == expected

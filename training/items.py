@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ SPLIT_NAMES = {
     "test": "test",
     "eval": "test",
 }
+
+
+_NOT_UTF8 = re.compile("[\\udc80-\\udcff]")  # how Python spells bytes of a file name that are not
 
 
 def find_items(
@@ -55,7 +58,8 @@ def find_items(
         data: folder, shards or Hub id.
         modality: a key of `MODALITIES`.
         split: only the items of this split; for a Hub id, what `load_dataset(split=...)` takes.
-        label_column: column, or key, that holds the label, where there are any; "labels" means multi-label.
+        label_column: column, or key, that holds the label, where there are any; "labels", or lists in it, mean
+            multi-label.
         group_column: column that holds the group, where there are columns.
 
     Raises:
@@ -88,15 +92,11 @@ def find_items(
 
 def _folder_items(folder: Path, modality: str) -> list[Item]:
     extensions = MODALITIES[modality].extensions
-    files = sorted(
-        (
-            Path(root, name).relative_to(folder)
-            for root, _, names in os.walk(folder, followlinks=True)
-            for name in names
-        ),
-        key=lambda path: path.parts,
-    )
+    files = sorted((path.relative_to(folder) for path in _walk(folder)), key=lambda path: path.parts)
     files = [path for path in files if path.suffix.lower() in extensions and not path.name.startswith(".")]
+    for path in files:
+        if _NOT_UTF8.search(str(path)):
+            raise ValueError(f"{folder}: the name of {str(path)!a} is not UTF-8: rename it")
     first_level = {path.parts[0] for path in files if len(path.parts) > 1}
     splits = first_level & SPLIT_NAMES.keys()
     if splits and splits != first_level:
@@ -114,20 +114,39 @@ def _folder_items(folder: Path, modality: str) -> list[Item]:
     return items
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below, through links too, but not round in a circle, nor into hidden folders."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
+        yield from (Path(root, name) for name in names)
+
+
+def _closes_a_circle(path: Path) -> bool:
+    """Whether it is a link to a folder that is on the way to it."""
+    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
+
+
 def _csv_items(path: Path, label_column: str, group_column: str) -> list[Item]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "file_name" not in columns:
-            raise ValueError(f"{path}: no column file_name; the columns are {columns}")
-        label_column = _choose_label_column(columns, label_column, path)
-        if group_column != "group" and group_column not in columns:
-            raise ValueError(f"{path}: no column {group_column!r} for the groups; the columns are {columns}")
-        items = []
-        for row in reader:
-            if not row["file_name"]:
-                raise ValueError(f"{path}, line {reader.line_num}: file_name is empty")
-            items.append(_item_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if "file_name" not in columns:
+                raise ValueError(f"{path}: no column file_name; the columns are {columns}")
+            label_column = _choose_label_column(columns, label_column, path)
+            if group_column != "group" and group_column not in columns:
+                raise ValueError(f"{path}: no column {group_column!r} for the groups; the columns are {columns}")
+            items = []
+            for row in reader:
+                if not row["file_name"]:
+                    raise ValueError(f"{path}, line {reader.line_num}: file_name is empty")
+                items.append(_item_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is no CSV in UTF-8: {error}") from error
     if not items:
         raise ValueError(f"{path}: lists no files")
     return sorted(items, key=lambda item: item.path)
@@ -151,8 +170,8 @@ def _item_of_row(
         return None if value is None or value == "" else str(value)
 
     label, labels = cell(label_column), None
-    if label_column == "labels":
-        names = row.get("labels") or ()
+    if label_column == "labels" or isinstance(row.get(label_column), list | tuple):
+        names = row.get(label_column) or ()
         names = names.split(";") if isinstance(names, str) else names if isinstance(names, list | tuple) else [names]
         label, labels = None, tuple(name for name in (str(name).strip() for name in names) if name) or None
     split = cell("split")

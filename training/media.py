@@ -21,7 +21,7 @@ from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.image_processing_bridle import fit_channels
 from training.arguments import check_name
-from training.reading import Item, MediaError, read_audio, read_image, read_video
+from training.reading import Item, MediaError, one_line, read_audio, read_image, read_video
 
 
 # Aspect ratios of random crops, those of He et al. and of everyone since.
@@ -483,9 +483,12 @@ def load_config(model: str) -> Any:
     """Configuration of a saved BRIDLE encoder or classifier.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: none is there, or another kind of model.
     """
-    config = AutoConfig.from_pretrained(model)
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model {model}: no model is there, or none that can be read: {one_line(error)}") from error
     if config.model_type != "bridle":
         raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
     return config

@@ -12,7 +12,7 @@ that the decoder needs to get there, is ever decoded or held.
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ from bridle_hf.image_processing_bridle import image_to_array
 TRUNCATION_SECONDS = 0.5
 # Without an index of key frames, decoding on is taken to be cheaper than a seek over less than this.
 BLIND_SEEK_SECONDS = 5.0
+MIN_RATE = 100  # Hz; a lower one is a broken header's, and has no samples for a frame of 25 ms
+# What libsndfile says where the header does not know how many samples follow, as of FLAC that went through a pipe.
+UNKNOWN_LENGTH = 2**63 - 1
 
 
 class MediaError(ValueError):
@@ -132,19 +135,41 @@ def read_audio(
     if isinstance(media, str) and not os.path.isfile(media):
         raise MediaError(name, "no such file")
     try:
-        with soundfile.SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media) as file:
-            rate = file.samplerate
-            start, count = crop(file.frames, rate) if crop else (0, -1)
-            if start:
-                file.seek(start)
-            waveform = file.read(count, dtype="float32", always_2d=True).T
-    except (soundfile.SoundFileError, OSError) as error:
+        with _SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media) as file:
+            rate, whole = file.samplerate, None
+            if rate < MIN_RATE:
+                raise MediaError(name, f"has a sampling rate of {rate} Hz")
+            if file.frames == UNKNOWN_LENGTH:
+                whole = file.read_to_end()
+            start, count = crop(file.frames if whole is None else len(whole), rate) if crop else (0, None)
+            waveform = file.read_from(start, count) if whole is None else whole[start:][:count]
+    except (soundfile.SoundFileError, OSError, MemoryError) as error:  # memory: a broken header promises terabytes
         raise MediaError(name, f"cannot be decoded: {error}") from error
     if waveform.size == 0:
         raise MediaError(name, "holds no samples")
     if not np.isfinite(waveform).all():
         raise MediaError(name, "holds NaN or infinite samples")
-    return waveform, rate
+    return waveform.T, rate
+
+
+class _SoundFile(soundfile.SoundFile):
+    """Also reads what does not say how long it is: there libsndfile fails to seek once it is at the end."""
+
+    def seekable(self) -> bool:
+        return self.frames != UNKNOWN_LENGTH and super().seekable()
+
+    def read_from(self, start: int, count: int | None) -> np.ndarray:
+        """(count, channels) float32; all that follow if no count is given."""
+        if start:
+            self.seek(start)
+        return self.read(-1 if count is None else count, dtype="float32", always_2d=True)
+
+    def read_to_end(self) -> np.ndarray:
+        """(samples, channels) float32, however many there are."""
+        blocks = [np.empty((0, self.channels), np.float32)]
+        while len(block := self.read(1 << 16, dtype="float32", always_2d=True)):
+            blocks.append(block)
+        return np.concatenate(blocks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,10 +206,10 @@ def read_image(media: str | bytes, name: str | None = None, num_channels: int = 
             pixels = image_to_array(image, num_channels)
     except MediaError:
         raise
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:  # what Pillow's decoders raise
-        raise MediaError(name, f"cannot be decoded: {error}") from error
     except ValueError as error:
         raise MediaError(name, str(error)) from error
+    except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, TypeError, ...
+        raise MediaError(name, f"cannot be decoded: {error}") from error
     if pixels.size == 0:
         raise MediaError(name, "holds no pixels")
     return pixels
@@ -253,6 +278,8 @@ class _Film:
         self.stream = container.streams.best("video")  # a cover picture only where there is nothing else
         if self.stream is None or self.stream.disposition & Disposition.attached_pic:
             raise MediaError(name, "holds no video")
+        if self.stream.codec_context is None:
+            raise MediaError(name, "has video of a codec that libav does not know")
         # Workers are what runs in parallel; threads of a decoder's own would get in their way.
         self.stream.codec_context.thread_count = 1
         self.start = self.stream.start_time or 0
@@ -267,8 +294,9 @@ class _Film:
         if self.stream.duration:
             return float(self.stream.duration * self.stream.time_base)
         if "DURATION" in self.stream.metadata:  # Matroska has it in a tag, as 00:01:02.5
-            hours, minutes, seconds = self.stream.metadata["DURATION"].split(":")
-            return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+            with suppress(ValueError):
+                hours, minutes, seconds = self.stream.metadata["DURATION"].split(":")
+                return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
         if self.container.duration:  # in microseconds, that of the longest stream
             return self.container.duration / 1e6
         # A live recording: its packets tell, undecoded.
@@ -345,3 +373,8 @@ class _Film:
                 last, array = frame, np.rot90(rgb, frame.rotation // 90)
             arrays.append(array)
         return np.stack(arrays)
+
+
+def one_line(error: Exception) -> str:
+    """An error of any library as one line of text."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

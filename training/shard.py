@@ -14,10 +14,12 @@ has it; in parquet, a row with the same as columns and the media as `datasets` h
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -48,9 +50,11 @@ ROW_GROUP_BYTES = 4 << 20
 # How the bytes of the usual formats begin, for media without a file name: extension by (position, bytes).
 SIGNATURES = {
     (8, b"WAVE"): ".wav", (0, b"fLaC"): ".flac", (0, b"OggS"): ".ogg", (0, b"ID3"): ".mp3", (0, b"\xff\xfb"): ".mp3",
+    (0, b"\xff\xfa"): ".mp3", (0, b"\xff\xf3"): ".mp3", (0, b"\xff\xf2"): ".mp3", (0, b"\xff\xe3"): ".mp3",
+    (8, b"AIFF"): ".aiff", (0, b".snd"): ".au", (0, b"caff"): ".caf", (0, b"riff"): ".w64",
     (0, b"\xff\xd8"): ".jpg", (0, b"\x89PNG"): ".png", (8, b"WEBP"): ".webp", (0, b"GIF8"): ".gif", (0, b"BM"): ".bmp",
-    (0, b"II*\0"): ".tif", (0, b"MM\0*"): ".tif", (4, b"ftyp"): ".mp4", (0, b"\x1aE\xdf\xa3"): ".mkv",
-    (8, b"AVI "): ".avi",
+    (0, b"II*\0"): ".tif", (0, b"MM\0*"): ".tif", (4, b"ftypavif"): ".avif", (4, b"ftyp"): ".mp4",
+    (0, b"\x1aE\xdf\xa3"): ".mkv", (8, b"AVI "): ".avi",
 }  # fmt: skip
 
 
@@ -105,8 +109,10 @@ def main() -> None:
         prepare_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(items)))
         write_text(out / INDEX_NAME, "".join(map(index_line, entries)))
-    except (ValueError, OSError, TooManyBadFiles) as error:
+    except (ValueError, TooManyBadFiles) as error:
         raise ArgumentError(str(error)) from error
+    except OSError as error:
+        raise ArgumentError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     except BrokenProcessPool as error:
         raise SystemExit("error: a worker died, of memory most likely; go on with --resume, fewer workers") from error
     print(f"{len(entries)} of {len(items)} items in {len(plans)} shards in {out}")
@@ -142,7 +148,9 @@ def mixed_order(items: Sequence[Item]) -> np.ndarray:
 
 
 def _row_of(item: Item, data: str) -> dict[str, Any]:
-    row = {"file_name": item.path.removeprefix(data.rstrip("/") + "/")}
+    # However the folder is spelled, as "./notes": items of a folder are named by its plain path.
+    name = item.path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
+    row = {"file_name": name}
     row |= {name: value for name in COLUMNS if (value := getattr(item, name)) is not None}
     return row | {"labels": list(item.labels)} if item.labels else row
 
@@ -200,7 +208,7 @@ def write_shards(out: Path, plans: Sequence[Plan], num_workers: int, ledger: Ski
     """
     ledger.load_state_dict({})
     entries = []
-    pool = ProcessPoolExecutor(num_workers) if num_workers else None
+    pool = ProcessPoolExecutor(num_workers, initializer=end_with_parent) if num_workers else None
     try:
         results = (pool.map if pool else map)(partial(finish_shard, out), plans)
         for found, skipped in tqdm(results, total=len(plans), unit="shard", disable=None):
@@ -210,6 +218,16 @@ def write_shards(out: Path, plans: Sequence[Plan], num_workers: int, ledger: Ski
         if pool:
             pool.shutdown(cancel_futures=True)
     return entries
+
+
+def end_with_parent() -> None:
+    """End a worker as soon as its parent is gone; else it would wait for ever, and write where a resumed run does."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def finish_shard(out: Path, plan: Plan) -> tuple[list[Entry], list[tuple[str, str]]]:
@@ -259,6 +277,8 @@ def readable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Sampl
             skipped.append((item.path, error.reason))
         except OSError as error:
             skipped.append((item.path, error.strerror or str(error)))
+        except ValueError as error:  # as `DrawDataset` has it
+            skipped.append((item.path, str(error)))
         else:
             yield sample, media, extension
 

@@ -11,6 +11,7 @@ where, how much:
 import hashlib
 import logging
 import os
+import re
 import tarfile
 import time
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from training.reading import MediaError
+from training.reading import MediaError, one_line
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ MAX_ROW_GROUP_BYTES = 512 << 20  # of the row groups that a process holds
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # between attempts to reach a remote shard
 
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_READ = 1 << 30  # Linux reads no more than 2 GiB at once
+# The fields of fsspec's `info` that say which version of a file it is, by any of its file systems.
+_TELLS_STATE = re.compile("^size$|(?i:modified|mtime|updated|created|etag|md5|crc32|digest|generation|blob_id)")
 
 T = TypeVar("T")
 
@@ -52,11 +56,14 @@ class TarMember:
         try:
             file = _open_tars.get(self.shard, lambda: opened(self.shard, _open_unbuffered))
             header = os.pread(file.fileno(), _BLOCK, self.offset - _BLOCK)
-            media = os.pread(file.fileno(), self.size, self.offset)
+            media = b"".join(
+                os.pread(file.fileno(), min(self.size - start, _MAX_READ), self.offset + start)
+                for start in range(0, self.size, _MAX_READ)
+            )
         except ConnectionError:
             raise
         except OSError as error:
-            raise MediaError(self.shard, f"cannot be read: {error.strerror or error}") from error
+            raise MediaError(self.shard, f"cannot be read: {error}") from error
         if len(media) < self.size:
             raise MediaError(self.shard, f"is truncated: it ends before byte {self.offset + self.size}")
         try:
@@ -209,10 +216,12 @@ def _local_copy(url: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     file_system, name = _with_patience(url, lambda: file_system_of(url))
     about = _with_patience(url, lambda: file_system.info(name))
-    # A shard that changes is another one: size, time and tag are in the name.
-    path = folder / f"{hashlib.sha256(f'{url} {sorted(about.items())}'.encode()).hexdigest()[:32]}.shard"
+    # A shard that changes is another one: size, time and tag are in the name. Nothing else is: where a server
+    # redirects to may be new each time, and a listing tells more than a question about one file.
+    state = sorted((name, str(value)) for name, value in about.items() if _TELLS_STATE.search(name))
+    path = folder / f"{hashlib.sha256(f'{url} {state}'.encode()).hexdigest()[:32]}.shard"
     with FileLock(f"{path}.lock"):
-        if path.exists():
+        if path.exists() and about.get("size") in (None, path.stat().st_size):  # a machine that went down cuts files
             os.utime(path)
         else:
             part = path.with_suffix(".part")
@@ -229,7 +238,11 @@ def _fetch(file_system: Any, name: str, part: Path, size: int | None) -> None:
 
 
 def _make_room(folder: Path, newest: Path) -> None:
-    limit = float(os.environ.get("BRIDLE_SHARD_CACHE_GB") or 50) * 1e9
+    given = os.environ.get("BRIDLE_SHARD_CACHE_GB") or "50"
+    try:
+        limit = float(given) * 1e9
+    except ValueError as error:
+        raise ValueError(f"BRIDLE_SHARD_CACHE_GB is {given!r}: expected a number of gigabytes") from error
     copies = {}
     for path in folder.glob("*.shard"):
         with suppress(FileNotFoundError):
@@ -255,7 +268,3 @@ def _with_patience(url: str, action: Callable[[], T]) -> T:
                 raise ConnectionError(f"{url}: cannot be copied: {one_line(error)}") from error
             logger.warning("%s: %s; trying again", url, one_line(error))
             time.sleep(seconds)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

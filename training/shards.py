@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
-from training.reading import Source
+from training.reading import Source, one_line
 from training.shard_sources import (
     MAX_ROW_GROUP_BYTES,
     WINDOW,
@@ -31,7 +31,6 @@ from training.shard_sources import (
     Unreadable,
     file_system_of,
     is_remote,
-    one_line,
     open_parquet,
     open_remote,
     opened,
@@ -88,13 +87,14 @@ def find_shards(data: str) -> list[str]:
 
     Args:
         data: a folder with *.tar or *.parquet directly inside, one such file, a pattern (`*`, `?`, `[...]`, braces
-            as in `train-{000000..000099}.tar` and `{a,b}.parquet`), each a path or an fsspec URL.
+            as in `train-{000000..000099}.tar` and `{a,b}.parquet`), each a path or an fsspec URL; in a URL only braces
+            may stand before the file's name. What is there under the very name is no pattern.
 
     Raises:
         ValueError: nothing found, or a file system that cannot be reached.
     """
     shards: list[str] = []
-    for pattern in _expand_braces(data):
+    for pattern in [data] if os.path.exists(data) else _expand_braces(data):
         shards += _find_remote(pattern) if is_remote(pattern) else _find_local(pattern)
     shards = list(dict.fromkeys(shards))
     if not shards:
@@ -128,7 +128,7 @@ def _find_local(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         names = sorted(name for name in os.listdir(pattern) if _SHARD.search(name) and not name.startswith("."))
         return [os.path.join(pattern, name) for name in names]
-    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+    return sorted(glob.glob(pattern)) if glob.has_magic(pattern) and not os.path.exists(pattern) else [pattern]
 
 
 def _find_remote(pattern: str) -> list[str]:
@@ -276,13 +276,13 @@ def _scan_tar(shard: str, file: BinaryIO, extensions: Sequence[str], wanted: Seq
             key, members = None, []
             continue
         found = True
-        match = re.match(r"(.*/)?[^./]+(?=\.)", member.name, re.DOTALL)
-        next_key = match and match[0]
-        if next_key != key:
+        match = re.match(r"(.*/)?[^./]+(?=\.[^/]*\Z)", member.name, re.DOTALL)
+        if member.isdir() or not match:  # such as the ._NAME that macOS puts between the files of a sample
+            continue
+        if match[0] != key:
             yield from _tar_sample(shard, file, key, members, extensions, wanted, names)
-            key, members = next_key, []
-        if key is not None and not member.isdir():
-            members.append(member)
+            key, members = match[0], []
+        members.append(member)
     yield from _tar_sample(shard, file, key, members, extensions, wanted, names)
     if breaks and not found:
         raise ValueError(f"{shard}: not a tar; a compressed one must be decompressed")
@@ -400,7 +400,10 @@ def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str]
     import datasets
     import pyarrow
 
-    features = datasets.Features.from_arrow_schema(file.schema_arrow)
+    try:
+        features = datasets.Features.from_arrow_schema(file.schema_arrow)
+    except ValueError as error:
+        raise ValueError(f"{shard}: has a column that `datasets` cannot read: {one_line(error)}") from error
     column = media_column(features, shard, modality)
     columns = [name for name in wanted if name in features and name != column]
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -432,15 +435,16 @@ def _warn_of_large_groups(file: Any, shard: str) -> None:
 
 
 def media_column(features: Any, where: str, modality: str) -> str:
-    """The column of `datasets.Features` that holds the media: by feature type, by name, or the only one of bytes.
+    """The column of `datasets.Features` that holds the media: by feature type, of several by name, or by name, or the
+    only one of bytes.
 
     Raises:
         ValueError: none, or several.
     """
     typed = [name for name, feature in features.items() if type(feature).__name__ == modality.capitalize()]
-    named = [name for name in features if name == modality]
+    named = [name for name in typed or features if name == modality]
     binary = [name for name, feature in features.items() if _holds_bytes(feature)]
-    found = typed or named or binary
+    found = named or typed or binary
     if len(found) != 1:
         raise ValueError(f"{where}: expected one {modality} column, found {found} among {list(features)}")
     return found[0]
@@ -452,8 +456,8 @@ def _holds_bytes(feature: Any) -> bool:
 
 
 def class_names(feature: Any, values: list) -> list:
-    """Class numbers of a `ClassLabel`, or of a list of them, as names; anything else as it is."""
+    """Class numbers of a `ClassLabel`, or of a list of them, as names, None for -1 (not known); others as they are."""
     inner = getattr(feature, "feature", feature)
     if not hasattr(inner, "int2str"):
         return values
-    return [inner.int2str(value) if value is not None else None for value in values]
+    return [inner.int2str(value) if value not in (None, -1) else None for value in values]
