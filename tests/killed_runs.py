@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tiny_run import pretrain, write_recipe, write_recordings
 
-import training.pretrain
+import training.run
 
 
 def kill_at_call(target: str, number: int) -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     folder, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     # Pictures and the report take most of the time of so small a run, and nothing of it depends on them.
-    training.pretrain.draw_example = training.pretrain.write_report = lambda *args: None
+    training.run.draw_example = training.run.write_report = lambda *args: None
     data = write_recordings(folder / "data")
     (folder / "data" / "broken.wav").write_bytes(b"no sound")
     options = ("--micro_batch_size", "3")

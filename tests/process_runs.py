@@ -16,9 +16,10 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-import training.pretrain as pretraining
+import training.pretrain
+import training.run
 from training.interleaving import Interleaving
-from training.pretrain import Run
+from training.run import Run
 
 
 class StoppedError(Exception):
@@ -82,17 +83,17 @@ class ObservedRun(Run):
 def main() -> None:
     folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
-    pretraining.Interleaving, pretraining.Run = Observed, ObservedRun
+    training.run.Interleaving, training.run.Run = Observed, ObservedRun
     # They take most of the time of so small a run, and nothing of it depends on them.
-    pretraining.draw_example = pretraining.write_report = lambda *args: None
+    training.run.draw_example = training.run.write_report = lambda *args: None
     # One process group for all runs.
-    pretraining.Accelerator.end_training = lambda accelerator: None
+    training.run.Accelerator.end_training = lambda accelerator: None
     for name, recipe, stop_after, options in runs:
         ObservedRun.stop_after = stop_after
         sys.argv[1:] = [str(folder / f"{recipe}.yaml"), "--data", str(folder / "data")]
         sys.argv += ["--output_dir", str(folder / name), *options]
         with contextlib.suppress(StoppedError):
-            pretraining.main()
+            training.pretrain.main()
         AcceleratorState._reset_state()
 
 

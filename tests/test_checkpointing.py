@@ -177,6 +177,31 @@ def test_what_a_killed_save_left_is_not_loaded_and_is_cleared(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["step_2", "step_3"]
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_broken_newer_ones_do_not_cost_the_one_just_written(saved, keep_last):
+    """A run resumed from step 2, with steps 4 and 6 broken, is stopped at step 3."""
+    for step in (4, 6):
+        shutil.copytree(saved / "step_2", saved / f"step_{step}")
+        (saved / f"step_{step}" / "state.json").write_text("{}")
+    assert load_newest(saved)["step"] == 2
+    save_checkpoint(saved, 3, make_state(3.0), keep_last)
+    assert load_newest(saved)["value"] == 3.0
+
+
+def test_an_old_one_that_cannot_be_removed_does_not_end_the_run(saved, monkeypatch, caplog):
+    remove = shutil.rmtree
+
+    def busy(path, *args, **kwargs):
+        if path.name == "step_1":
+            raise OSError(39, "Directory not empty", str(path))
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpointing.shutil, "rmtree", busy)
+    save_checkpoint(saved, 3, make_state(3.0), keep_last=1)
+    assert sorted(path.name for path in saved.iterdir()) == ["step_1", "step_3"]
+    assert "step_1" in caplog.text and load_newest(saved)["step"] == 3
+
+
 def test_nothing_is_unpickled_but_tensors(saved):
     """A checkpoint is data: one whose optimizers hold code is refused, though its checksums are right."""
 

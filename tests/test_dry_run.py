@@ -25,10 +25,10 @@ def data(tmp_path_factory) -> str:
 @pytest.fixture
 def quick(monkeypatch):
     """Without pictures and report."""
-    import training.pretrain
+    import training.run
 
-    monkeypatch.setattr(training.pretrain, "draw_example", lambda *args: None)
-    monkeypatch.setattr(training.pretrain, "write_report", lambda *args: None)
+    monkeypatch.setattr(training.run, "draw_example", lambda *args: None)
+    monkeypatch.setattr(training.run, "write_report", lambda *args: None)
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
@@ -167,9 +167,9 @@ def test_deterministic_algorithms_are_asked_for(data, tmp_path):
 import os, sys, torch
 from pathlib import Path
 from tiny_run import pretrain, weights
-import training.pretrain
+import training.run
 
-training.pretrain.draw_example = training.pretrain.write_report = lambda *args: None
+training.run.draw_example = training.run.write_report = lambda *args: None
 recipe, data, out = sys.argv[1:]
 for name in ("a", "b"):
     pretrain(recipe, data, Path(out) / name, "--deterministic", "true")

@@ -10,6 +10,7 @@ import torch
 from pixels import save_pixel_encoder, write_item, write_pixels
 from safetensors.torch import load_file
 from sounds import RATE, save_encoder, sound, tiny_config, write_sounds
+from tiny_run import run_script
 from torch import nn
 from transformers import AutoModelForVideoClassification, pipeline
 
@@ -271,6 +272,27 @@ def test_resume_gives_what_an_unbroken_run_gives(run, tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_two_processes_give_what_one_gives(run, encoder, sounds, tmp_path):
+    # Of the 12 to evaluate on 11 can be read: the last batch of 3 is uneven.
+    (finetune.Path(sounds) / "tone_1.wav").write_bytes(b"broken")
+    options = {"eval_group": 1, "num_train_epochs": 2, "draws_per_epoch": 8, "learning_rate": 1e-3}
+    options |= {"mixup_probability": 0.5, "per_device_eval_batch_size": 3, "load_best_model_at_end": "false"}
+    one = run(**options)
+    argv = ["--model", encoder, "--data", sounds, "--output_dir", str(tmp_path / "two"), "--disable_tqdm", "true"]
+    for name, value in {**options, "per_device_train_batch_size": 4}.items():
+        argv += [f"--{name}", str(value)]
+    done = run_script("from training import finetune; finetune.main()", *argv, str(tmp_path / "run.py"), processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
+    # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any other.
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first if "k_proj.bias" not in name)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, tmp_path / "two")]
+    assert results[0]["evaluation"]["accuracy"] == results[1]["evaluation"]["accuracy"]
+    assert results[0]["items"] == results[1]["items"] == {"train": 12, "evaluation": 11, "test": 0}
+    assert results[0]["skipped_files"] == results[1]["skipped_files"] == 1
+    assert len((tmp_path / "two" / "skipped.jsonl").read_text().splitlines()) == 1
+
+
 def test_from_scratch_and_frozen(run, encoder, tmp_path):
     frozen = run(eval_group=["1"], freeze_encoder="true", num_train_epochs=1, output_dir=tmp_path / "frozen")
     scratch = run(eval_group=["1"], from_scratch="true", num_train_epochs=1, learning_rate=0.0, seed=1,
@@ -326,6 +348,13 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
     fails("--mel_mask must be at most 32", mel_mask=33)
     fails("--freeze_encoder leaves nothing for", freeze_encoder="true", layer_decay=0.5)
     fails("--resume:", resume="true")
+    fails("--resume_from_checkpoint: give --resume", resume_from_checkpoint="checkpoint-3")
+    fails("--push_to_hub would push what checkpoints are made of", push_to_hub="true")
+    fails("nowhere: no model is there", model=tmp_path / "nowhere")
+    fails("--metric_for_best_model is acc: expected auto, accuracy, loss", metric_for_best_model="acc")
+    fails("--validation_fraction is 1.5: expected 0 to 0.99", validation_fraction=1.5)
+    fails("--patch_dropout is [0.2]: expected two numbers", patch_dropout=0.2)
+    fails("--per_device_train_batch_size must be 1 or more", per_device_train_batch_size=0)
     fails("did you mean 'layer_decay'", layer_deca=0.5)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
@@ -343,9 +372,18 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
     fails("have one class only (noise)")
 
 
-def test_label_smoothing_is_refused_for_several_labels():
+def test_the_folder_to_write_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse_arguments(
+            FinetuneArguments, finetune.FinetuneTrainingArguments, argv=["--model", "M", "--data", "D"]
+        )
+    assert capsys.readouterr().err == "error: the following arguments are required: --output_dir\n"
+
+
+def test_label_smoothing_is_refused_for_several_labels(tmp_path):
     labels = SimpleNamespace(multi_label=True)
-    args, training_args = FinetuneArguments(model="", data=""), SimpleNamespace(label_smoothing_factor=0.1)
+    args = FinetuneArguments(model="", data="")
+    training_args = finetune.FinetuneTrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per item"):
         finetune.check_arguments(args, training_args, tiny_config(), SimpleNamespace(labels=labels))
 
@@ -360,7 +398,8 @@ def test_recipes_parse(recipe, tmp_path):
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
     config = BridleConfig(modality=recipe.name.split("_")[0])
-    finetune.check_arguments(args, training_args, config, SimpleNamespace(labels=SimpleNamespace(multi_label=False)))
+    task = SimpleNamespace(labels=SimpleNamespace(multi_label=False, names=[]), kind="single_label")
+    finetune.check_arguments(args, training_args, config, task)
     make_item_loader(config, make_processor(config), args.loader, args.augment)
 
 
@@ -378,6 +417,9 @@ def test_validation_and_test_split(run, sounds, tmp_path):
     splits = ["train", "validation", "test"]
     rows = [f"{row},{splits[index % 3]}" for index, row in enumerate(rows)]
     metadata.write_text("\n".join([f"{header},split", *rows]))
-    results = json.loads((run(num_train_epochs=1) / "results.json").read_text())
+    out = run(num_train_epochs=1)
+    results = json.loads((out / "results.json").read_text())
     assert results["items"] == {"train": 8, "evaluation": 8, "test": 8}
+    (state,) = (out / "checkpoints").glob("*/trainer_state.json")
+    assert json.loads(state.read_text())["best_metric"] == results["evaluation"]["accuracy"], "not the lowest loss"
     assert results["evaluated_on"] == "split validation" and 0 <= results["test"]["accuracy"] <= 1

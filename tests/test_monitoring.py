@@ -20,7 +20,15 @@ from tiny_run import run_script
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from training.flops import ScheduleFlops
 from training.interleaving import Interleaving
-from training.monitoring import MetricsLog, Monitor, check_tracker, read_metrics, start_tracker, write_json
+from training.monitoring import (
+    MetricsLog,
+    Monitor,
+    check_tracker,
+    git_revision,
+    read_metrics,
+    start_tracker,
+    write_json,
+)
 from training.schedule import Schedule
 
 
@@ -159,6 +167,11 @@ def test_gradient_norms_of_parts_make_up_the_whole(accelerator, max_grad_norm):
         assert found.keys() == names
         total = math.sqrt(sum(value**2 for value in found.values()))
         assert math.isclose(total, float(metrics[f"{side}/grad_norm"]), rel_tol=1e-4)
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_revision() is None
 
 
 # Trackers

@@ -5,6 +5,9 @@ import logging
 import os
 import random
 import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,10 +45,10 @@ def finished(tmp_path_factory, labelled) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Without pictures and report, which take most of the time of so small a run."""
-    import training.pretrain
+    import training.run
 
-    monkeypatch.setattr(training.pretrain, "draw_example", lambda *args: None)
-    monkeypatch.setattr(training.pretrain, "write_report", lambda *args: None)
+    monkeypatch.setattr(training.run, "draw_example", lambda *args: None)
+    monkeypatch.setattr(training.run, "write_report", lambda *args: None)
 
 
 def refusal(capsys, *arguments: str) -> str:
@@ -150,9 +153,68 @@ def test_existing_folders(finished, data, labelled, tmp_path, quick, capsys):
     assert "phases" in message and "augment" in message
     few = write_recordings(tmp_path / "few", count=12)
     assert "samples (24, now 12)" in refusal(capsys, recipe, few, finished, "--resume")
+    moved, renamed = shutil.copytree(labelled, tmp_path / "moved"), shutil.copytree(labelled, tmp_path / "renamed")
+    (renamed / "noise" / "0.wav").rename(renamed / "noise" / "z.wav")
+    assert "the names of the samples" in refusal(capsys, recipe, str(renamed), finished, "--resume")
     # Resuming a finished run does no step and leaves the same models.
-    pretrain(recipe, labelled, finished, "--resume", "--log_every", "7")
+    pretrain(recipe, str(moved), finished, "--resume", "--log_every", "7")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished).items())
+
+
+def test_overwrite_leaves_a_link_and_what_it_points_to(data, tmp_path, quick):
+    """OUT may be a link to a larger disk, and hold links to what is not the run's."""
+    disk, other, out = tmp_path / "disk", tmp_path / "other", tmp_path / "out"
+    for folder in (disk, other):
+        (folder / "checkpoints").mkdir(parents=True)
+    out.symlink_to(disk)
+    (out / "link").symlink_to(other)
+    pretrain(write_recipe(tmp_path / "recipe.yaml", "joint"), data, out, "--phases.0.steps", "1", "--overwrite")
+    assert out.is_symlink() and (disk / "run.json").exists()
+    assert not (disk / "link").exists() and (other / "checkpoints").exists()
+
+
+def test_processes_that_find_different_checkpoints_are_refused(data, tmp_path, quick, capsys, monkeypatch):
+    """As where OUT is a folder of each machine's own: they would train at different steps."""
+    monkeypatch.setattr("training.run.gather_object", lambda own: [*own, 8])
+    recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
+    assert "[None, 8]" in (message := refusal(capsys, recipe, data, tmp_path / "out", "--resume"))
+    assert "all machines share" in message
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_phase_is_one_line(data, tmp_path, quick, monkeypatch):
+    """A limit on the size of files stands for it: here it is safetensors that fails, at the second end."""
+    import training.run
+
+    save, calls = training.run.Run._save_models, []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def save_on_a_full_disk(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        save(*args)
+
+    recipe, out = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "out"
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(training.run.Run, "_save_models", save_on_a_full_disk)
+            pretrain(recipe, data, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    message = str(caught.value)
+    assert message.startswith("error: ") and str(out) in message and "--resume" in message and "\n" not in message
+    pretrain(recipe, data, out, "--resume")
+    assert rows(out)[-1]["step"] == 18
+
+
+def test_a_run_that_came_to_no_checkpoint_starts_with_an_empty_ledger(data, tmp_path, quick):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "skipped.jsonl").write_text('{"path": "mended.wav", "reason": "no sound"}\n')
+    pretrain(write_recipe(tmp_path / "recipe.yaml", "joint"), data, out, "--phases.0.steps", "1", "--resume")
+    assert not (out / "skipped.jsonl").exists()
 
 
 def check_against_undisturbed(folder: Path, moments: list[dict]) -> None:
@@ -185,7 +247,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         ("phases", [["training.checkpointing:os.replace", 3], ["training.interleaving:Interleaving.enter_phase", 1],
                     ["bridle_hf.quantization_bridle:kmeans", 1]]),
         # Within the second phase; between a row of metrics and its checkpoint; after the last checkpoint.
-        ("phases", [[step, 10], ["training.pretrain:Run._save", 1], ["training.pretrain:Run.finish", 1]]),
+        ("phases", [[step, 10], ["training.run:Run._save", 1], ["training.run:Run.finish", 1]]),
         ("joint", [[step, 7]]),
         ("alternate", [[forward, 16]]),
     ]  # fmt: skip
@@ -255,15 +317,15 @@ def test_errors_of_data_and_arguments_are_one_line_before_the_first_step(data, t
 
 
 def test_not_a_number_stops_the_run_and_names_the_files(data, tmp_path, quick, monkeypatch):
-    import training.pretrain
+    import training.run
 
-    step = training.pretrain.Interleaving.step
+    step = training.run.Interleaving.step
 
     def poisoned(self, number, batch):
         batch["input_values"][0] = float("nan")
         return step(self, number, batch)
 
-    monkeypatch.setattr(training.pretrain.Interleaving, "step", poisoned)
+    monkeypatch.setattr(training.run.Interleaving, "step", poisoned)
     recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
     with pytest.raises(SystemExit) as caught:
         pretrain(recipe, data, tmp_path / "out", "--phases.0.steps", "40")

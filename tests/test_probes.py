@@ -15,6 +15,7 @@ from sounds import save_encoder, tiny_config, write_sounds
 
 from bridle_hf import BridleModel, BridleTokenizerConfig, BridleTokenizerModel
 from training import probe
+from training.evaluation import check_probes
 from training.metrics import TOP5, ClassificationMetric, mean_average_precision
 from training.probes import (
     codes_explained_variance,
@@ -185,12 +186,26 @@ def test_a_class_that_the_training_folds_lack_counts_as_wrong(rng):
     assert 0 < linear_probe(features, rows, folds).score <= 1
 
 
+def test_a_single_class_in_the_training_folds_is_what_is_guessed(rng):
+    features, labels, folds = clusters(rng)
+    folds = np.where(labels == 2, 0, 1)
+    found = linear_probe(features, (labels == 2).astype(int), folds)
+    assert found.per_fold == (0.0, 0.0)
+
+
 def test_probes_refuse_what_does_not_fit(rng):
     features, labels, folds = clusters(rng)
     with pytest.raises(ValueError, match="120 features, 119 labels and 120 folds"):
         linear_probe(features, labels[1:], folds)
     with pytest.raises(ValueError, match="one fold"):
         knn_probe(features, labels, np.zeros(120))
+
+
+def test_what_cannot_be_probed_on_is_known_before_a_run():
+    check_probes([Item("a"), Item("b")], 10)  # no labels, no probes
+    check_probes([Item(name, label=name, group=name) for name in "ab"], 10)
+    with pytest.raises(ValueError, match="b has no group"):
+        check_probes([Item("a", label="a", group="1"), Item("b", label="b")], 10)
 
 
 # --- codes ---
@@ -294,6 +309,15 @@ def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, monkeypatch
     fails("needs at least 2 folds, and a group for each", folds=9)
     fails("nowhere", model=tmp_path / "nowhere")
     fails("loader.stride is not a field", **{"loader.stride": 4})
+    fails("--batch_size is 0: expected 1 to", batch_size=0)
+    metadata = Path(sounds) / "metadata.csv"
+    whole = metadata.read_text()
+    metadata.write_text(whole.replace(",tone,", ",noise,"))
+    fails("have one class only (noise)")
+    metadata.write_text(whole)
+    for number in range(3):
+        (Path(sounds) / f"tone_{number}.wav").write_bytes(b"broken")
+    fails("3 files cannot be read, see above")
     config = BridleTokenizerConfig(hidden_size=16, num_attention_heads=2, tokenizer_type="random_projection")
     BridleTokenizerModel(config).save_pretrained(tmp_path / "tokenizer")
     fails("holds a 'bridle_tokenizer': give", model=tmp_path / "tokenizer")

@@ -187,25 +187,25 @@ def test_from_two_processes_to_one_and_back(folder, first, last):
 FATE = """
 import os, sys, time
 from datetime import timedelta
-import training.pretrain as pretraining
-from training import processes
+import training.run as run
+from training import pretrain, processes
 
 fate = sys.argv.pop(1)
-step, save, evaluate = pretraining.Interleaving.step, pretraining.save_checkpoint, pretraining.evaluate_tokenizer
+step, save, evaluate = run.Interleaving.step, run.save_checkpoint, run.evaluate_tokenizer
 
 def fateful_step(interleaving, number, batch):
     if number == 3 and interleaving.accelerator.process_index == 1:
         if fate == "killed":
             os.kill(os.getpid(), 9)
         if fate == "refuses":
-            raise pretraining.TooManyBadFiles("rank 1 alone has met too many bad files")
+            raise pretrain.TooManyBadFiles("rank 1 alone has met too many bad files")
         if fate == "hangs":
             time.sleep(600)
     return step(interleaving, number, batch)
 
 def fateful_save(*args):
     if fate == "disk full":
-        raise pretraining.CheckpointError("rank 0 cannot write the checkpoint")
+        raise pretrain.CheckpointError("rank 0 cannot write the checkpoint")
     return save(*args)
 
 def fateful_evaluate(*args):
@@ -215,9 +215,9 @@ def fateful_evaluate(*args):
 
 if fate in ("hangs", "takes long"):
     processes.STEP_TIMEOUT = timedelta(seconds=5)
-pretraining.Interleaving.step, pretraining.save_checkpoint = fateful_step, fateful_save
-pretraining.evaluate_tokenizer = fateful_evaluate
-pretraining.main()
+run.Interleaving.step, run.save_checkpoint = fateful_step, fateful_save
+run.evaluate_tokenizer = fateful_evaluate
+pretrain.main()
 """
 
 

@@ -251,7 +251,7 @@ def test_probes_with_their_controls_dashed():
     rows = [*make_rows(), *({"step": step, "probe/linear": 0.6, "probe/majority": 0.1} for step in (60, 160))]
     (ax,) = plot_probes(rows).axes
     styles = {line.get_label(): line.get_linestyle() for line in ax.lines if not line.get_label().startswith("_")}
-    assert styles == {"linear": "-", "majority": "--"}
+    assert styles == {"encoder linear": "-", "majority": "--"}
 
 
 def test_long_run_stays_quick_to_draw():
@@ -265,3 +265,8 @@ def test_as_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(script), str(out)])
     runpy.run_path(str(script), run_name="__main__")
     assert capsys.readouterr().out.strip() == str(out / "report.html") and (out / "report.html").exists()
+
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "the output folder of a run" in capsys.readouterr().err and not (tmp_path / "nowhere").exists()

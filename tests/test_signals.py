@@ -9,27 +9,28 @@ import pytest
 import torch
 from tiny_run import ROOT, pretrain, rows, run_script, weights, write_recipe, write_recordings
 
-import training.pretrain
+import training.run
 from training.checkpointing import list_checkpoints
 from training.interleaving import Interleaving
 
 
-# Sends signals to its own process, or to its whole group, before it makes a step.
+# Sends signals to its own process, to its whole group, or to what has launched it, before it makes a step.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-import training.pretrain
+import training.run
 from tiny_run import pretrain
 from training.interleaving import Interleaving
 
 recipe, data, out, name, step, rank, options = sys.argv[1:8]
-training.pretrain.draw_example = training.pretrain.write_report = lambda *args: None
+training.run.draw_example = training.run.write_report = lambda *args: None
 take = Interleaving.step
 
 def interrupted(self, number, batch):
-    if number == int(step) and rank in (str(self.accelerator.process_index), "group"):
+    if number == int(step) and rank in (str(self.accelerator.process_index), "group", "launcher"):
         for sent in name.split("+"):
-            (os.killpg if rank == "group" else os.kill)(os.getpid(), getattr(signal, sent))
+            receiver = os.getppid() if rank == "launcher" else os.getpid()
+            (os.killpg if rank == "group" else os.kill)(receiver, getattr(signal, sent))
             time.sleep(0.6)
     return take(self, number, batch)
 
@@ -47,7 +48,7 @@ def tiny(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     for name in ("draw_example", "write_report"):
-        monkeypatch.setattr(training.pretrain, name, lambda *args: None)
+        monkeypatch.setattr(training.run, name, lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,26 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     assert rows(tmp_path / "out")[-1]["step"] == 18
 
 
+@pytest.mark.parametrize(("stage", "done"), [("_resume", 0), ("_end_phase", 6), ("_save", 4), ("finish", 18)])
+def test_a_signal_between_steps_needs_no_further_step(tiny, undisturbed, tmp_path, monkeypatch, caplog, stage, done):
+    """While the run starts, at the end of a phase, during a save, and after the last step."""
+    act = getattr(training.run.Run, stage)
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return act(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.run.Run, stage, interrupted)
+        pretrain(*tiny, tmp_path / "out")
+    assert (f"stopped after step {done} of 18" in caplog.text) == (done < 18)
+    saved = list_checkpoints(tmp_path / "out" / "checkpoints")
+    assert [path.name for path in saved[-1:]] == ([f"step_{done}"] if done else [])
+    if done < 18:
+        pretrain(*tiny, tmp_path / "out", "--resume")
+    assert_same(tmp_path / "out", undisturbed)
+
+
 def test_one_of_two_processes_stops_both(tiny, undisturbed, tmp_path):
     out = tmp_path / "out"
     script = str(tmp_path / "program.py")
@@ -109,17 +130,28 @@ def test_loader_workers_outlive_a_signal_to_the_whole_group(tiny, undisturbed, t
     assert_same(out, undisturbed)
 
 
+def test_a_run_does_not_outlive_its_launcher(tiny, undisturbed, tmp_path):
+    """`accelerate launch` of one process does not pass a SIGTERM on."""
+    out = tmp_path / "out"
+    arguments = [*tiny, str(out), "SIGTERM", "4", "launcher", ""]
+    stopped = run_program(arguments, tmp_path, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    assert stopped.returncode == -signal.SIGTERM and "the launcher has ended" in stopped.stderr, stopped.stderr[-3000:]
+    assert list_checkpoints(out / "checkpoints")[-1].name == "step_5"
+    pretrain(*tiny, out, "--resume")
+    assert_same(out, undisturbed)
+
+
 def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
     stopped = run_program([*tiny, str(tmp_path / "out"), "SIGINT+SIGINT", "4", "0", ""], tmp_path)
     assert stopped.returncode in (1, -signal.SIGINT) and "KeyboardInterrupt" in stopped.stderr
     assert list_checkpoints(tmp_path / "out" / "checkpoints")[-1].name == "step_4"
 
 
-def run_program(arguments, folder):
+def run_program(arguments, folder, *launcher):
     """`PROGRAM` in a process group of its own."""
     (folder / "program.py").write_text(PROGRAM)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, str(folder / "program.py"), *arguments]
+    command = [sys.executable, *launcher, str(folder / "program.py"), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT, start_new_session=True
     )

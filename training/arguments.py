@@ -165,10 +165,7 @@ class PretrainArguments:
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
             "probe_items": (1, 1e9), "peak_tflops": (1e-9, 1e9),
         }  # fmt: skip
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"--{name} is {value}: expected {least:g} to {most:g}")
+        check_ranges(self, ranges)
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":
@@ -236,6 +233,15 @@ class FinetuneArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
 
+    def __post_init__(self):
+        ranges = {
+            "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "std": (1e-9, 1e9), "mixup_alpha": (1e-9, 1e9),
+            "draws_per_epoch": (1, 1e9), "cache_mb": (0, 1e9),
+        }  # fmt: skip
+        check_ranges(self, ranges)
+        if len(self.patch_dropout) != 2:
+            raise ValueError(f"--patch_dropout is {self.patch_dropout}: expected two numbers, for time and mel")
+
 
 @dataclass
 class FinetuneTrainingArguments(TrainingArguments):
@@ -248,14 +254,24 @@ class FinetuneTrainingArguments(TrainingArguments):
     load_best_model_at_end: bool = field(
         default=True, metadata={"help": "keep the best epoch's model, not the last's"}
     )
+    metric_for_best_model: str | None = field(
+        default="auto", metadata={"help": "what the best epoch is chosen by; auto: the accuracy or mAP"}
+    )
     adam_beta2: float = field(default=0.95, metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "learning rate schedule"})
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "of the single-label cross-entropy"})
     seed: int = field(default=0, metadata={"help": "of everything that is random"})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "faster copies to a GPU"})
+    # Without it, several processes on CPUs would not know of each other, and bf16 would be refused.
+    use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "no GPU"})
     # The batches hold what the model takes, and `skipped` for the trainer.
     remove_unused_columns: bool = field(default=False, metadata={"help": "must stay false"})
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("the following arguments are required: --output_dir")
+        super().__post_init__()
 
 
 class _OneLineParser(HfArgumentParser):
@@ -359,6 +375,14 @@ def _set(structure: Any, path: list[str], value: Any) -> None:
         structure[int(path[-1]) if isinstance(structure, list) else path[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise ValueError("the recipe has no such entry") from error
+
+
+def check_ranges(args: Any, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise a `ValueError` unless each of these fields is unset or from the least to the most."""
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"--{name} is {value}: expected {least:g} to {most:g}")
 
 
 def check_name(where: str, name: str, known: Iterable[str]) -> None:

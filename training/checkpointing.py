@@ -66,10 +66,20 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who writes
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; the one before is intact") from error
-    for old in list_checkpoints(folder)[:-keep_last]:
+    # Newer ones, which were passed over as broken when the run was resumed, do not count.
+    written = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
+    for old in written[:-keep_last]:
         if not keep_every or _step_of(old) % keep_every:
-            shutil.rmtree(old)
+            _remove(old)
     return target
+
+
+def _remove(checkpoint: Path) -> None:
+    try:
+        shutil.rmtree(checkpoint)
+    except OSError as error:
+        # What is too much is no reason to end a run, as where another process has a file of it open over NFS.
+        logger.warning("cannot remove the old checkpoint %s: %s", checkpoint, error)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

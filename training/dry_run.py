@@ -10,9 +10,9 @@ import math
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +22,7 @@ from tqdm.auto import tqdm
 
 from training.arguments import PretrainArguments
 from training.monitoring import part_of
-
-
-if TYPE_CHECKING:  # pretrain imports this file
-    from training.pretrain import Run
+from training.run import Run, start
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,8 @@ class Measured:
     losses: dict[str, float]
 
 
-def dry_run(args: PretrainArguments, start: Callable[[PretrainArguments], "Run"]) -> None:
+def dry_run(args: PretrainArguments) -> None:
     """Print what the run of `args` would do.
-
-    Args:
-        start: Makes the run of its arguments, ready for its first step.
 
     Raises:
         ValueError: As the run itself would.
@@ -78,7 +72,7 @@ def dry_run(args: PretrainArguments, start: Callable[[PretrainArguments], "Run"]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _measure(run: "Run", number: int, batch: dict[str, Any]) -> Measured:
+def _measure(run: Run, number: int, batch: dict[str, Any]) -> Measured:
     schedule, interleaving = run.schedule, run.interleaving
     first, end = schedule.starts[number], schedule.starts[number] + schedule.lengths[number]
     seconds, peak, losses = 0.0, 0, {}
@@ -100,7 +94,7 @@ def _measure(run: "Run", number: int, batch: dict[str, Any]) -> Measured:
     return Measured(seconds, weights, sum(_bytes(state.values()) for state in states), peak, losses)
 
 
-def _finish(run: "Run") -> None:
+def _finish(run: Run) -> None:
     """Wait until the device has done what it was asked to."""
     if run.accelerator.device.type != "cpu":
         torch.get_device_module(run.accelerator.device).synchronize()
@@ -164,7 +158,7 @@ def _batch_lines(batch: dict[str, Any], seconds: float) -> list[str]:
     return [f"{title} ({count / seconds:.4g} samples/s)", *_table([["name", "shape", "type"], *rows])]
 
 
-def _count_parameters(run: "Run") -> dict[str, dict[str, int]]:
+def _count_parameters(run: Run) -> dict[str, dict[str, int]]:
     """By model, its parameters by part; the random projection and the self-distilled tokenizer are two models."""
     encoder, tokenizer = run.interleaving.unwrapped_encoder, run.interleaving.unwrapped_tokenizer
     kind = tokenizer.config.tokenizer_type.replace("_", " ")
@@ -184,19 +178,20 @@ def _parameter_lines(parameters: dict[str, dict[str, int]]) -> list[str]:
     return ["Parameters", *_table([["model", "all", "by part"], *rows])]
 
 
-def _memory_lines(run: "Run", measured: list[Measured]) -> list[str]:
+def _memory_lines(run: Run, measured: list[Measured]) -> list[str]:
     rows = []
     for number, phase in enumerate(measured):
         sizes = (phase.weights, phase.optimizer, phase.step, phase.weights + phase.optimizer + phase.step)
         rows.append([_name(run, number), *(f"{size / 2**20:,.1f}" for size in sizes)])
-    held = run.args.micro_batch_size or run.args.global_batch_size // run.accelerator.num_processes
+    share = run.args.global_batch_size // run.accelerator.num_processes
+    held = min(run.args.micro_batch_size or share, share)
     title = f"Memory of one process, MiB, of which gradients and activations with {held} samples at a time"
     return [title, *_table([["phase", "weights", "optimizer", "gradients and activations", "all"], *rows])]
 
 
-def _schedule_lines(run: "Run", measured: list[Measured], reading: float, batch: dict[str, Any]) -> list[str]:
+def _schedule_lines(run: Run, measured: list[Measured], reading: float, batch: dict[str, Any]) -> list[str]:
     schedule, size, workers = run.schedule, run.args.global_batch_size, run.args.num_workers
-    header = ["phase", "steps", "epochs", "samples", "s/step", "samples/s", "MFU", "time", "losses after two steps"]
+    header = ["phase", "steps", "epochs", "samples", "s/step", "samples/s", "MFU", "time", "losses after a step"]
     rows, total = [], 0.0
     for number, phase in enumerate(measured):
         length = schedule.lengths[number]
@@ -221,7 +216,7 @@ def _schedule_lines(run: "Run", measured: list[Measured], reading: float, batch:
     ]
 
 
-def _name(run: "Run", number: int) -> str:
+def _name(run: Run, number: int) -> str:
     return f"{number}: {run.schedule.phases[number].train} {run.schedule.iteration(number)}"
 
 

@@ -99,6 +99,13 @@ def probe_items(items: Sequence[Item], most: int) -> list[Item]:
     return chosen if len({item.label or item.labels for item in chosen}) > 1 else []
 
 
+def check_probes(items: Sequence[Item], most: int) -> None:
+    """Raise a `ValueError` if the labels, folds or groups of `items` are such that they cannot be probed on."""
+    if chosen := probe_items(items, most):
+        Labels(chosen)
+        assign_folds(chosen)
+
+
 def spread(items: Sequence[Item], most: int) -> list[Item]:
     """At most `most` items, spread evenly over all."""
     return [items[index] for index in np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)]

@@ -20,6 +20,8 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import (
     AutoModelForAudioClassification,
@@ -75,7 +77,7 @@ def main() -> None:
     args, training_args = parse_arguments(FinetuneArguments, FinetuneTrainingArguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     transformers.set_seed(training_args.seed)
-    out, arguments = Path(training_args.output_dir or ""), resolved_arguments(args, training_args)
+    out, arguments = Path(training_args.output_dir), resolved_arguments(args, training_args)
     try:
         config = load_config(args.model)
         task = make_task(args, config, training_args.seed)
@@ -83,7 +85,8 @@ def main() -> None:
         model, processor = load_model(args, training_args, task)
         loaders = make_loaders(args, model.config, processor, task)
         # Nothing that could refuse the arguments follows --overwrite's deletion.
-        prepare_folder(out, args, training_args)
+        with training_args.main_process_first():
+            prepare_folder(out, args, training_args)
         trainer = make_trainer(args, training_args, task, model, processor, loaders, out / "skipped.jsonl")
     except (ValueError, OSError, TooManyBadFiles) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
@@ -120,13 +123,34 @@ def check_arguments(
             if getattr(args, name) != unset[name]:
                 suited = " and ".join(modalities)
                 raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
-    if training_args.label_smoothing_factor and task.labels.multi_label:
-        raise ValueError("--label_smoothing_factor is for one label per item, but these items have several")
+    _check_training_arguments(training_args, task)
     if training_args.remove_unused_columns or not 0 < args.layer_decay <= 1:
         raise ValueError("--remove_unused_columns must be false, --layer_decay in (0, 1]")
     _check_augmentation(args, config)
     if args.freeze_encoder and (args.drop_path_rate or args.layer_decay != 1 or args.from_scratch):
         raise ValueError("--freeze_encoder leaves nothing for --drop_path_rate, --layer_decay or --from_scratch to do")
+
+
+def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Task) -> None:
+    if training_args.resume_from_checkpoint:
+        raise ValueError("--resume_from_checkpoint: give --resume, which takes the newest checkpoint of --output_dir")
+    if training_args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would push what checkpoints are made of: load the finished model of --output_dir with "
+            "from_pretrained, and push it with its card by push_to_hub"
+        )
+    if training_args.label_smoothing_factor and task.labels.multi_label:
+        raise ValueError("--label_smoothing_factor is for one label per item, but these items have several")
+    if not 0 <= training_args.label_smoothing_factor < 1:
+        raise ValueError(f"--label_smoothing_factor is {training_args.label_smoothing_factor}: expected 0 to below 1")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(training_args, name)}")
+    best, measured = training_args.metric_for_best_model, [METRIC_NAMES[task.kind], "loss"]
+    if task.kind == "single_label" and len(task.labels.names) > 5:
+        measured.append(TOP5)
+    if best is not None and best != "auto" and best.removeprefix("eval_") not in measured:
+        raise ValueError(f"--metric_for_best_model is {best}: expected auto, {', '.join(measured)}")
 
 
 def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
@@ -182,8 +206,6 @@ def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTr
     Raises:
         ValueError: the folder is not empty, and neither --resume nor --overwrite is given.
     """
-    if training_args.output_dir is None:
-        raise ValueError("the following arguments are required: --output_dir")
     checkpoints = out / "checkpoints"
     training_args.output_dir = str(checkpoints)
     if training_args.process_index > 0:
@@ -244,7 +266,7 @@ def make_trainer(
     Raises:
         TooManyBadFiles: more than 10% of them cannot be read.
     """
-    ledger = SkippedFiles(skipped_path, len(task.train) + len(task.evaluation) + len(task.test))
+    ledger = SkippedFiles(skipped_path, len(task.train) + len(task.evaluation) + len(task.test), shared=True)
     # By the loader that reads the most of a file.
     task.evaluation = readable(task.evaluation, loaders.final, ledger, training_args.dataloader_num_workers)
     task.test = readable(task.test, loaders.final, ledger, training_args.dataloader_num_workers)
@@ -275,13 +297,13 @@ def make_trainer(
 
 
 def readable(items: list[Item], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Item]:
-    """The items that can be read; the others go to `ledger`."""
-    if not items:
-        return []
+    """The items that can be read, of which each process tries its share; the others go to `ledger`."""
     # Views of whole films are large.
     batch_size = 2 if isinstance(load, ViewLoader) else 64
-    kept = [index for indices, _ in iterate_eval(items, load, batch_size, ledger, num_workers) for index in indices]
-    return [items[index] for index in kept]
+    with PartialState().split_between_processes(list(range(len(items)))) as own:
+        found = iterate_eval([items[place] for place in own], load, batch_size, ledger, num_workers) if own else ()
+        kept = [own[index] for indices, _ in found for index in indices]
+    return [items[place] for place in gather_object(kept)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +329,7 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: i
         "views_per_item": views_per_item,
         "items": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
         "classes": len(task.labels.names),
-        "skipped_files": len(trainer.ledger.reasons),
+        "skipped_files": len(trainer.ledger.state_dict()),
         "skipped_steps": trainer.skip_non_finite.skipped_steps,
         "history": history,
     }
@@ -325,7 +347,9 @@ def _figures(found: dict[str, float], prefix: str) -> dict[str, float]:
 
 def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> dict[str, Any]:
     """Our own arguments, and those of `TrainingArguments` that are not at the values it has by itself."""
-    stock = TrainingArguments(output_dir=training_args.output_dir).to_dict()
+    # It sets up the processes anew: as they were.
+    same = {"use_cpu": training_args.use_cpu, "ddp_backend": training_args.ddp_backend}
+    stock = TrainingArguments(output_dir=training_args.output_dir, **same).to_dict()
     ours = {entry.name for entry in fields(FinetuneTrainingArguments) if entry.name in vars(FinetuneTrainingArguments)}
     given = {k: v for k, v in training_args.to_dict().items() if k in ours or v != stock[k]}
     return json.loads(json.dumps(vars(args) | given, default=str))

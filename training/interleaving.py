@@ -147,7 +147,7 @@ class Interleaving:
 
     def _build(self, model_class: type, config: Any, phase: int) -> nn.Module:
         # Weights depend on seed and phase alone, whatever ran before.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
             torch.manual_seed(_mix(self.seed, phase, 1))
             model = model_class(config)
         if self.gradient_checkpointing:

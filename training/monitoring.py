@@ -227,11 +227,14 @@ def peak_memory(device: torch.device) -> int:
 
 
 def git_revision() -> str | None:
-    """Revision of this source tree, if it is a git checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or None
+    """Revision of this source tree, if it is a git checkout and git is there to ask."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.check_output(
+            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -22,8 +22,8 @@ from transformers import AutoModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
-from training.arguments import ArgumentError, Mapping, parse_arguments
-from training.data import SkippedFiles
+from training.arguments import ArgumentError, Mapping, check_ranges, parse_arguments
+from training.data import SkippedFiles, TooManyBadFiles
 from training.items import find_items
 from training.labels import Labels, assign_folds
 from training.media import load_config, load_processor, make_item_loader
@@ -52,6 +52,9 @@ class ProbeArguments:
     num_workers: int = field(default=0, metadata={"help": "loader processes"})
     seed: int = field(default=0, metadata={"help": "of the random weights"})
 
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})
+
 
 def main() -> None:
     (args,) = parse_arguments(ProbeArguments)
@@ -60,6 +63,8 @@ def main() -> None:
         config = load_config(args.model)
         items = find_items(args.data, config.modality, args.split, args.label_column, args.group_column)
         labels = Labels(items)
+        if len(labels.names) < 2:
+            raise ValueError(f"{args.data}: the items have one class only ({labels.names[0]}): nothing to tell apart")
         folds = make_folds(items, args.folds)
         encoder = AutoModel.from_pretrained(args.model)
         load = make_item_loader(config, load_processor(args.model, config), args.loader)
@@ -69,20 +74,24 @@ def main() -> None:
         encoder = untrained_encoder(encoder, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(items))
-        rows = run_probes(
-            encoder,
-            items,
-            load,
-            labels,
-            folds,
-            ledger,
-            controls=not args.random_init,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            seed=args.seed,
-            name="untrained encoder" if args.random_init else "encoder",
-        )
+        try:
+            rows = run_probes(
+                encoder,
+                items,
+                load,
+                labels,
+                folds,
+                ledger,
+                controls=not args.random_init,
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                device="cuda" if torch.cuda.is_available() else "cpu",
+                seed=args.seed,
+                name="untrained encoder" if args.random_init else "encoder",
+            )
+        except TooManyBadFiles as error:
+            # The file that the error speaks of goes with the folder.
+            raise ArgumentError(f"{args.data}: {len(ledger.reasons)} files cannot be read, see above") from error
     report(args, rows, items, labels, folds, ledger)
 
 

@@ -228,9 +228,9 @@ def _fit_and_score(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # MAX_ITERATIONS was chosen short of it
         if train_labels.ndim == 1:
-            model.fit(train, train_labels)
-            found = np.full((len(test), model.classes_.max() + 1), -1.0)  # a class that is absent is never chosen
-            found[:, model.classes_] = model.predict_proba(test)
+            present = np.unique(train_labels)
+            found = np.full((len(test), present.max() + 1), -1.0)  # a class that is absent is never chosen
+            found[:, present] = model.fit(train, train_labels).predict_proba(test) if len(present) > 1 else 1.0
             return found
         found = np.zeros((len(test), train_labels.shape[1]))
         for number, target in enumerate(train_labels.T):

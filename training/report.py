@@ -25,11 +25,12 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training.arguments import ArgumentError
 from training.monitoring import PARTS, read_metrics
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles help in print.
-LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
+LINE_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00", "#999999")
 LINE_STYLES = ("-", "--", "-.", ":")
 PHASE_COLORS = {"encoder": "#dceaf7", "tokenizer": "#fdebd3", "joint": "#e2f2e4", "alternate": "#eee4f3"}
 # Drawing more would cost time and show nothing.
@@ -168,6 +169,7 @@ def plot_probes(rows: list[dict[str, Any]]) -> Figure:
     controls = [key for key in keys if key.removeprefix("probe/") not in ("linear", "knn")]
     keys.sort(key=controls.__contains__)
     names = {key: key.removeprefix("probe/").replace("_", " ") for key in keys}
+    names |= {key: f"encoder {name}" for key, name in names.items() if key not in controls}
     panel = Panel("Frozen features", "accuracy (%)", names, percent=True, style="points", dashed=controls)
     return _plot(rows, [panel], "Probes")
 
@@ -215,7 +217,8 @@ def _draw_panel(ax: Axes, panel: Panel, rows: list[dict[str, Any]], phases: Sequ
         ax.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
         ax.tick_params(which="minor", labelsize=9)
     if len(curves) > 1:
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        # Long enough for a dashed line to be seen as one, markers or not.
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, handlelength=3.5)
 
 
 def _draw_curve(
@@ -440,5 +443,11 @@ def _write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
+        raise ArgumentError("report.py takes one argument: the output folder of a run, which holds a metrics.jsonl")
     print(write_report(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

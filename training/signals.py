@@ -5,11 +5,13 @@ Queue systems send SIGTERM or SIGUSR1 before they take a machine away, and start
 """
 
 import logging
+import os
 import signal
 import time
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -19,13 +21,19 @@ logger = logging.getLogger(__name__)
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 # A launcher passes on the SIGINT that the terminal has already sent to all: that is one press of Ctrl-C, not two.
 SAME_PRESS_SECONDS = 0.5
+# Launchers, by a word of the command that runs them.
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 
 class StopRequest:
-    """Takes SIGTERM, SIGUSR1 and SIGINT as the wish to stop at the next step; a second SIGINT stops at once."""
+    """Takes SIGTERM, SIGUSR1 and SIGINT as the wish to stop at the next step; a second SIGINT stops at once.
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
+    So is the end of the launcher, where one started this process: `accelerate launch` of one process passes no signal
+    on, and would leave the run behind.
+    """
+
+    def __init__(self):
+        self._launcher = find_launcher()
         self.received: signal.Signals | None = None
         self._interrupted_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -46,12 +54,27 @@ class StopRequest:
             self._interrupted_at = self._interrupted_at or now
         if self.received is None:
             self.received = signal.Signals(number)
-            logger.warning("%s: stopping after this step; a second Ctrl-C stops at once", self.received.name)
+            logger.warning("%s: stopping at the next step; a second Ctrl-C stops at once", self.received.name)
 
-    def is_made(self) -> bool:
-        """Whether any process has been asked to stop: the same answer in all of them."""
-        asked = torch.tensor(float(self.received is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum") > 0)
+    def is_made(self, accelerator: Accelerator) -> bool:
+        """Whether any process has been asked to stop: the same answer in all of them, all of which must ask."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            logger.warning("the launcher has ended: stopping at the next step")
+            self._launcher = None
+            self.received = self.received or signal.SIGTERM
+        asked = torch.tensor(float(self.received is not None), device=accelerator.device)
+        return bool(accelerator.reduce(asked, "sum") > 0)
+
+
+def find_launcher() -> int | None:
+    """The process that started this one, if it is a launcher."""
+    parent = psutil.Process().parent()
+    try:
+        # Such as: python /usr/bin/accelerate launch ..., or python -m torch.distributed.run ...
+        command = parent.cmdline()[:3] if parent else []
+    except psutil.Error:
+        return None
+    return parent.pid if any(os.path.basename(word) in LAUNCHERS for word in command) else None
 
 
 def leave_signals_to_parent(worker: int) -> None:
