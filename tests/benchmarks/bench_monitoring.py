@@ -8,10 +8,11 @@ Watched are the norms of the gradients by part, how often each code is the encod
 the row of metrics.jsonl, the progress bar and TensorBoard. Steps with and without take turns, so that a busy machine
 slows both; a row is written every `log_every` watched steps, as in a run. Reported, per phase: what a watched step
 takes longer than the unwatched one beside it (the median over pairs), and a row's median / log_every, as a share of
-the median unwatched step.
+the median unwatched step, with a 95% interval.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -52,7 +53,9 @@ def main():
         start_tracker(accelerator, Path(folder), None)
         interleaving = Interleaving(accelerator, schedule, *configs, seed=0, micro_batch_size=args.micro_batch_size)
         batch = make_batch(configs[0], args)
-        print(f"{'phase':>14}{'step (ms)':>12}{'watched (+ms)':>14}{'row (ms)':>10}{'overhead':>10}")
+        print(
+            f"{'phase':>14}{'step (ms)':>12}{'watched (+ms)':>14}{'row (ms)':>10}{'overhead':>10}{'95% interval':>18}"
+        )
         for number, phase in enumerate(schedule.phases):
             interleaving.enter_phase(number, lambda: iter([batch] * 100))
             log = MetricsLog(Path(folder) / "metrics.jsonl")
@@ -119,9 +122,16 @@ def whole_norm(model, side):
 
 def print_row(name, times, log_every):
     unwatched, row = statistics.median(times["unwatched"]), statistics.median(times["row"])
-    more = statistics.median(watched - alone for watched, alone in zip(times["watched"], times["unwatched"]))
-    overhead = (more + row / log_every) / unwatched
-    print(f"{name:>14}{1e3 * unwatched:12.1f}{1e3 * more:14.2f}{1e3 * row:10.1f}{overhead:10.2%}", flush=True)
+    more = sorted(watched - alone for watched, alone in zip(times["watched"], times["unwatched"]))
+    overheads = [(between + row / log_every) / unwatched for between in (statistics.median(more), *interval(more))]
+    columns = f"{1e3 * unwatched:12.1f}{1e3 * statistics.median(more):14.2f}{1e3 * row:10.1f}"
+    print(f"{name:>14}{columns}{overheads[0]:10.2%}{overheads[1]:11.2%} to {overheads[2]:.2%}", flush=True)
+
+
+def interval(values):
+    """Of 95%, for the median of sorted `values` of any distribution: the binomial's, by its normal approximation."""
+    half = math.ceil(0.98 * math.sqrt(len(values)))
+    return values[max(len(values) // 2 - half, 0)], values[min(len(values) // 2 + half, len(values) - 1)]
 
 
 if __name__ == "__main__":
