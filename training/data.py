@@ -31,7 +31,7 @@ from bridle_hf.masking_bridle import make_mask
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
 from training.media import Load
 from training.monitoring import write_text
-from training.reading import Item, MediaError, read_audio
+from training.reading import Item, MediaError, read_audio, reason_of
 from training.shard_sources import WINDOW
 from training.signals import leave_signals_to_parent
 
@@ -217,7 +217,7 @@ def _load_or_skip(
     try:
         return {**load(item, rng), "index": index}
     except ValueError as error:
-        skipped.append((item.path, error.reason if isinstance(error, MediaError) else str(error)))
+        skipped.append((item.path, reason_of(error)))
         return {}
 
 

@@ -90,7 +90,7 @@ def main() -> None:
         trainer = make_trainer(args, training_args, task, model, processor, loaders, out / "skipped.jsonl")
     except (ValueError, OSError, TooManyBadFiles) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
-        raise ArgumentError(" ".join(str(error).split())) from error
+        raise ArgumentError(str(error)) from error
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)

@@ -41,6 +41,11 @@ class Labels:
             self.names, self._numbers = _read_label_order(order_file)
         self.encode(items)
 
+    def check_several(self, items: str) -> None:
+        """Raise a `ValueError` that speaks of `items`, in words, if they are all of one class."""
+        if len(self.names) < 2:
+            raise ValueError(f"{items} have one class only ({self.names[0]}): nothing to tell apart")
+
     def encode(self, items: Sequence[Item]) -> torch.Tensor:
         """Class numbers (items,) int64, or for multi-label sets 0/1 rows (items, classes) float32.
 

@@ -63,8 +63,7 @@ def main() -> None:
         config = load_config(args.model)
         items = find_items(args.data, config.modality, args.split, args.label_column, args.group_column)
         labels = Labels(items)
-        if len(labels.names) < 2:
-            raise ValueError(f"{args.data}: the items have one class only ({labels.names[0]}): nothing to tell apart")
+        labels.check_several(f"{args.data}: the items")
         folds = make_folds(items, args.folds)
         encoder = AutoModel.from_pretrained(args.model)
         load = make_item_loader(config, load_processor(args.model, config), args.loader)

@@ -375,6 +375,13 @@ class _Film:
         return np.stack(arrays)
 
 
+def reason_of(error: OSError | ValueError) -> str:
+    """Why an item cannot be read, without its name where the error has it apart."""
+    if isinstance(error, MediaError):
+        return error.reason
+    return getattr(error, "strerror", None) or str(error)
+
+
 def one_line(error: Exception) -> str:
     """An error of any library as one line of text."""
     return " ".join(f"{type(error).__name__}: {error}".split())

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Run:
                    if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]  # fmt: skip
         if state["samples"] != len(self.items):
             changed.append(f"the number of samples ({state['samples']}, now {len(self.items)})")
-        elif state.get("names_of_samples", names := _hash_names(self.items)) != names:
+        elif state.get("names_of_samples", self.names_of_samples) != self.names_of_samples:
             changed.append("the names of the samples")
         if changed:
             raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(changed)}; give the same values")
@@ -173,6 +174,14 @@ class Run:
         self.rank_0.wait()
         logger.info("resuming after step %d of %d", state["step"], self.schedule.total_steps)
         return state["step"]
+
+    @cached_property
+    def names_of_samples(self) -> str:
+        """Hash of the names of the items and their order, wherever the data lie."""
+        paths = [item.path for item in self.items]
+        folder = os.path.commonprefix(paths)  # noqa: RUF071 (they may be URLs)
+        names = "\n".join(path.removeprefix(folder) for path in paths)
+        return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _load_newest(self) -> dict[str, Any] | None:
         state = load_newest(self.out / "checkpoints")
@@ -310,7 +319,7 @@ class Run:
             measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
             state |= {
                 "arguments": _plain(self.args), "samples": len(self.items),
-                "names_of_samples": _hash_names(self.items), "skipped": self.ledger.state_dict(),
+                "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
                 "normalization": measured, "seconds": self.seconds,
             }  # fmt: skip
             save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last, self.args.keep_every)
@@ -347,18 +356,10 @@ class Run:
             "seed": self.args.seed,
             "processes": self.accelerator.num_processes,
             "peak": self.peak,
-            "seconds": round(getattr(self, "seconds", 0.0), 1),
+            "seconds": round(self.seconds, 1),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "git_revision": git_revision(),
         })  # fmt: skip
-
-
-def _hash_names(items: list[Item]) -> str:
-    """Of the names of the items and their order, wherever the data lie."""
-    paths = [item.path for item in items]
-    folder = os.path.commonprefix(paths)  # noqa: RUF071 (they may be URLs)
-    names = "\n".join(path.removeprefix(folder) for path in paths)
-    return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(args: PretrainArguments) -> dict[str, Any]:

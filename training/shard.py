@@ -39,7 +39,7 @@ from training.data import Places, SkippedFiles, TooManyBadFiles
 from training.items import find_items
 from training.media import MODALITIES
 from training.monitoring import write_text
-from training.reading import Item, MediaError, read_audio, read_image, read_video
+from training.reading import Item, MediaError, read_audio, read_image, read_video, reason_of
 from training.shard_sources import Unreadable
 from training.shards import INDEX_NAME, Entry, index_line, scan
 
@@ -273,12 +273,8 @@ def readable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Sampl
             if extension not in MODALITIES[plan.modality].extensions:
                 extension = _extension_of(media, item.path)
             decode(media, item.path, plan.modality)
-        except MediaError as error:
-            skipped.append((item.path, error.reason))
-        except OSError as error:
-            skipped.append((item.path, error.strerror or str(error)))
-        except ValueError as error:  # as `DrawDataset` has it
-            skipped.append((item.path, str(error)))
+        except (OSError, ValueError) as error:
+            skipped.append((item.path, reason_of(error)))
         else:
             yield sample, media, extension
 

@@ -37,10 +37,7 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     items = find_items(args.data, config.modality, None, args.label_column, args.group_column)
     train, evaluation, test, held_out = split_items(items, args, seed)
     labels = Labels(train, args.label_order)
-    if len(labels.names) < 2:
-        raise ValueError(
-            f"{args.data}: the training items have one class only ({labels.names[0]}): nothing to tell apart"
-        )
+    labels.check_several(f"{args.data}: the training items")
     task = Task(labels, train, evaluation, test, held_out)
     for part in (train, evaluation, test):
         task.targets |= {item.path: target for item, target in zip(part, labels.encode(part))}
