@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from fresh_process import run_fresh
-from saved_folders import OWN_CLASS, assert_equal, expected, load_everything, make_models, save_all
+from helpers.fresh_process import run_fresh
+from helpers.saved_folders import OWN_CLASS, assert_equal, expected, load_everything, make_models, save_all
 from transformers import Trainer, TrainingArguments
 
 
@@ -40,7 +40,7 @@ def by_remote_code(root):
     """Outputs of the folders in a process without the package, which also saved all of them again."""
     code = f"""
         from pathlib import Path
-        from saved_folders import load_everything
+        from helpers.saved_folders import load_everything
         from transformers import AutoModelForAudioClassification
 
         torch.save(load_everything({str(root)!r}, True, again=Path("again")), "outputs.pt")
@@ -72,7 +72,7 @@ def test_saved_again_by_remote_code(by_remote_code, root, wanted):
     encoder = str(root / "remote" / "encoder_of_classifier")
     assert_equal(load_everything(again, trust_remote_code=False), wanted)
     code = f"""
-        from saved_folders import load_everything
+        from helpers.saved_folders import load_everything
         from transformers import AutoModel
 
         torch.save(load_everything({again!r}, True), "outputs.pt")

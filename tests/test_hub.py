@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from fresh_process import run_fresh
-from hub_stand_in import running_hub
+from helpers.fresh_process import run_fresh
+from helpers.hub_stand_in import running_hub
+from helpers.saved_folders import OWN_CLASS, assert_equal, expected, make_models
 from huggingface_hub import ModelCard
-from saved_folders import OWN_CLASS, assert_equal, expected, make_models
 
 
 torch.set_num_threads(1)
@@ -16,8 +16,8 @@ PUBLISH = """
     from pathlib import Path
 
     from huggingface_hub import HfApi, ModelCard
-    from model_cards.card import write_card
-    from saved_folders import OWN_CLASS, make_models, save_all
+    from bridle_hf.cards.card import write_card
+    from helpers.saved_folders import OWN_CLASS, make_models, save_all
     from test_model_cards import RESULTS, RUN
 
     models = make_models()
@@ -39,7 +39,7 @@ BY_REMOTE_CODE = """
     import re
 
     from huggingface_hub import ModelCard, snapshot_download
-    from saved_folders import OWN_CLASS, load_everything, pipeline_scores
+    from helpers.saved_folders import OWN_CLASS, load_everything, pipeline_scores
     from transformers import AutoFeatureExtractor
 
     try:
@@ -59,7 +59,7 @@ BY_REMOTE_CODE = """
 
 WITH_THE_PACKAGE = """
     import bridle_hf
-    from saved_folders import load_everything
+    from helpers.saved_folders import load_everything
 
     for owner in ("org", "again"):
         torch.save(load_everything(owner, trust_remote_code=None), f"{owner}.pt")

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from films import write_film
-from fresh_process import run_fresh
+from helpers.films import write_film
+from helpers.fresh_process import run_fresh
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -176,7 +176,7 @@ def test_image_pipeline_on_a_grey_array(root):
 
 
 def test_video_pipeline_on_a_path(root):
-    from training.reading import read_video
+    from bridle_hf.data.decoding import read_video
 
     frames = read_video(str(root / "film.mp4"), choose=lambda total, rate: np.arange(4))  # as the pipeline samples
     processor = AutoImageProcessor.from_pretrained(root / "video")

@@ -6,10 +6,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from saved_folders import make_models, save_all
+from helpers.saved_folders import make_models, save_all
 
-from training.arguments import FinetuneArguments, FinetuneTrainingArguments, PretrainArguments
-from training.probe import ProbeArguments
+from bridle_hf.common.arguments import FinetuneArguments, FinetuneTrainingArguments, PretrainArguments
+from bridle_hf.probing.probe import ProbeArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -14,7 +14,6 @@ the median unwatched step, with a 95% interval.
 import argparse
 import math
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,20 +22,17 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
+from bridle_hf.common.arguments import PretrainArguments, parse_arguments
+from bridle_hf.interleaving.interleaving import Interleaving
+from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
+from bridle_hf.monitoring.flops import ScheduleFlops
+from bridle_hf.monitoring.monitor import MetricsLog, Monitor, start_tracker
 from bridle_hf.patching_bridle import INPUT_NAMES
-from training.arguments import PretrainArguments, parse_arguments
-from training.configs import make_configs
-from training.flops import ScheduleFlops
-from training.interleaving import Interleaving
-from training.monitoring import MetricsLog, Monitor, start_tracker
-from training.schedule import Schedule
+from bridle_hf.pretraining.configs import make_configs
 
 
-DEMO = Path(__file__).parents[2] / "training" / "recipes" / "audio_demo.yaml"
+DEMO = Path(__file__).parents[2] / "bridle_hf" / "recipes" / "audio_demo.yaml"
 
 
 def main():
@@ -87,7 +83,7 @@ def measure(interleaving, monitor, batch, schedule, number, pairs, log_every):
 
     def unwatched():
         with (
-            mock.patch("training.interleaving.gradient_norms", whole_norm),
+            mock.patch("bridle_hf.interleaving.interleaving.gradient_norms", whole_norm),
             mock.patch.object(interleaving, "_count", lambda *unused: nothing),
         ):
             interleaving.step(step, batch)

@@ -12,7 +12,6 @@ flip and normalise alike, in one thread: what differs is the decoding.
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,12 +21,9 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from bridle_hf import BridleConfig, make_image_processor
-from training.media import VideoLoader
-from training.reading import Item
+from bridle_hf.data.decoding import Item
+from bridle_hf.data.loaders import VideoLoader
 
 
 NUM_FRAMES, STRIDE = 16, 4

@@ -1,0 +1,191 @@
+"""Write a saved folder's model card, `README.md`, from its configuration, its run and measured results.
+
+python model_cards/card.py OUT/encoder --run OUT/run.json [--repo_id ORG/NAME]
+"""
+
+import argparse
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+from transformers import AutoConfig
+
+from bridle_hf.configuration_bridle import BridleEncoderConfig  # importing it registers the configs
+from bridle_hf.patching_bridle import INPUT_NAMES
+
+
+TEMPLATE = Path(__file__).with_name("template.md")
+PAPER = "https://arxiv.org/abs/2502.02118"
+# Of this machine and this moment, not of the model.
+LOCAL_ARGUMENTS = {"data", "model", "output_dir", "resume", "overwrite"}
+
+
+@dataclass
+class Result:
+    """A measured number: `value` of `metric`; `controls` (name: value) were measured in the same way."""
+
+    metric: str
+    value: float
+    controls: dict[str, float] = field(default_factory=dict)
+    dataset: str | None = None
+    split: str | None = None
+    note: str = ""
+
+
+def write_card(
+    folder: str | Path, run: dict[str, Any], results: dict[str, dict] | None = None, repo_id: str | None = None
+) -> Path:
+    """Write `folder/README.md`.
+
+    Args:
+        folder: A `save_pretrained` folder of an encoder, a tokenizer or a classifier, with its processor.
+        run: What `run.json` holds: `arguments`, `versions`, `git_revision`, `seed`, `data`, `samples`, `seconds`, of a
+            pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown".
+        results: What was measured on this model: by name, the fields of a [`Result`]; `run["results"]` if not given.
+        repo_id: The name that the card's snippets load; the folder's own name if not given, so that they run as they
+            stand in its parent.
+
+    Returns:
+        The file written.
+
+    Raises:
+        TypeError: A result with a field that [`Result`] does not have.
+        ValueError: Metadata that the Hub would refuse; or an audio folder without its feature extractor.
+    """
+    folder = Path(folder)
+    config = AutoConfig.from_pretrained(folder)
+    results = run.get("results", {}) if results is None else results
+    data_id = _hub_id(run["data"])
+    data_name = data_id or Path(run["data"]).name
+    measured = {what: Result(**{"dataset": data_name, **fields}) for what, fields in results.items()}
+    kind = kind_of(config)
+    repo_id = repo_id or folder.resolve().name
+    card_license = run["arguments"].get("license", "unknown")
+    content = _render(
+        metadata=_metadata(config, kind, measured, data_id, repo_id, card_license).to_yaml(),
+        kind=kind,
+        config=config,
+        classes=_classes(config, kind),
+        run=run,
+        arguments=json.dumps({k: v for k, v in run["arguments"].items() if k not in LOCAL_ARGUMENTS}, indent=2),
+        data_name=data_name,
+        results=measured,
+        repo_id=repo_id,
+        model_name=repo_id.split("/")[-1],
+        license=card_license,
+        **_input_facts(folder, config),
+    )
+    path = folder / "README.md"
+    ModelCard(content).save(path)
+    return path
+
+
+def kind_of(config: BridleEncoderConfig) -> str:
+    """After the model that was saved: "encoder", "tokenizer" or "classifier"."""
+    if config.model_type == "bridle_tokenizer":
+        return "tokenizer"
+    return "classifier" if config.architectures[0].endswith("Classification") else "encoder"
+
+
+def pipeline_tag(config: BridleEncoderConfig) -> str:
+    """The Hub's name of what the model is for."""
+    if kind_of(config) == "classifier":
+        return f"{config.modality}-classification"
+    return "image-feature-extraction" if config.modality == "image" else "feature-extraction"
+
+
+def _metadata(
+    config: BridleEncoderConfig,
+    kind: str,
+    results: dict[str, Result],
+    data_id: str | None,
+    repo_id: str,
+    card_license: str,
+) -> ModelCardData:
+    evaluations = [
+        EvalResult(
+            # What an encoder is measured by is a probe: a classifier on its features.
+            task_type=pipeline_tag(config) if kind == "tokenizer" else f"{config.modality}-classification",
+            task_name=what,
+            dataset_type=_hub_id(result.dataset) or _slug(result.dataset),
+            dataset_name=result.dataset,
+            dataset_split=result.split,
+            metric_type=_slug(result.metric),
+            metric_name=result.metric,
+            metric_value=result.value,
+        )
+        for what, result in results.items()
+    ]
+    return ModelCardData(
+        license=card_license,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag(config),
+        tags=["bridle", "self-supervised", config.modality, kind, "arxiv:2502.02118"],
+        datasets=[data_id] if data_id else None,
+        model_name=repo_id.split("/")[-1] if evaluations else None,
+        eval_results=evaluations or None,
+    )
+
+
+def _classes(config: BridleEncoderConfig, kind: str) -> list[str]:
+    """What the card's snippet imports from transformers, the model's class last."""
+    if kind == "classifier":
+        return ["pipeline"] if config.modality == "audio" else [f"AutoModelFor{config.modality.title()}Classification"]
+    return ["AutoFeatureExtractor", "AutoModel"] if config.modality == "audio" else ["AutoModel"]
+
+
+def _input_facts(folder: Path, config: BridleEncoderConfig) -> dict[str, Any]:
+    frames, height, width = config.input_size
+    shapes = {
+        "audio": (height, width),
+        "image": (config.num_channels, height, width),
+        "video": (frames, config.num_channels, height, width),
+    }
+    facts = {
+        "modality": config.modality,
+        "input_name": INPUT_NAMES[config.modality],
+        "input_shape": ", ".join(map(str, (2, *shapes[config.modality]))),
+        "patches": math.prod(config.patch_grid),
+        "paper": PAPER,
+    }
+    if config.modality == "audio":
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} has no preprocessor_config.json: save the feature extractor there first")
+        processor = json.loads(path.read_text(encoding="utf-8"))
+        facts.update(processor=processor, rate=processor["sampling_rate"])
+    return facts
+
+
+def _render(**values: Any) -> str:
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**values)
+
+
+def _hub_id(data: str) -> str | None:
+    """`data` if it is the id of a data set on the Hub, `None` for a folder's path."""
+    return data if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists() else None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a saved encoder, tokenizer or classifier")
+    parser.add_argument("--run", required=True, help="the run's run.json")
+    parser.add_argument("--repo_id", help="the Hub id that the snippets shall load")
+    args = parser.parse_args()
+    print(write_card(args.folder, json.loads(Path(args.run).read_text(encoding="utf-8")), repo_id=args.repo_id))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,499 @@
+"""From items to model input: the loaders and processors of every modality, and the one table of what differs.
+
+    read_audio ─► AudioLoader ─► input_values (frames, mel bins), attention_mask (frames,)
+    read_image ─► ImageLoader ─► pixel_values (channels, height, width)
+    read_video ─► VideoLoader ─► pixel_values_videos (frames, channels, height, width)
+
+Scripts know no modality: `make_processor` or `load_processor`, then `make_item_loader`, serve any.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
+
+from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
+from bridle_hf.common.arguments import check_name
+from bridle_hf.data.decoding import Item, MediaError, one_line, read_audio, read_image, read_video
+from bridle_hf.feature_extraction_bridle import num_samples
+from bridle_hf.image_processing_bridle import fit_channels
+
+
+# Aspect ratios of random crops, those of He et al. and of everyone since.
+CROP_RATIOS = (3 / 4, 4 / 3)
+
+# What a loader is: without a random generator it reads for evaluation.
+Load = Callable[[Item, np.random.Generator | None], dict[str, torch.Tensor]]
+
+
+@contextmanager
+def torch_seeded(rng: np.random.Generator) -> Iterator[None]:
+    """Lend torch's global generator, seeded from `rng`, to kornia, which draws from no other; then restore it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng.integers(2**62)))
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audio
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def roll_and_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shift (channels, samples) circularly by a uniform offset, multiply by Beta(10, 10) + 0.5."""
+    offset = rng.integers(waveform.shape[-1])
+    gain = np.float32(rng.beta(10, 10) + 0.5)
+    return np.roll(waveform, offset, axis=-1) * gain
+
+
+class AudioLoader:
+    """Read an audio item into model input: decode, crop, augment, log-mel, pad.
+
+    Called as `loader(item, rng)` for training: a longer recording is cropped at random and, with `augment`, rolled and
+    scaled. Called as `loader(item)` for evaluation: the crop is the middle one and nothing is augmented. Returns
+    `input_values` (max_frames, num_mel_bins) float32 and `attention_mask` (max_frames,) in frames.
+
+    Args:
+        feature_extractor: a `BridleFeatureExtractor`; it averages channels and resamples.
+        max_frames: length that every sample is padded or cropped to, in frames of 10 ms.
+        augment: roll and gain in training.
+        cache_bytes: memory, per process that loads, for recordings of up to twice `max_frames`: decoded waveforms
+            where they will be augmented, else finished features. What doesn't fit is read anew each time. 0: no cache.
+
+    Raises, when called:
+        MediaError: see `read_audio`. ValueError: what the feature extractor refuses, such as a clip under one frame.
+    """
+
+    def __init__(self, feature_extractor: Any, max_frames: int, augment: bool = False, cache_bytes: int = 0):
+        self.feature_extractor = feature_extractor
+        self.max_frames = max_frames
+        self.augment = augment
+        self._free_bytes = cache_bytes
+        self._cache: dict[tuple[str, str], Any] = {}
+
+    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        if self.augment and rng is not None:
+            waveform, rate = self.read(item, rng)
+            return self.fit(self.features(roll_and_gain(waveform, rng), rate))
+        key = ("features", item.path)
+        if key in self._cache:
+            return self.fit(self._cache[key], rng)
+        waveform, rate, is_whole = self._decode(item, rng)
+        features = self.features(waveform, rate)
+        if is_whole:
+            self._keep(key, features, features.nbytes)
+        return self.fit(features, rng)
+
+    def read(self, item: Item, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
+        """Waveform (channels, samples) of at most `max_frames` frames, and its rate."""
+        key = ("waveform", item.path)
+        if key not in self._cache:
+            waveform, rate, is_whole = self._decode(item, rng)
+            if is_whole:
+                self._keep(key, (waveform, rate), waveform.nbytes)
+        else:
+            waveform, rate = self._cache[key]
+        start, count = _crop(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
+        return waveform[:, start : start + count], rate
+
+    def features(self, waveform: np.ndarray, sampling_rate: int) -> torch.Tensor:
+        """Normalised log-mel (frames, num_mel_bins) of one waveform (channels, samples), as many frames as it has."""
+        batch = self.feature_extractor(
+            [waveform if len(waveform) > 1 else waveform[0]],
+            sampling_rate=sampling_rate,
+            padding=False,
+            truncation=False,
+            return_tensors="pt",
+        )
+        return batch["input_values"][0]
+
+    def _decode(self, item: Item, rng: np.random.Generator | None) -> tuple[np.ndarray, int, bool]:
+        """(waveform, rate, whole): all of a recording that the cache would take, a crop of a longer one."""
+        is_whole = True
+
+        def crop(samples: int, rate: int) -> tuple[int, int]:
+            nonlocal is_whole
+            wanted = num_samples(self.max_frames, rate)
+            is_whole = samples <= 2 * wanted
+            return (0, samples) if is_whole else _crop(samples, wanted, rng)
+
+        waveform, rate = read_audio(item.media(), item.path, crop)
+        return waveform, rate, is_whole
+
+    def fit(self, features: torch.Tensor, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        """Model input of (frames, num_mel_bins): cropped, see `read`, or padded to `max_frames`."""
+        start, count = _crop(len(features), self.max_frames, rng)
+        input_values = features.new_zeros(self.max_frames, features.shape[1])
+        input_values[:count] = features[start : start + count]
+        attention_mask = torch.zeros(self.max_frames, dtype=torch.int64)
+        attention_mask[:count] = 1
+        return {"input_values": input_values, "attention_mask": attention_mask}
+
+    def _keep(self, key: tuple[str, str], value: Any, size: int) -> None:
+        if size <= self._free_bytes:
+            self._free_bytes -= size
+            self._cache[key] = value
+
+
+def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[int, int]:
+    """(start, count) of at most `wanted` of `length`: at random, or the middle where there is no `rng`."""
+    spare = length - wanted
+    if spare <= 0:
+        return 0, length
+    return (spare // 2 if rng is None else int(rng.integers(spare + 1))), wanted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images and video
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stride_indices(total: int, num_frames: int, stride: int, position: float) -> np.ndarray:
+    """Every `stride`-th frame, (num_frames,) int64; `position` in [0, 1] says where the clip lies in the film.
+
+    A film that is too short gives indices behind its end.
+    """
+    spare = max(total - (num_frames - 1) * stride - 1, 0)
+    return min(int(position * (spare + 1)), spare) + stride * np.arange(num_frames)
+
+
+def segment_indices(total: int, num_frames: int, positions: float | np.ndarray) -> np.ndarray:
+    """One frame of each of `num_frames` equal parts of the film, (num_frames,) int64; `positions` within each part."""
+    return np.minimum((np.arange(num_frames) + positions) * total / num_frames, total - 1).astype(np.int64)
+
+
+class _PixelLoader:
+    """What the loaders of images and of video share: the random crop, normalisation and the cache.
+
+    `distort`, if set, changes what was cropped for training: (frames, channels, height, width) uint8 and a random
+    generator to the same.
+    """
+
+    def __init__(self, image_processor: Any, augment: bool, cache_bytes: int, min_crop: float, flip: bool):
+        if not 0 < min_crop <= 1:
+            raise ValueError(f"min_crop is {min_crop}: expected a part of the area, over 0 and at most 1")
+        self.image_processor = image_processor
+        self.augment = augment
+        self.distort: Callable[[torch.Tensor, np.random.Generator], torch.Tensor] | None = None
+        self.flip = flip
+        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        self.size = (size["height"], size["width"])
+        self.num_channels = len(image_processor.image_mean)
+        self._free_bytes = cache_bytes
+        self._cache: dict[str, np.ndarray] = {}
+        self._random_crop = None
+        if augment:
+            try:
+                from kornia.augmentation import RandomResizedCrop
+            except ImportError as error:
+                raise ValueError("augmenting images and video needs kornia: pip install kornia") from error
+            self._random_crop = RandomResizedCrop(self.size, scale=(min_crop, 1.0), ratio=CROP_RATIOS)
+
+    def _view(self, pixels: np.ndarray, rng: np.random.Generator | None) -> torch.Tensor:
+        """(frames, height, width, channels) uint8 to (frames, channels, *size) float32, all frames alike."""
+        if self.augment and rng is not None:
+            views = self._crop_and_flip(pixels, rng)
+            return self._normalize(views if self.distort is None else self.distort(views, rng))
+        if pixels.shape[1:3] == self.size:  # nothing to resize or crop: twenty times as fast, and the same
+            return self._normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        return self._process(pixels)
+
+    def _crop_and_flip(self, pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+        """(frames, height, width, channels) uint8 to (frames, channels, *size) uint8, at random."""
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        with torch_seeded(rng):
+            corners = self._random_crop.forward_parameters(pixels[:1].shape)["src"][0]
+        (left, top), (right, bottom) = corners[0].int().tolist(), corners[2].int().tolist()
+        pixels = pixels[:, :, top : bottom + 1, left : right + 1]
+        # Cut here: kornia would resize without antialiasing, in float32, at ten times the cost.
+        pixels = torch.nn.functional.interpolate(pixels, self.size, mode="bilinear", antialias=True)
+        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+
+    def _process(self, pixels: np.ndarray, **options: Any) -> torch.Tensor:
+        batch = self.image_processor(list(pixels), return_tensors="pt", input_data_format="channels_last", **options)
+        return batch["pixel_values"].reshape(len(pixels), self.num_channels, *batch["pixel_values"].shape[-2:])
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        processor = self.image_processor
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        if processor.do_rescale:
+            pixels = pixels * processor.rescale_factor
+        if processor.do_normalize:
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (processor.image_mean, processor.image_std))
+            pixels = (pixels - mean) / std
+        return pixels
+
+    def _keep(self, key: str, pixels: np.ndarray) -> None:
+        if pixels.nbytes <= self._free_bytes:
+            self._free_bytes -= pixels.nbytes
+            self._cache[key] = pixels
+
+
+class ImageLoader(_PixelLoader):
+    """Read an image item into model input: decode, crop, flip, resize, normalise.
+
+    Called as `loader(item, rng)` for training: with `augment`, a random crop is resized to the model's size and half
+    of the time flipped. Called as `loader(item)` for evaluation, or without `augment`: what the processor does, the
+    middle crop. Returns `pixel_values` (channels, height, width) float32.
+
+    Args:
+        image_processor: of the model, see `make_image_processor`: gives size, channels and normalisation.
+        augment: random crop and flip in training (needs kornia).
+        cache_bytes: memory, per process that loads, for decoded images; what doesn't fit is read anew each time.
+        min_crop: smallest part of the area that a random crop keeps.
+        flip: mirror half of the samples in training; leave it off where left and right differ, as for digits.
+
+    Raises, when called:
+        MediaError: see `read_image`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        augment: bool = False,
+        cache_bytes: int = 0,
+        min_crop: float = 0.2,
+        flip: bool = True,
+    ):
+        super().__init__(image_processor, augment, cache_bytes, min_crop, flip)
+
+    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self._view(self.read(item)[None], rng)[0]}
+
+    def read(self, item: Item) -> np.ndarray:
+        """(height, width, channels) uint8."""
+        pixels = self._cache.get(item.path)
+        if pixels is None:
+            pixels = read_image(item.media(), item.path, self.num_channels)
+            self._keep(item.path, pixels)
+        return pixels
+
+
+class VideoLoader(_PixelLoader):
+    """Read a video item into model input: choose a clip, decode its frames, crop, flip, resize, normalise.
+
+    Called as `loader(item, rng)` for training: the clip lies at random in the film and, with `augment`, one random
+    crop and flip is taken of all its frames. Called as `loader(item)` for evaluation: the middle clip, the middle
+    crop. Returns `pixel_values_videos` (num_frames, channels, height, width) float32.
+
+    Args:
+        image_processor: of the model, see `make_image_processor`: gives size, channels and normalisation.
+        num_frames: frames of a clip.
+        stride: frames of the film from one frame of the clip to the next.
+        sampling: "stride", or "segments": one frame of each of `num_frames` equal parts of the whole film, `stride`
+            being ignored.
+        short: what to do with a film that has fewer frames than a clip needs: "repeat" its last, or "skip" it as a
+            bad file.
+        augment: random crop and flip in training (needs kornia).
+        cache_bytes: memory, per process that loads, for decoded films of up to twice a clip's length; what doesn't fit
+            is read anew each time.
+        min_crop: smallest part of the area that a random crop keeps.
+        flip: mirror half of the samples in training; leave it off where left and right differ.
+
+    Raises:
+        ValueError: `num_frames` or `stride` below 1, an unknown `sampling` or `short`.
+
+    Raises, when called:
+        MediaError: see `read_video`; or a film too short, with `short="skip"`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        num_frames: int = 16,
+        stride: int = 4,
+        sampling: Literal["stride", "segments"] = "stride",
+        short: Literal["repeat", "skip"] = "repeat",
+        augment: bool = False,
+        cache_bytes: int = 0,
+        min_crop: float = 0.5,
+        flip: bool = True,
+    ):
+        if num_frames < 1 or stride < 1:
+            raise ValueError(f"num_frames {num_frames} and stride {stride} must be positive")
+        if sampling not in ("stride", "segments") or short not in ("repeat", "skip"):
+            raise ValueError(f"sampling {sampling!r}: stride or segments; short {short!r}: repeat or skip")
+        super().__init__(image_processor, augment, cache_bytes, min_crop, flip)
+        self.num_frames, self.stride, self.sampling, self.short = num_frames, stride, sampling, short
+
+    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values_videos": self._view(self.read(item, rng), rng)}
+
+    def views(self, item: Item, num_clips: int = 5, num_crops: int = 3) -> torch.Tensor:
+        """Views for multi-view evaluation: average the model's answers over them.
+
+        Clips spread evenly over the film, crops over the longer side of the picture.
+
+        Returns:
+            (num_clips * num_crops, num_frames, channels, height, width) float32, the crops of a clip in a row.
+        """
+        views = []
+        for position in _spread(num_clips):
+            # One clip at a time: a whole film's worth of full-size frames need not fit.
+            pixels = self._process(self.read(item, position=position), do_center_crop=False)
+            height, width = self.size
+            for offset in _spread(num_crops):
+                top, left = ((size - wanted) * offset for size, wanted in zip(pixels.shape[-2:], self.size))
+                views.append(pixels[..., round(top) : round(top) + height, round(left) : round(left) + width])
+        return torch.stack(views)
+
+    def read(self, item: Item, rng: np.random.Generator | None = None, position: float = 0.5) -> np.ndarray:
+        """A clip, (num_frames, height, width, channels) uint8: at random, or at `position` in [0, 1] without `rng`."""
+        film = self._cache.get(item.path)
+        if film is not None:
+            return film[self._choose(len(film), item, rng, position)]
+        is_short = False
+
+        def choose(total: int, rate: float) -> np.ndarray:
+            nonlocal is_short
+            is_short = self._free_bytes > 0 and total <= 2 * ((self.num_frames - 1) * self.stride + 1)
+            return np.arange(total) if is_short else self._choose(total, item, rng, position)
+
+        pixels = fit_channels(read_video(item.media(), item.path, choose), self.num_channels)
+        if is_short:
+            self._keep(item.path, pixels)
+            return pixels[self._choose(len(pixels), item, rng, position)]
+        return pixels
+
+    def _choose(self, total: int, item: Item, rng: np.random.Generator | None, position: float) -> np.ndarray:
+        if self.sampling == "stride":
+            position = position if rng is None else rng.random()
+            indices = stride_indices(total, self.num_frames, self.stride, position)
+        else:
+            indices = segment_indices(total, self.num_frames, position if rng is None else rng.random(self.num_frames))
+        needed = indices[-1] + 1 if self.sampling == "stride" else self.num_frames
+        if needed > total and self.short == "skip":
+            raise MediaError(item.path, f"has {total} frames where a clip needs {needed}")
+        return np.minimum(indices, total - 1)
+
+
+def _spread(count: int) -> Sequence[float]:
+    """`count` positions from 0 to 1; a single one in the middle."""
+    return [0.5] if count == 1 else np.linspace(0, 1, count)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table, and what makes loaders and processors by it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What a modality brings."""
+
+    extensions: tuple[str, ...]  # of the files to look for
+    loader: type  # reads an item into model input
+    sizes: Callable[[BridleConfig], dict[str, int]]  # arguments of the loader that the model decides
+    auto_processor: type  # opens a saved processor
+
+
+MODALITIES = {
+    "audio": Modality(
+        (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
+        AudioLoader,
+        lambda config: {"max_frames": config.max_length},
+        AutoFeatureExtractor,
+    ),
+    "image": Modality(
+        (
+            ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+            ".avif", ".mpo", ".tga",
+        ),
+        ImageLoader,
+        lambda config: {},
+        AutoImageProcessor,
+    ),
+    "video": Modality(
+        (
+            ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv",
+            ".3gp", ".ogv",
+        ),
+        VideoLoader,
+        lambda config: {"num_frames": config.num_frames},
+        AutoImageProcessor,
+    ),
+}  # fmt: skip
+
+
+def make_item_loader(
+    config: BridleConfig,
+    processor: Any,
+    options: Mapping[str, Any] | None = None,
+    augment: bool = False,
+    cache_bytes: int = 0,
+) -> AudioLoader | ImageLoader | VideoLoader:
+    """The loader that reads items into a model's input.
+
+    Args:
+        config: of the model; gives the modality and the sizes.
+        processor: of the model.
+        options: further arguments of the modality's loader by name, as {"stride": 2, "flip": False}; audio has none.
+        augment: random views in training.
+        cache_bytes: memory for decoded inputs, per process that loads.
+
+    Raises:
+        ValueError: an option that the loader does not have, or of a wrong type or value.
+    """
+    modality = MODALITIES[config.modality]
+    sizes, options = modality.sizes(config), options or {}
+    _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
+    given = {*sizes, "augment", "cache_bytes"}
+    defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
+    for name, value in options.items():
+        check_name("loader", name, defaults)
+        default = defaults[name]
+        kinds = int | float if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(f"loader.{name} is {value!r}: expected a value like {default!r}")
+    return modality.loader(processor, **sizes, **options, augment=augment, cache_bytes=cache_bytes)
+
+
+def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None) -> Any:
+    """The processor of a new model.
+
+    Args:
+        config: of the encoder.
+        fields: arguments of `BridleFeatureExtractor` (audio) or of `make_image_processor` (image, video) by name.
+
+    Raises:
+        ValueError: an unknown field, a wrong value, or sizes other than the model's.
+    """
+    fields, is_audio = fields or {}, config.modality == "audio"
+    make = BridleFeatureExtractor if is_audio else make_image_processor
+    for name, value in fields.items():
+        check_name("processor", name, set(inspect.signature(make).parameters) - {"config", "kwargs"})
+        numbers = [value] if is_audio else value
+        if not isinstance(numbers, list) or not all(isinstance(number, int | float) for number in numbers):
+            expected = "a number, true or false" if is_audio else "a list of numbers, one per channel"
+            raise ValueError(f"processor.{name} is {value!r}: expected {expected}")
+    if not is_audio:
+        return make_image_processor(config, **fields)
+    sizes = {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    if any(fields.get(name, size) != size for name, size in sizes.items()):
+        raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
+    return BridleFeatureExtractor(**{**sizes, **fields})
+
+
+def load_config(model: str) -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier.
+
+    Raises:
+        ValueError: none is there, or another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model {model}: no model is there, or none that can be read: {one_line(error)}") from error
+    if config.model_type != "bridle":
+        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
+    return config
+
+
+def load_processor(folder: str, config: BridleConfig) -> Any:
+    """The processor saved beside a model, in a folder or on the Hub."""
+    return MODALITIES[config.modality].auto_processor.from_pretrained(folder)

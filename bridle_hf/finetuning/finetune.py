@@ -1,0 +1,389 @@
+"""Fine-tune a pretrained encoder into a classifier, on `transformers.Trainer`.
+
+    python training/finetune.py training/recipes/NAME.yaml --model DIR_OR_ID --data DIR_OR_HUB_ID --output_dir OUT
+
+Takes every option of `TrainingArguments` beside its own. OUT is a `from_pretrained` folder of the classifier with its
+processor and model card: `pipeline("audio-classification", OUT)`, or image, or video; beside them stand results.json,
+run.json, skipped.jsonl and checkpoints/.
+"""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import (
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    AutoModelForVideoClassification,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import bridle_hf
+from bridle_hf.cards.card import write_card
+from bridle_hf.common.arguments import ArgumentError, FinetuneArguments, FinetuneTrainingArguments, parse_arguments
+from bridle_hf.data.batches import SkippedFiles, TooManyBadFiles, iterate_eval
+from bridle_hf.data.decoding import Item
+from bridle_hf.data.loaders import Load, load_config, load_processor, make_item_loader
+from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
+from bridle_hf.finetuning.task import Task, make_task
+from bridle_hf.finetuning.trainer import (
+    EvaluationItems,
+    FinetuneTrainer,
+    TrainingDraws,
+    ViewLoader,
+    balanced_weights,
+    collate_samples,
+)
+from bridle_hf.interleaving.interleaving import NonFiniteError
+from bridle_hf.monitoring.monitor import git_revision, write_json
+from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
+
+
+logger = logging.getLogger(__name__)
+
+# What opens a classifier, by modality.
+AUTO_MODELS = {
+    "audio": AutoModelForAudioClassification,
+    "image": AutoModelForImageClassification,
+    "video": AutoModelForVideoClassification,
+}
+# Options that fit some modalities alone.
+OPTIONS_OF = {
+    ("audio",): ("max_length", "mean", "std", "mel_mask", "time_mask"),
+    ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
+    ("video",): ("eval_clips", "eval_crops"),
+}
+# What a run leaves in its folder beside the saved model; --overwrite removes it.
+RUN_FILES = ("results.json", "run.json", "skipped.jsonl", "checkpoints")
+
+
+def main() -> None:
+    args, training_args = parse_arguments(FinetuneArguments, FinetuneTrainingArguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    transformers.set_seed(training_args.seed)
+    out, arguments = Path(training_args.output_dir), resolved_arguments(args, training_args)
+    try:
+        config = load_config(args.model)
+        task = make_task(args, config, training_args.seed)
+        check_arguments(args, training_args, config, task)
+        model, processor = load_model(args, training_args, task)
+        loaders = make_loaders(args, model.config, processor, task)
+        # Nothing that could refuse the arguments follows --overwrite's deletion.
+        with training_args.main_process_first():
+            prepare_folder(out, args, training_args)
+        trainer = make_trainer(args, training_args, task, model, processor, loaders, out / "skipped.jsonl")
+    except (ValueError, OSError, TooManyBadFiles) as error:
+        # Everything up to here is about arguments and data: one line says what is wrong.
+        raise ArgumentError(str(error)) from error
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
+    except (NonFiniteError, TooManyBadFiles) as error:
+        raise SystemExit(f"error: {error}") from error
+    seconds = time.monotonic() - started
+    results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+        processor.save_pretrained(out)
+        write_outputs(out, arguments, config.modality, task, results, seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(
+    args: FinetuneArguments, training_args: FinetuneTrainingArguments, config: Any, task: Task
+) -> None:
+    """Refuse what cannot work, before the first step.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    unset = {entry.name: entry.default for entry in fields(args)}
+    for modalities, names in OPTIONS_OF.items():
+        for name in names if config.modality not in modalities else ():
+            if getattr(args, name) != unset[name]:
+                suited = " and ".join(modalities)
+                raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
+    _check_training_arguments(training_args, task)
+    if training_args.remove_unused_columns or not 0 < args.layer_decay <= 1:
+        raise ValueError("--remove_unused_columns must be false, --layer_decay in (0, 1]")
+    _check_augmentation(args, config)
+    if args.freeze_encoder and (args.drop_path_rate or args.layer_decay != 1 or args.from_scratch):
+        raise ValueError("--freeze_encoder leaves nothing for --drop_path_rate, --layer_decay or --from_scratch to do")
+
+
+def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Task) -> None:
+    if training_args.resume_from_checkpoint:
+        raise ValueError("--resume_from_checkpoint: give --resume, which takes the newest checkpoint of --output_dir")
+    if training_args.push_to_hub:
+        raise ValueError(
+            "--push_to_hub would push what checkpoints are made of: load the finished model of --output_dir with "
+            "from_pretrained, and push it with its card by push_to_hub"
+        )
+    if training_args.label_smoothing_factor and task.labels.multi_label:
+        raise ValueError("--label_smoothing_factor is for one label per item, but these items have several")
+    if not 0 <= training_args.label_smoothing_factor < 1:
+        raise ValueError(f"--label_smoothing_factor is {training_args.label_smoothing_factor}: expected 0 to below 1")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training_args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(training_args, name)}")
+    best, measured = training_args.metric_for_best_model, [METRIC_NAMES[task.kind], "loss"]
+    if task.kind == "single_label" and len(task.labels.names) > 5:
+        measured.append(TOP5)
+    if best is not None and best != "auto" and best.removeprefix("eval_") not in measured:
+        raise ValueError(f"--metric_for_best_model is {best}: expected auto, {', '.join(measured)}")
+
+
+def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
+    ranges = {
+        "mixup_probability": 1, "cutmix_probability": 1 - args.mixup_probability, "random_erasing": 1,
+        "rand_augment": RAND_AUGMENT_MAX, "mel_mask": config.num_mel_bins, "time_mask": FULL_LENGTH_FRAMES,
+    }  # fmt: skip
+    for name, most in ranges.items():
+        if not 0 <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} must be at most {most:g} and not negative, got {getattr(args, name)}")
+    for name in ("samples_per_item", "eval_clips", "eval_crops"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
+    random_views = [name for name in ("min_crop", "flip") if name in args.loader]
+    if not args.augment and (args.rand_augment or random_views):
+        name = "rand_augment" if args.rand_augment else f"loader.{random_views[0]}"
+        raise ValueError(f"--{name} changes random views: give --augment too")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model and folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments, task: Task) -> tuple[nn.Module, Any]:
+    """The classifier, with pretrained weights unless from scratch, and its processor."""
+    config = load_config(args.model)
+    config.id2label = dict(enumerate(task.labels.names))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+    config.problem_type = f"{task.kind}_classification"
+    config.drop_path_rate, config.patch_dropout = args.drop_path_rate, args.patch_dropout
+    # The model smooths, mixed targets too; the Trainer's own smoother would take class numbers only.
+    config.label_smoothing, training_args.label_smoothing_factor = training_args.label_smoothing_factor, 0.0
+    auto_model = AUTO_MODELS[config.modality]
+    processor = load_processor(args.model, config)
+    for name in ("max_length", "mean", "std"):
+        if getattr(args, name) is not None:
+            setattr(processor, name, getattr(args, name))
+    config.max_length = getattr(processor, "max_length", config.max_length)
+    config.validate_architecture()
+    if args.from_scratch:
+        model = auto_model.from_config(config)
+    else:
+        model = auto_model.from_pretrained(args.model, config=config)
+    if args.freeze_encoder:
+        model.bridle.requires_grad_(False)
+    return model, processor
+
+
+def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> None:
+    """Make sure that nothing is overwritten unasked, and send the Trainer's checkpoints to OUT/checkpoints.
+
+    Raises:
+        ValueError: the folder is not empty, and neither --resume nor --overwrite is given.
+    """
+    checkpoints = out / "checkpoints"
+    training_args.output_dir = str(checkpoints)
+    if training_args.process_index > 0:
+        return
+    if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
+        raise ValueError(f"--output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew")
+    if args.resume and not (checkpoints.is_dir() and get_last_checkpoint(checkpoints)):
+        raise ValueError(f"--resume: {checkpoints} holds no checkpoint")
+    if args.overwrite and not args.resume:
+        for path in (out / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """What reads items: to train on, to evaluate on after an epoch, and to evaluate on in the end."""
+
+    training: TrainingLoader
+    epoch: Load
+    final: Load
+
+
+def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Task) -> Loaders:
+    """The loaders that the arguments ask for.
+
+    Raises:
+        ValueError: arguments that the modality's loader does not take.
+    """
+    load, random_load = (
+        make_item_loader(config, processor, args.loader, augment, args.cache_mb << 20)
+        for augment in (False, args.augment)
+    )
+    training_loader = TRAINING_LOADERS[config.modality]
+    return Loaders(
+        training_loader(random_load, task.train, task.targets, len(task.labels.names), args),
+        load,
+        ViewLoader(load, args.eval_clips, args.eval_crops) if args.eval_clips * args.eval_crops > 1 else load,
+    )
+
+
+def make_trainer(
+    args: FinetuneArguments,
+    training_args: FinetuneTrainingArguments,
+    task: Task,
+    model: nn.Module,
+    processor: Any,
+    loaders: Loaders,
+    skipped_path: Path,
+) -> FinetuneTrainer:
+    """The trainer; files of the items to evaluate on are read once here, so that all evaluations see the same ones.
+
+    Raises:
+        TooManyBadFiles: more than 10% of them cannot be read.
+    """
+    ledger = SkippedFiles(skipped_path, len(task.train) + len(task.evaluation) + len(task.test), shared=True)
+    # By the loader that reads the most of a file.
+    task.evaluation = readable(task.evaluation, loaders.final, ledger, training_args.dataloader_num_workers)
+    task.test = readable(task.test, loaders.final, ledger, training_args.dataloader_num_workers)
+    draws = TrainingDraws(
+        task.train,
+        loaders.training,
+        training_args.seed,
+        args.draws_per_epoch or len(task.train) * args.samples_per_item,
+        balanced_weights(task.labels.encode(task.train)) if args.balanced_sampling else None,
+        args.samples_per_item,
+    )
+    if training_args.metric_for_best_model == "auto":
+        training_args.metric_for_best_model = METRIC_NAMES[task.kind]
+    metric = ClassificationMetric(config_name=task.kind, keep_in_memory=True)
+    return FinetuneTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=draws,
+        eval_dataset=EvaluationItems(task.evaluation, loaders.epoch, task.targets),
+        data_collator=collate_samples,
+        processing_class=processor,
+        compute_metrics=lambda outputs: metric.compute(
+            predictions=outputs.predictions, references=outputs.label_ids.astype(np.int64)
+        ),
+        layer_decay=args.layer_decay,
+        ledger=ledger,
+    )
+
+
+def readable(items: list[Item], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Item]:
+    """The items that can be read, of which each process tries its share; the others go to `ledger`."""
+    # Views of whole films are large.
+    batch_size = 2 if isinstance(load, ViewLoader) else 64
+    with PartialState().split_between_processes(list(range(len(items)))) as own:
+        found = iterate_eval([items[place] for place in own], load, batch_size, ledger, num_workers) if own else ()
+        kept = [own[index] for indices, _ in found for index in indices]
+    return [items[place] for place in gather_object(kept)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: int) -> dict[str, Any]:
+    """What results.json holds: the final model's figures, how they came about, and the history."""
+    name = METRIC_NAMES[task.kind]
+    history = [
+        {"epoch": entry["epoch"], **_figures(entry, "eval")}
+        for entry in trainer.state.log_history
+        if f"eval_{name}" in entry
+    ]
+    is_best = trainer.args.load_best_model_at_end
+    results = {
+        "metric": name,
+        "evaluation": _figures(trainer.evaluate(EvaluationItems(task.evaluation, load, task.targets)), "eval"),
+        "evaluated_on": task.held_out,
+        # A best epoch chosen on the very items that it is measured on flatters itself: say so.
+        "epoch": "the best, chosen on the same items" if is_best else "the last",
+        "views_per_item": views_per_item,
+        "items": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
+        "classes": len(task.labels.names),
+        "skipped_files": len(trainer.ledger.state_dict()),
+        "skipped_steps": trainer.skip_non_finite.skipped_steps,
+        "history": history,
+    }
+    if task.test:
+        test_items = EvaluationItems(task.test, load, task.targets)
+        results["test"] = _figures(trainer.evaluate(test_items, metric_key_prefix="test"), "test")
+    return results
+
+
+def _figures(found: dict[str, float], prefix: str) -> dict[str, float]:
+    """Metrics and loss out of what the Trainer measured."""
+    names = (*METRIC_NAMES.values(), TOP5, "loss")
+    return {name: found[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in found}
+
+
+def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> dict[str, Any]:
+    """Our own arguments, and those of `TrainingArguments` that are not at the values it has by itself."""
+    # It sets up the processes anew: as they were.
+    same = {"use_cpu": training_args.use_cpu, "ddp_backend": training_args.ddp_backend}
+    stock = TrainingArguments(output_dir=training_args.output_dir, **same).to_dict()
+    ours = {entry.name for entry in fields(FinetuneTrainingArguments) if entry.name in vars(FinetuneTrainingArguments)}
+    given = {k: v for k, v in training_args.to_dict().items() if k in ours or v != stock[k]}
+    return json.loads(json.dumps(vars(args) | given, default=str))
+
+
+def write_outputs(
+    out: Path, arguments: dict[str, Any], modality: str, task: Task, results: dict[str, Any], seconds: float
+) -> None:
+    """results.json, run.json and the model card."""
+    note = f"epoch: {results['epoch']}"
+    if results["views_per_item"] > 1:
+        note += f"; {results['views_per_item']} views per item"
+    measured = {
+        "metric": results["metric"],
+        "value": results["evaluation"][results["metric"]],
+        "split": results["evaluated_on"],
+        "note": note,
+    }
+    run = {
+        "arguments": arguments,
+        "data": arguments["data"],
+        "samples": len(task.train),
+        "seed": arguments["seed"],
+        "seconds": round(seconds, 1),
+        "versions": {
+            "bridle_hf": bridle_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "git_revision": git_revision(),
+        "results": {f"{modality} classification": measured},
+    }
+    write_json(out / "results.json", results)
+    write_json(out / "run.json", run)
+    write_card(out, run)
+    print(f"{measured['metric']} {measured['value']:.4f} on {measured['split']}; the classifier is in {out}")
+
+
+if __name__ == "__main__":
+    main()

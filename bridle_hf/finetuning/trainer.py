@@ -1,0 +1,224 @@
+"""Fine-tuning on `transformers.Trainer`: samples in order, optimizer groups, bad input.
+
+TrainingDraws (item of a draw) ─► EpochDraws ─► collate_samples ─► FinetuneTrainer ◄─ EvaluationItems
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerState
+
+from bridle_hf.data.batches import DrawDataset, SkippedFiles, TooManyBadFiles, collate
+from bridle_hf.data.decoding import Item
+from bridle_hf.data.loaders import Load, VideoLoader
+from bridle_hf.interleaving.interleaving import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+
+
+BALANCED_STREAM = 3  # of random numbers, beside those of training/data.py
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingDraws(DrawDataset):
+    """`DrawDataset` with an epoch's length and, given weights, items drawn with replacement in proportion to them.
+
+    Each item drawn gives `samples_per_item` draws in a row (repeated augmentation), each with its own random numbers.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        load: Load,
+        seed: int,
+        draws_per_epoch: int,
+        weights: np.ndarray | None = None,
+        samples_per_item: int = 1,
+    ):
+        super().__init__(items, load, seed)
+        self.draws_per_epoch, self.samples_per_item = draws_per_epoch, samples_per_item
+        self._cumulative = None if weights is None else np.cumsum(weights / weights.sum())
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch
+
+    def index_of(self, draw: int) -> int:
+        draw //= self.samples_per_item
+        if self._cumulative is None:
+            return super().index_of(draw)
+        rng = np.random.default_rng(np.random.SeedSequence((self.seed, draw), spawn_key=(BALANCED_STREAM,)))
+        return min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self.items) - 1)
+
+
+def balanced_weights(targets: torch.Tensor) -> np.ndarray:
+    """1 / frequency of an item's class, summed over its classes where it has several (as in the AudioSet recipes).
+
+    Args:
+        targets: class numbers (items,), or 0/1 rows (items, classes).
+    """
+    rows = nn.functional.one_hot(targets) if targets.dim() == 1 else targets
+    return (rows.double() @ (1.0 / rows.sum(dim=0).clamp(min=1).double())).numpy()
+
+
+class EpochDraws(Sampler):
+    """The draws of one epoch after the other, so that a resumed run sees what an unbroken one would have."""
+
+    def __init__(self, draws_per_epoch: int):
+        self.draws_per_epoch, self.epoch = draws_per_epoch, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.draws_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * self.draws_per_epoch
+        return iter(range(first, first + self.draws_per_epoch))
+
+
+class EvaluationItems(Dataset):
+    """Every item once, as `load` reads it, with its target (by item path) as `labels`."""
+
+    def __init__(self, items: Sequence[Item], load: Load, targets: dict[str, torch.Tensor]):
+        self.items, self.load, self.targets = items, load, targets
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index]
+        return {**self.load(item, None), "labels": self.targets[item.path], "index": index, "skipped": []}
+
+
+@dataclass(frozen=True)
+class ViewLoader:
+    """Several views of a film, as `views` (clips * crops, frames, channels, height, width)."""
+
+    load: VideoLoader
+    num_clips: int
+    num_crops: int
+
+    def __call__(self, item: Item, rng: None = None) -> dict[str, torch.Tensor]:
+        return {"views": self.load.views(item, self.num_clips, self.num_crops)}
+
+
+def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of what the model takes, and `skipped` for the trainer."""
+    batch = collate(samples)
+    del batch["index"]
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FinetuneTrainer(Trainer):
+    """`Trainer` with layer-wise learning rates, our own order of draws and a ledger of bad files."""
+
+    def __init__(self, *args: Any, layer_decay: float, ledger: SkippedFiles, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.layer_decay, self.ledger = layer_decay, ledger
+        self.skip_non_finite = SkipNonFinite()
+        self.add_callback(self.skip_non_finite)
+        # The model takes any keyword (for its attention), which the Trainer reads as "divides its loss by itself".
+        self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            groups = parameter_groups(
+                model or self.model, self.args.learning_rate, self.args.weight_decay, self.layer_decay
+            )
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        return EpochDraws(len(self.train_dataset))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        skipped = inputs.pop("skipped")
+        self.ledger.update(skipped)
+        if "labels" not in inputs:
+            raise TooManyBadFiles(f"no file of a whole batch could be read; the last is {': '.join(skipped[-1])}")
+        return super()._prepare_inputs(inputs)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Where a batch holds several `views` of each item: the mean loss, and the mean of the probabilities."""
+        if "views" not in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        views, name = inputs.pop("views"), self.model.main_input_name
+        # One after the other: all at once are many times the batch that was asked for.
+        steps = [super(FinetuneTrainer, self).prediction_step(model, {**inputs, name: view}, *args, **kwargs)
+                 for view in views.unbind(1)]  # fmt: skip
+        losses, logits, labels = zip(*steps)
+        multi_label = self.model.config.problem_type == "multi_label_classification"
+        probabilities = [entry.sigmoid() if multi_label else entry.softmax(dim=-1) for entry in logits]
+        return torch.stack(losses).mean(), torch.stack(probabilities).mean(dim=0), labels[0]
+
+
+class SkipNonFinite(TrainerCallback):
+    """Leave the weights alone in a step whose gradient is not finite, as pretraining does, and count it.
+
+    Raises, when called:
+        NonFiniteError: The 20th such step in a row.
+    """
+
+    def __init__(self) -> None:
+        self.skipped_steps = self.skipped_in_a_row = 0
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
+    ) -> None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            self.skipped_in_a_row = 0
+            return
+        # An optimizer passes over parameters without a gradient.
+        model.zero_grad(set_to_none=True)
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to {state.global_step}: "
+                "lower --learning_rate"
+            )
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups: the rate falls by `layer_decay` with each layer below the head; weight decay on matrices only.
+
+    The embeddings are layer 0, then come the encoder's layers; its last norm belongs to the head.
+    """
+    top = len(model.bridle.layers) + 1
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = top
+        if ".embeddings." in name:
+            depth = 0
+        elif ".layers." in name:
+            depth = 1 + int(name.split(".layers.")[1].split(".")[0])
+        is_matrix = parameter.dim() == 2
+        group = groups.setdefault(
+            (depth, is_matrix),
+            {
+                "params": [],
+                "lr": learning_rate * layer_decay ** (top - depth),
+                "weight_decay": weight_decay if is_matrix else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,285 @@
+"""Floating-point operations of training, from the configs alone, and the peak that a device is held against.
+
+    python training/flops.py training/recipes/audio_base.yaml --samples 1900000
+
+prints what a sample costs in each phase and, under assumed shares of an assumed peak, the GPU hours of the recipe.
+
+Counted are matrix products, a multiplication and an addition as two, forward and backward, for inputs of full length
+and as many visible patches as the mask that leaves most: what `torch.utils.flop_counter` counts. Left out, as usual
+where a model's FLOPs are held against a peak, is the rest (norms, activations, the k-means of a phase's start, the
+position bias of Swin windows, which is computed once for a whole batch) and what gradient checkpointing computes anew.
+"""
+
+import math
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bridle_hf import BridleConfig, BridleTokenizerConfig
+from bridle_hf.common.arguments import PretrainArguments, parse_arguments
+from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.masking_bridle import make_mask
+from bridle_hf.pretraining.configs import make_configs
+
+
+# A backward takes two products for each of the forward: one for the input's gradient, one for the weight's.
+FORWARD_AND_BACKWARD = 3
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One sample
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_flops(
+    encoder: BridleConfig, tokenizer: BridleTokenizerConfig, sides: tuple[bool, bool], visible: int, distilled: bool
+) -> dict[str, int]:
+    """FLOPs of one sample in one optimizer step, by part.
+
+    Args:
+        sides: Whether encoder and tokenizer are trained (see `Schedule.sides`).
+        visible: Patches that the mask leaves to the encoder, see `visible_patches`.
+        distilled: Codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
+
+    Returns:
+        For an encoder step `encoder` and `decoder` (forward and backward) and `codes` (the tokenizer's forward); for a
+        tokenizer step `teacher` (forward), `tokenizer` and `estimator` (forward and backward).
+    """
+    parts: dict[str, int] = {}
+    if sides[0]:
+        parts["encoder"] = _encoder(encoder, visible, train=True)
+        parts["decoder"] = FORWARD_AND_BACKWARD * _decoder(encoder, visible)
+        parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
+    if sides[1]:
+        parts["teacher"] = _encoder(encoder, math.prod(encoder.patch_grid), train=False)
+        # Codes are looked up once for the loss, and once more when the codebooks move.
+        parts["tokenizer"] = _latents(tokenizer, distilled=True, train=True) + 2 * _lookup(tokenizer)
+        parts["estimator"] = FORWARD_AND_BACKWARD * _estimator(tokenizer)
+    return parts
+
+
+def visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
+    """Patches that the encoder sees of a full-length input; with masks of several kinds, the most.
+
+    Args:
+        masks: Weight by kind of mask, as in a recipe; empty: `config.mask_type`.
+    """
+    kinds = [kind for kind, weight in masks.items() if weight] or [config.mask_type]
+    generator = torch.Generator().manual_seed(0)
+    return max(int((~make_mask(kind, config.patch_grid, config.mask_ratio, generator)).sum()) for kind in kinds)
+
+
+def _encoder(config: BridleEncoderConfig, patches: int, train: bool) -> int:
+    """The ViT on so many patches. Its first layer's input has no gradient."""
+    embedding = _linear(patches, config.patch_dim, config.hidden_size)
+    tokens = patches + int(config.use_class_token)
+    layer = _layer(tokens, config.hidden_size, config.intermediate_size)
+    if not train:
+        return embedding + config.num_hidden_layers * layer
+    return 2 * embedding + FORWARD_AND_BACKWARD * config.num_hidden_layers * layer
+
+
+def _decoder(config: BridleConfig, visible: int) -> int:
+    width, first = config.decoder_hidden_size, int(config.use_class_token)
+    patches = math.prod(config.patch_grid)
+    if config.decoder_type == "swin":
+        layer = _swin_layer(config)
+    else:
+        layer = _layer(patches + first, width, config.decoder_intermediate_size)
+    embed = _linear(visible + first, config.hidden_size, width)
+    head = _linear(patches, width, config.num_codebooks * config.codebook_size)
+    return embed + config.decoder_num_hidden_layers * layer + head
+
+
+def _latents(config: BridleTokenizerConfig, distilled: bool, train: bool) -> int:
+    """From patches to what is quantized."""
+    patches, width = math.prod(config.patch_grid), config.hidden_size
+    if not distilled:
+        return _linear(patches, config.patch_dim, width) + _linear(patches, width, config.code_dim)
+    projection = _linear(patches, width, width) + _linear(patches, width, config.code_dim)
+    return _encoder(config, patches, train) + (FORWARD_AND_BACKWARD if train else 1) * projection
+
+
+def _lookup(config: BridleTokenizerConfig) -> int:
+    patches = math.prod(config.patch_grid)
+    return config.num_codebooks * _linear(patches, config.code_dim, config.codebook_size)
+
+
+def _estimator(config: BridleTokenizerConfig) -> int:
+    patches, width = math.prod(config.patch_grid), config.estimator_hidden_size
+    layer = _layer(patches, width, config.estimator_intermediate_size)
+    ends = _linear(patches, config.code_dim, width) + _linear(patches, width, config.teacher_hidden_size)
+    return config.estimator_num_hidden_layers * layer + ends
+
+
+def _layer(tokens: int, width: int, intermediate: int) -> int:
+    """Query, key, value and output; scores and their sum over values; the two of the MLP."""
+    return 4 * _linear(tokens, width, width) + 4 * tokens * tokens * width + 2 * _linear(tokens, width, intermediate)
+
+
+def _swin_layer(config: BridleConfig) -> int:
+    """As `_layer`, but attention is within windows, which the grid is padded to."""
+    width, window = config.decoder_hidden_size, config.decoder_window_size
+    padded = math.prod(size + -size % side for size, side in zip(config.patch_grid, window))
+    attention = 4 * _linear(padded, width, width) + 4 * padded * math.prod(window) * width
+    return attention + 2 * _linear(math.prod(config.patch_grid), width, config.decoder_intermediate_size)
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A schedule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ScheduleFlops:
+    """FLOPs per sample over the steps of a schedule.
+
+    Args:
+        masks: As in a recipe.
+    """
+
+    def __init__(
+        self, schedule: Schedule, encoder: BridleConfig, tokenizer: BridleTokenizerConfig, masks: dict[str, float]
+    ):
+        self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), visible_patches(encoder, masks)
+        self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
+
+    def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:
+        """[`sample_flops`] of a step of phase `number` that trains `sides`."""
+        return sample_flops(*self.configs, sides, self.visible, distilled=self.schedule.iteration(number) > 0)
+
+    def of_step(self, step: int) -> int:
+        """FLOPs of one sample at optimizer step `step` (from 0)."""
+        return sum(self.parts(self.schedule.phase_number(step), self.schedule.sides(step)).values())
+
+    def left(self, step: int) -> float:
+        """FLOPs of one sample per step, summed over the steps from `step` to the end of the schedule."""
+        schedule, total = self.schedule, 0.0
+        for start, length, mean in zip(schedule.starts, schedule.lengths, self.of_phases):
+            total += mean * (length - min(max(step - start, 0), length))
+        return total
+
+    def shares(self, number: int) -> dict[tuple[bool, bool], float]:
+        """What the steps of a phase train, and the share of its steps that do."""
+        schedule = self.schedule
+        start, length = schedule.starts[number], schedule.lengths[number]
+        if schedule.phases[number].train in ("encoder", "tokenizer"):
+            return {schedule.sides(start): 1.0}
+        counts = Counter(schedule.sides(step) for step in range(start, start + length))
+        return {sides: count / length for sides, count in counts.items()}
+
+    def lines(self, batch_size: int) -> list[str]:
+        """What a sample costs in each phase, to be printed."""
+        patches = math.prod(self.configs[0].patch_grid)
+        lines = [f"FLOPs per sample (10^9), {self.visible} of {patches} patches visible"]
+        for number, phase in enumerate(self.schedule.phases):
+            mean, steps = self.of_phases[number], self.schedule.lengths[number]
+            name = f"phase {number}: {phase.train} {self.schedule.iteration(number)}"
+            total = f"{mean * steps * batch_size:.3g} FLOPs in {steps:,} steps of {batch_size} samples"
+            lines.append(f"  {name}: {_giga(mean)} per sample, {total}")
+            for sides, share in self.shares(number).items():
+                parts = self.parts(number, sides)
+                text = ", ".join(f"{part} {_giga(value)}" for part, value in parts.items())
+                lines.append(f"    {share:.0%} of the steps: {text}")
+        return lines
+
+    def _mean(self, number: int) -> float:
+        return sum(share * sum(self.parts(number, sides).values()) for sides, share in self.shares(number).items())
+
+
+def _giga(flops: float) -> str:
+    return f"{flops / 1e9:.4g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The peak
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_peak(given_tflops: float | None, device: torch.device, precision: str) -> dict[str, Any]:
+    """What one process could do at most, as in run.json: `tflops`, and its `source`, given or measured."""
+    if given_tflops is not None:
+        return {"tflops": given_tflops, "source": "given"}
+    size, dtype = 8192 if device.type == "cuda" else 512, PRECISIONS[precision]
+    found = measure_peak(device, size, dtype) / 1e12
+    name = str(dtype).removeprefix("torch.")
+    return {"tflops": float(f"{found:.4g}"), "source": f"measured: product of two {name} matrices {size} x {size}"}
+
+
+def measure_peak(device: torch.device, size: int, dtype: torch.dtype, seconds: float = 0.1) -> float:
+    """FLOP/s of the fastest of the products of two square matrices that fit into `seconds` (at least three)."""
+    # Of its own: a run's random numbers must not depend on what was measured before.
+    generator = torch.Generator(device).manual_seed(0)
+    matrices = [torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)]
+    fastest, count, started = math.inf, 0, time.perf_counter()
+    while count < 3 or time.perf_counter() - started < seconds:
+        begin = time.perf_counter()
+        torch.mm(*matrices)
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+        fastest, count = min(fastest, time.perf_counter() - begin), count + 1
+    return 2 * size**3 / fastest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FlopsArguments:
+    """What a recipe does not say."""
+
+    samples: int = field(metadata={"help": "samples of the data set"})
+    mfu: list[float] = field(
+        default_factory=lambda: [0.2, 0.4], metadata={"help": "assumed shares of the peak that training reaches"}
+    )
+    gpus: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "numbers of GPUs"})
+
+    def __post_init__(self):
+        if self.samples < 1 or min(self.gpus) < 1 or not all(0 < share <= 1 for share in self.mfu):
+            raise ValueError("--samples and --gpus must be at least 1, and --mfu over 0 and at most 1")
+
+
+# Dense bf16 of an H100 or H200, as its maker gives it.
+ASSUMED_PEAK_TFLOPS = 989.0
+
+
+def main() -> None:
+    argv = [*sys.argv[1:], "--data", "-", "--output_dir", "-"]
+    args, recipe = parse_arguments(FlopsArguments, PretrainArguments, argv=argv)
+    try:
+        configs = make_configs(recipe)
+        schedule = Schedule(recipe.phases, args.samples / recipe.global_batch_size, recipe.steps_scale)
+        flops = ScheduleFlops(schedule, *configs, recipe.masks)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(*flops.lines(recipe.global_batch_size), sep="\n")
+    print_cost(flops, recipe.global_batch_size, args, recipe.peak_tflops or ASSUMED_PEAK_TFLOPS)
+
+
+def print_cost(flops: ScheduleFlops, batch_size: int, args: FlopsArguments, peak_tflops: float) -> None:
+    total = flops.left(0) * batch_size
+    mean = total / (flops.schedule.total_steps * batch_size)
+    print(f"\nall phases: {total:.3g} FLOPs, {flops.schedule.total_steps:,} steps")
+    print(f"\nat a peak of {peak_tflops:g} TFLOP/s, of which is reached (assumed):")
+    print(f"{'MFU':>6}{'GPU hours':>12}" + "".join(f"{f'days on {gpus}':>14}" for gpus in args.gpus)
+          + "".join(f"{f'samples/s on {gpus}':>19}" for gpus in args.gpus))  # fmt: skip
+    for share in args.mfu:
+        speed = share * peak_tflops * 1e12
+        hours = total / speed / 3600
+        print(f"{share:6.0%}{hours:12,.0f}" + "".join(f"{hours / 24 / gpus:14,.1f}" for gpus in args.gpus)
+              + "".join(f"{gpus * speed / mean:19,.0f}" for gpus in args.gpus))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The configs of both models of a run, from its recipe."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from bridle_hf import BridleConfig, BridleTokenizerConfig
+from bridle_hf.common.arguments import PretrainArguments, check_name
+from bridle_hf.configuration_bridle import BridleEncoderConfig
+
+
+def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizerConfig]:
+    """Configs of both sides; what the tokenizer shares with the encoder and does not name, it takes from it.
+
+    Raises:
+        ValueError: An unknown or wrong field, or codebooks that differ between the two.
+    """
+    encoder = _make_config(BridleConfig, "encoder", {"modality": args.modality, **args.encoder})
+    if encoder.modality != args.modality:
+        raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
+    own = set(PreTrainedConfig().to_dict())
+    shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
+    fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
+    fields |= {"teacher_hidden_size": encoder.hidden_size, **args.tokenizer}
+    tokenizer = _make_config(BridleTokenizerConfig, "tokenizer", fields)
+    for name in ("modality", "num_codebooks", "codebook_size", "patch_grid", "patch_shape"):
+        ours, theirs = getattr(encoder, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
+    depth, layers = encoder.num_hidden_layers, tokenizer.teacher_layers
+    if layers is not None and not (layers and all(-depth - 1 <= layer <= depth for layer in layers)):
+        raise ValueError(f"tokenizer.teacher_layers is {layers}: expected some of 0 (the embedding) to {depth}")
+    if tokenizer.tokenizer_type != "self_distilled":
+        raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
+    return encoder, tokenizer
+
+
+def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:
+    known = config_class().to_dict()
+    for key in fields:
+        check_name(name, key, known)
+    try:
+        return config_class(**fields)
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise their own errors, over several lines.
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from error

@@ -1,0 +1,117 @@
+"""A look at the models of a run at the end of a phase: how well the tokenizer codes, what a probe reads, pictures."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_hidden_states
+from bridle_hf.data.batches import Item, SkippedFiles
+from bridle_hf.data.labels import Labels, assign_folds
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
+from bridle_hf.probing.probes import codes_explained_variance, run_probes
+from bridle_hf.quantization_bridle import codebook_usage
+from bridle_hf.visualization_bridle import plot_codes, plot_masked_input, plot_predictions
+
+
+# A linear map from 1,024 one-hot codes is settled by this many clips, and the teacher's features fit into memory.
+CLIPS_FOR_VARIANCE = 400
+PROBE_POOLING = "mean_std"
+
+
+@torch.no_grad()
+def evaluate_tokenizer(
+    tokenizer: BridleTokenizerModel, encoder: BridleForPreTraining, batches: Iterable[dict[str, Any]]
+) -> dict[str, Any]:
+    """How a tokenizer, not moving, codes `batches`.
+
+    Args:
+        encoder: The teacher whose features the codes are held against.
+
+    Returns:
+        Lists with one number per level: the fields of `CodebookUsage`, and `explained_variance`, the share of the
+        teacher's variance that a linear map of the codes up to that level explains; and `clips`, how many there were.
+    """
+    tokenizer, encoder = tokenizer.eval(), encoder.eval()
+    counts: torch.Tensor | float = 0.0
+    errors, codes, teachers, reals, clips = [], [], [], [], 0
+    for batch in batches:
+        inputs, mask = _inputs(batch, tokenizer)
+        output = tokenizer(inputs, mask)
+        counts = counts + output.counts
+        errors.append(output.usage.quantization_error * len(inputs))
+        if clips < CLIPS_FOR_VARIANCE:
+            layers = tokenizer.config.teacher_layers
+            teachers.append(teacher_hidden_states(encoder.bridle, inputs, mask, layers).float().cpu())
+            codes.append(output.codes.cpu())
+            real = torch.ones(output.codes.shape[:2]) if mask is None else patch_attention_mask(mask, tokenizer.config)
+            reals.append(real.bool().cpu())
+        clips += len(inputs)
+    usage = codebook_usage(counts)
+    measured = {name: usage[name].tolist() for name in ("used_fraction", "perplexity", "normalized_entropy")}
+    measured["quantization_error"] = (torch.stack(errors).sum(dim=0) / clips).tolist()
+    parts = (torch.cat(tensors).numpy()[:CLIPS_FOR_VARIANCE] for tensors in (codes, teachers, reals))
+    return {**measured, "explained_variance": codes_explained_variance(*parts), "clips": clips}
+
+
+def probe(
+    encoder: BridleForPreTraining, items: Sequence[Item], load: Any, ledger: SkippedFiles, device: Any, seed: int
+) -> dict[str, float]:
+    """Linear and kNN accuracy of the frozen encoder and of its controls, named as in metrics.jsonl."""
+    folds = assign_folds(items)
+    rows = run_probes(encoder.bridle, items, load, Labels(items), folds, ledger, device=device, seed=seed)
+    found: dict[str, float] = {}
+    for row in rows:
+        prefix = "" if row["features"] == "encoder" else f"{row['features'].replace(' ', '_')}_"
+        if row["pooling"] in (PROBE_POOLING, ""):
+            found |= {f"probe/{prefix}linear": row["linear"], f"probe/{prefix}knn": row["knn"]}
+    return found
+
+
+@torch.no_grad()
+def draw_example(
+    encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel, sample: dict[str, Any], folder: Path, name: str
+) -> None:
+    """Pictures of one sample in `folder`: its mask, its codes, predicted against true codes; `name` is the phase."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder, tokenizer = encoder.eval(), tokenizer.eval()
+    batch = {key: value[None] for key, value in sample.items() if isinstance(value, torch.Tensor)}
+    inputs, mask = _inputs(batch, tokenizer)
+    hidden = batch["bool_masked_pos"].to(inputs.device)
+    codes = tokenizer.encode(inputs, mask)
+    predicted = encoder(inputs, mask, bool_masked_pos=hidden).logits.argmax(dim=-1)
+    config, grid = encoder.config, patchify(inputs, encoder.config)[1]
+    pictures = {
+        "masked_input": plot_masked_input(inputs[0], hidden[0], config),
+        "codes": plot_codes(codes[0], config, grid, title=f"Codes of one input after {name}"),
+        "predictions": plot_predictions(codes[0], predicted[0], hidden[0], config, grid, title=f"After {name}"),
+    }
+    for kind, figure in pictures.items():
+        figure.savefig(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png")
+
+
+def probe_items(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` labelled items, spread evenly over all; none if there are no labels or a single one."""
+    chosen = spread([item for item in items if item.label is not None or item.labels], most)
+    return chosen if len({item.label or item.labels for item in chosen}) > 1 else []
+
+
+def check_probes(items: Sequence[Item], most: int) -> None:
+    """Raise a `ValueError` if the labels, folds or groups of `items` are such that they cannot be probed on."""
+    if chosen := probe_items(items, most):
+        Labels(chosen)
+        assign_folds(chosen)
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """At most `most` items, spread evenly over all."""
+    return [items[index] for index in np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)]
+
+
+def _inputs(batch: dict[str, Any], model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mask = batch.get("attention_mask")
+    mask = None if mask is None or bool(mask.all()) else mask.to(model.device)
+    return batch[INPUT_NAMES[model.config.modality]].to(model.device), mask

@@ -1,0 +1,367 @@
+"""One pretraining run: what it is made of, its steps, and what it leaves in OUT."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel
+from bridle_hf.cards.card import write_card
+from bridle_hf.common.arguments import PretrainArguments
+from bridle_hf.common.signals import StopRequest
+from bridle_hf.data.batches import (
+    DrawDataset,
+    GlobalBatches,
+    Item,
+    MaskedLoader,
+    SkippedFiles,
+    collate,
+    iterate_eval,
+    make_loader,
+    measure_normalization,
+    train_batches,
+)
+from bridle_hf.data.finding import find_items
+from bridle_hf.data.loaders import make_item_loader, make_processor
+from bridle_hf.interleaving.interleaving import Interleaving, NonFiniteError
+from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.monitoring.flops import ScheduleFlops, find_peak
+from bridle_hf.monitoring.monitor import MetricsLog, Monitor, git_revision, start_tracker, write_json
+from bridle_hf.monitoring.report import write_report
+from bridle_hf.pretraining.checkpointing import load_newest, save_checkpoint
+from bridle_hf.pretraining.configs import make_configs
+from bridle_hf.pretraining.evaluation import check_probes, draw_example, evaluate_tokenizer, probe, probe_items, spread
+from bridle_hf.pretraining.processes import Rank0, asked_to_shard, make_accelerator
+
+
+logger = logging.getLogger(__name__)
+
+# Clips that the tokenizer is evaluated on at the end of a phase: enough for each of 256 codes to come up.
+EVALUATED_CLIPS = 1000
+# What may differ between a run and its continuation.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
+    "report_every", "probe_every", "probe_items", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
+    "data", "peak_tflops", "dry_run",
+}  # fmt: skip
+
+
+def start(args: PretrainArguments) -> "Run":
+    """The run, ready for its first step."""
+    accelerator = make_accelerator(args)
+    if not accelerator.is_main_process:
+        logging.getLogger().setLevel(logging.WARNING)
+    return Run(args, accelerator)
+
+
+class Run:
+    """One pretraining run: its folder, data, models and monitor.
+
+    Raises:
+        ValueError: Arguments, data or output folder are not fit to start; nothing has been trained yet.
+    """
+
+    def __init__(self, args: PretrainArguments, accelerator: Accelerator):
+        self.args, self.accelerator = args, accelerator
+        self.rank_0 = Rank0(accelerator)
+        self.out = Path(args.output_dir)
+        self.items = self._find_items()
+        self.encoder_config, self.tokenizer_config = make_configs(args)
+        self.schedule = Schedule(args.phases, len(self.items) / args.global_batch_size, args.steps_scale)
+        self.processor = make_processor(self.encoder_config, args.processor)
+        self.dataset = self._make_dataset()
+        self._sampler(0)  # raises if the processes cannot share a batch
+        # Nothing that could refuse the arguments follows --overwrite's deletion.
+        self._prepare_folder()
+        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.items), shared=True)
+        self.interleaving = Interleaving(
+            accelerator,
+            self.schedule,
+            self.encoder_config,
+            self.tokenizer_config,
+            seed=args.seed,
+            micro_batch_size=args.micro_batch_size,
+            adam_betas=args.adam_betas,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm,
+            gradient_checkpointing=args.gradient_checkpointing,
+            shard=asked_to_shard() and accelerator.num_processes > 1,
+        )
+        self.seconds = 0.0
+        self.first_step = self._resume()
+        self.monitor = self._make_monitor()
+
+    # -- before the first step ----------------------------------------------------------------------------------------
+
+    def _find_items(self) -> list[Item]:
+        args = self.args
+        items = find_items(args.data, args.modality, args.split, args.label_column, args.group_column)
+        kept = [item for item in items if item.group not in set(args.exclude_groups)]
+        if unknown := set(args.exclude_groups) - {item.group for item in items}:
+            raise ValueError(f"exclude_groups: no item is of group {', '.join(sorted(unknown))}")
+        if not kept:
+            raise ValueError(f"{args.data}: no items are left; check split and exclude_groups")
+        if args.probe_every:
+            check_probes(kept, args.probe_items)
+        return kept
+
+    def _prepare_folder(self) -> None:
+        args, out = self.args, self.out
+        if self.accelerator.is_main_process and out.exists() and any(out.iterdir()):
+            if not args.resume and not args.overwrite:
+                raise ValueError(
+                    f"output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew"
+                )
+            if not any((out / name).exists() for name in ("run.json", "checkpoints", "skipped.jsonl")):
+                raise ValueError(f"output_dir {out} does not hold a run: choose another folder")
+            if args.overwrite and not args.resume:
+                # What it holds, not itself: it may be a link, or where a disk is mounted.
+                for entry in out.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        self.rank_0.wait()
+
+    def _measure_normalization(self) -> None:
+        """On rank 0, for all."""
+        measured = [None]
+        if self.accelerator.is_main_process:
+            measured = [measure_normalization(self.items, self.processor, self.ledger)]
+        self.rank_0.wait()
+        self.processor.mean, self.processor.std = broadcast_object_list(measured)[0]
+
+    def _make_dataset(self) -> DrawDataset:
+        args, config = self.args, self.encoder_config
+        self.load = make_item_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
+        return DrawDataset(self.items, MaskedLoader(self.load, config, args.masks), seed=args.seed)
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint if asked to; returns the first step to do."""
+        state = self._load_newest() if self.args.resume else None
+        if state is None:
+            if self.accelerator.is_main_process:
+                self.ledger.output_path.unlink(missing_ok=True)  # files may have been mended since
+            self.rank_0.wait()
+            if self.args.measure_normalization:
+                self._measure_normalization()
+            return 0
+        ours, theirs = _plain(self.args), state["arguments"]
+        changed = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in sorted(ours.keys() | theirs)
+                   if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]  # fmt: skip
+        if state["samples"] != len(self.items):
+            changed.append(f"the number of samples ({state['samples']}, now {len(self.items)})")
+        elif state.get("names_of_samples", self.names_of_samples) != self.names_of_samples:
+            changed.append("the names of the samples")
+        if changed:
+            raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(changed)}; give the same values")
+        self.interleaving.load_state_dict(state, state["step"])
+        if state["normalization"] is not None:
+            self.processor.mean, self.processor.std = state["normalization"]
+        self.seconds = state["seconds"]
+        if self.accelerator.is_main_process:
+            self.ledger.load_state_dict(state["skipped"])
+        self.rank_0.wait()
+        logger.info("resuming after step %d of %d", state["step"], self.schedule.total_steps)
+        return state["step"]
+
+    @cached_property
+    def names_of_samples(self) -> str:
+        """Hash of the names of the items and their order, wherever the data lie."""
+        paths = [item.path for item in self.items]
+        folder = os.path.commonprefix(paths)  # noqa: RUF071 (they may be URLs)
+        names = "\n".join(path.removeprefix(folder) for path in paths)
+        return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _load_newest(self) -> dict[str, Any] | None:
+        state = load_newest(self.out / "checkpoints")
+        self.rank_0.wait()  # however long it takes
+        steps = gather_object([None if state is None else state["step"]])
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"--resume: the processes find different checkpoints in {self.out} (of steps {steps}): "
+                "it must lie on a file system that all machines share"
+            )
+        return state
+
+    def _make_monitor(self) -> Monitor:
+        log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
+        self.flops = ScheduleFlops(self.schedule, self.encoder_config, self.tokenizer_config, args.masks)
+        self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
+        if self.accelerator.is_main_process:
+            log = MetricsLog(self.out / "metrics.jsonl", resumed_from)
+            self._write_run_json()
+        start_tracker(self.accelerator, self.out, resumed_from)
+        return Monitor(log, self.accelerator, self.flops, self.peak["tflops"], self.first_step,
+                       args.global_batch_size, self.seconds)  # fmt: skip
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def train(self, stop: StopRequest) -> bool:
+        """All steps from the first to the last, with checkpoints and reports on the way.
+
+        Returns:
+            Whether the last step has been done; `False` if a signal ended the run, with a checkpoint, before that.
+        """
+        schedule, args = self.schedule, self.args
+        batches, done = self.batches(self.first_step), self.first_step
+        started = time.monotonic()
+        stops = stop.is_made(self.accelerator)
+        for step in range(self.first_step, schedule.total_steps):
+            if stops:
+                break
+            number = schedule.phase_number(step)
+            if step == schedule.starts[number]:
+                self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
+            asked = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - asked
+            self.monitor.update(self._step(step, batch), asked, waited)
+            done = step + 1
+            ends = done == schedule.starts[number] + schedule.lengths[number]
+            stops = stop.is_made(self.accelerator)
+            saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
+            if saves or done % args.log_every == 0:
+                position, skipped = self._position(number), self.interleaving.skipped_steps
+                self.monitor.flush(done, position, self._rates(step), skipped)
+            self.seconds += time.monotonic() - started
+            started = time.monotonic()
+            if ends:
+                self._end_phase(number, done)
+            if args.probe_every and (done % args.probe_every == 0 or done == schedule.total_steps):
+                self._probe(done)
+            if args.report_every and done % args.report_every == 0:
+                self._report()
+            if saves:
+                self._save(done)
+                # A signal during evaluation or save needs no further step.
+                stops = stops or stop.is_made(self.accelerator)
+        self.monitor.close()
+        if done < schedule.total_steps:
+            logger.warning("stopped after step %d of %d: --resume goes on", done, schedule.total_steps)
+            self.accelerator.end_training()
+        return done == schedule.total_steps
+
+    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        try:
+            return self.interleaving.step(step, batch)
+        except NonFiniteError as error:
+            files = [self.items[index].path for index in batch["index"].tolist()]
+            raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
+
+    def batches(self, first_step: int) -> Iterator[dict[str, Any]]:
+        pin_memory = self.accelerator.device.type == "cuda"
+        sampler = self._sampler(0 if self.args.overfit_one_batch else first_step)
+        loader = make_loader(self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory)
+        batches = train_batches(loader, self.ledger)
+        return itertools.repeat(next(batches)) if self.args.overfit_one_batch else batches
+
+    def _sampler(self, first_step: int) -> GlobalBatches:
+        accelerator = self.accelerator
+        return GlobalBatches(
+            self.args.global_batch_size, accelerator.process_index, accelerator.num_processes, first_step
+        )
+
+    def peek(self, step: int) -> Iterator[dict[str, Any]]:
+        """The batches from `step` on, read beside the run."""
+        for draws in self._sampler(step):
+            batch = collate([self.dataset[draw] for draw in draws])
+            self.ledger.update(batch["skipped"])
+            yield batch
+
+    def _position(self, number: int) -> dict[str, Any]:
+        phase = self.schedule.phases[number]
+        return {"phase": number, "kind": phase.train, "iteration": self.schedule.iteration(number)}
+
+    def _rates(self, step: int) -> dict[str, float]:
+        return dict(zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)))
+
+    def _end_phase(self, number: int, done: int) -> None:
+        """Save the models, look at them, and tell; rank 0 does it."""
+        models = self.interleaving.whole_models()
+        if self.accelerator.is_main_process:
+            position = self._position(number)
+            name = f"phase {number} ({position['kind']} {position['iteration']})"
+            self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
+            sample = self.dataset[self.schedule.starts[number]]
+            draw_example(*models, sample, self.out / "figures", name)
+            self._save_models(self.out, *models)
+            if self.args.keep_iterations:
+                self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}", *models)
+        self.rank_0.wait()
+
+    def _evaluate(self, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> dict[str, Any]:
+        examples = spread(self.items, EVALUATED_CLIPS)
+        batches = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
+        return evaluate_tokenizer(tokenizer, encoder, batches)
+
+    def _probe(self, done: int) -> None:
+        """Probe the encoder, on labels if there are any; rank 0 does it."""
+        items = probe_items(self.items, self.args.probe_items)
+        encoder, device = self.interleaving.whole_models()[0], self.accelerator.device
+        if items and self.accelerator.is_main_process:
+            self.monitor.event({"step": done, **probe(encoder, items, self.load, self.ledger, device, self.args.seed)})
+        self.rank_0.wait()
+
+    def _save(self, done: int) -> None:
+        state = self.interleaving.state_dict()
+        if self.accelerator.is_main_process:
+            measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
+            state |= {
+                "arguments": _plain(self.args), "samples": len(self.items),
+                "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
+                "normalization": measured, "seconds": self.seconds,
+            }  # fmt: skip
+            save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last, self.args.keep_every)
+        self.rank_0.wait()
+
+    def _save_models(self, folder: Path, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> None:
+        for name, model in (("encoder", encoder), ("tokenizer", tokenizer)):
+            model.save_pretrained(folder / name)
+            self.processor.save_pretrained(folder / name)
+
+    def _report(self) -> None:
+        if self.accelerator.is_main_process:
+            self._write_run_json()
+            write_report(self.out)
+
+    def finish(self) -> None:
+        """The models with their cards, run.json and the report of the finished run."""
+        models = self.interleaving.whole_models()
+        if self.accelerator.is_main_process:
+            self._save_models(self.out, *models)
+            self._report()
+            run = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
+            for name in ("encoder", "tokenizer"):
+                write_card(self.out / name, run)
+        self.accelerator.end_training()
+
+    def _write_run_json(self) -> None:
+        write_json(self.out / "run.json", {
+            "arguments": _plain(self.args),
+            "modality": self.args.modality,
+            "data": self.args.data,
+            "samples": len(self.items),
+            "phases": self.schedule.describe(),
+            "seed": self.args.seed,
+            "processes": self.accelerator.num_processes,
+            "peak": self.peak,
+            "seconds": round(self.seconds, 1),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "git_revision": git_revision(),
+        })  # fmt: skip
+
+
+def _plain(args: PretrainArguments) -> dict[str, Any]:
+    """Arguments as JSON would give them back."""
+    return json.loads(json.dumps(vars(args)))

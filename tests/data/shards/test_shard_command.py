@@ -1,0 +1,207 @@
+"""Tests of training/shard.py: the same bytes whoever writes them, nothing lost, nothing taken over that is broken."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from helpers.shard_sets import digest, digests, make_shards
+from helpers.sounds import write_tone, write_tones
+from helpers.tiny_run import ROOT
+
+from bridle_hf.common.arguments import ArgumentError
+from bridle_hf.data.batches import Places
+from bridle_hf.data.finding import find_items
+from bridle_hf.data.shards import writer as shard
+from bridle_hf.data.shards.entries import INDEX_NAME
+
+
+def hashes(folder: str | Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """20 recordings with all that metadata.csv can say, two of them broken."""
+    folder = tmp_path / "data"
+    rows = [("file_name", "labels", "split", "fold", "group")]
+    for number in range(20):
+        write_tone(folder / f"été {number}.flac", frequency=200 + 50 * number)
+        rows.append((f"été {number}.flac", f"a;b {number % 3}", ("train", "dev")[number % 4 == 0], number % 5, "g"))
+    (folder / "été 3.flac").write_bytes((folder / "été 3.flac").read_bytes()[:2000])
+    (folder / "été 8.flac").unlink()
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_the_same_bytes_from_any_number_of_workers(data, tmp_path, kind):
+    options = ("--format", kind, "--items_per_shard", "4")
+    one = hashes(make_shards(data, tmp_path / "one", *options))
+    data.rename(tmp_path / "moved")
+    two = hashes(make_shards(tmp_path / "moved", tmp_path / "two", *options, "--num_workers", "2"))
+    assert one.pop("skipped.jsonl") != two.pop("skipped.jsonl")  # it names files where they are
+    assert one == two
+    shards = [name for name in one if name.endswith(kind)]
+    assert shards == [f"train-00000{n}.{kind}" for n in range(4)] + [f"validation-00000{n}.{kind}" for n in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_nothing_is_lost_but_what_is_broken(data, tmp_path, kind):
+    out = make_shards(data, tmp_path / "out", "--format", kind, "--items_per_shard", "4")
+    files = {digest(item.path): item for item in find_items(str(data), "audio") if Path(item.path).exists()}
+    for index in (True, False):
+        items = find_items(out, "audio")
+        assert len(items) == 18
+        for item in items:
+            file = files[digest(item.media())]
+            for name in ("label", "labels", "split", "fold", "group"):
+                assert getattr(item, name) == getattr(file, name)
+        if index:
+            (Path(out) / INDEX_NAME).unlink()
+    skipped = [json.loads(line) for line in (Path(out) / "skipped.jsonl").read_text().splitlines()]
+    assert {entry["path"]: entry["reason"].split(":")[0] for entry in skipped} == {
+        str(data / "été 3.flac"): "cannot be decoded",
+        str(data / "été 8.flac"): "No such file or directory",
+    }
+
+
+def test_however_the_folder_is_spelled(tmp_path, monkeypatch):
+    tones = Path(write_tones(tmp_path / "tones", 4))
+    monkeypatch.chdir(tmp_path)
+    expected = hashes(make_shards(tones, tmp_path / "whole"))
+    for number, data in enumerate(("tones", "./tones", "tones/", "../" + tmp_path.name + "//tones")):
+        assert hashes(make_shards(data, tmp_path / f"out_{number}")) == expected
+
+
+def test_a_full_disk(tmp_path):
+    tones = write_tones(tmp_path / "tones", 4)
+    out = tmp_path / "out"
+    expected = hashes(make_shards(tones, out, "--items_per_shard", "2"))
+    (out / "data-000001.tar").unlink()
+    (out / ".data-000001.tar.part").symlink_to("/dev/full")
+    with pytest.raises(ArgumentError, match=r"No space left on device; mend this \(output_dir is .*out\), and"):
+        make_shards(tones, out, "--items_per_shard", "2", "--resume")
+    (out / ".data-000001.tar.part").unlink()
+    assert hashes(make_shards(tones, out, "--items_per_shard", "2", "--resume")) == expected
+
+
+def test_resuming_makes_what_is_missing_or_broken(data, tmp_path):
+    options = ("--items_per_shard", "4")
+    out = Path(make_shards(data, tmp_path / "out", *options))
+    expected, untouched = hashes(out), (out / "train-000000.tar").stat().st_mtime_ns
+    (out / "train-000001.tar").unlink()
+    (out / INDEX_NAME).unlink()
+    broken = out / "train-000002.tar"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    (out / ".train-000003.tar.part").write_bytes(b"half of it")
+    (out / "train-000003.tar").unlink()
+    make_shards(data, out, *options, "--resume")
+    assert hashes(out) == expected
+    assert (out / "train-000000.tar").stat().st_mtime_ns == untouched
+
+
+def test_killed_and_resumed(tmp_path):
+    tones = write_tones(tmp_path / "tones", 60)
+    options = ["--items_per_shard", "2", "--num_workers", "2"]
+    expected = hashes(make_shards(tones, tmp_path / "whole", *options))
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        str(ROOT / "training" / "shard.py"),
+        "--data",
+        tones,
+        "--output_dir",
+        str(out),
+        *options,
+    ]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(out.glob("*.tar"))) < 5:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate(timeout=60)  # ends when nobody holds the pipe: its workers have gone, too
+    assert len(list(out.glob("*.tar"))) >= 5
+    make_shards(tones, out, *options, "--resume")
+    assert hashes(out) == expected
+
+
+def test_sizes(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    for number in range(30):
+        write_tone(folder / f"{number}.wav", seconds=rng.uniform(1, 20))
+    out = Path(make_shards(folder, tmp_path / "out", "--shard_size_mb", "1"))
+    by_shard: dict[str, int] = {}
+    for item in find_items(str(out), "audio"):
+        by_shard[item.place[0]] = by_shard.get(item.place[0], 0) + len(item.media())
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    assert max(by_shard.values()) <= 1 << 20 and len(by_shard) <= 2 * total / (1 << 20)
+    assert digests(find_items(str(out), "audio")) == digests(find_items(str(folder), "audio"))
+
+
+def test_of_shards_and_of_hub_sets(tmp_path):
+    """Bytes without a name, and shards of shards, from few of them at a time."""
+    tones = write_tones(tmp_path / "tones", 40)
+    first = make_shards(tones, tmp_path / "first", "--items_per_shard", "1")
+    order = shard.mixed_order(find_items(first, "audio"))
+    assert Places.of(find_items(first, "audio")) is not None and sorted(order) == list(range(40))
+    second = make_shards(first, tmp_path / "second", "--format", "parquet")
+    rows = datasets.Dataset.from_dict(
+        {"audio": [{"bytes": path.read_bytes(), "path": None} for path in Path(tones).rglob("*.wav")]}
+    )
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    rows.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "hub" / "data" / "train-0.parquet")
+    third = make_shards(tmp_path / "hub", tmp_path / "third")
+    for made in (second, third):
+        items = find_items(made, "audio")
+        assert digests(items) == digests(find_items(tones, "audio"))
+    assert all(item.path.endswith(".wav") for item in items) and {item.split for item in items} == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--items_per_shard", "0"), "--items_per_shard is 0: expected 1 to 1e9"),
+        (("--num_workers", "-1"), "--num_workers is -1"),
+        (("--format", "zip"), "format"),
+        (("--shard_size", "3"), "unknown argument '--shard_size'; did you mean 'shard_size_mb'"),
+        (("--split", "test"), "no items of split 'test'"),
+        (("--modality", "image"), "no image files found"),
+        (("--resume",), "was begun with other data or arguments"),
+        ((), "is not empty: give --resume"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, capsys, options, message):
+    tones = write_tones(tmp_path / "tones", 4)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "something").write_text("")
+    with pytest.raises(ArgumentError, match=message):
+        make_shards(tones, tmp_path / "out", *options)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_too_many_bad_files(tmp_path):
+    tones = Path(write_tones(tmp_path / "tones", 20))
+    for path in sorted(tones.rglob("*.wav"))[:3]:
+        path.write_bytes(b"")
+    with pytest.raises(ArgumentError, match="3 of 20 files cannot be read"):
+        make_shards(tones, tmp_path / "out", "--items_per_shard", "5")
+    assert not (tmp_path / "out" / INDEX_NAME).exists()
+
+
+def test_data_that_changed_meanwhile(tmp_path):
+    tones = Path(write_tones(tmp_path / "tones", 20))
+    bad = sorted(tones.rglob("*.wav"))[0]
+    content = bad.read_bytes()
+    bad.write_bytes(b"")
+    out = make_shards(tones, tmp_path / "out", "--items_per_shard", "20")
+    bad.write_bytes(content)
+    with pytest.raises(ArgumentError, match=r"data-000000\.tar holds 19 items, not what the data has for it now"):
+        make_shards(tones, Path(out), "--items_per_shard", "20", "--resume")

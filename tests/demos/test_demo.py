@@ -1,0 +1,95 @@
+"""The demo's whole way, on a few notes, digits or films and steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
+
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    notes = render_notes(folder, programs=range(0, 40, 8), pitches=range(36, 84, 4))
+    return folder / "out", run_demo("audio", folder / "out", notes)
+
+
+def run_demo(modality: str, out: Path, data: str) -> str:
+    command = [sys.executable, str(ROOT / "training/demo.py"), "--modality", modality, "--output_dir", str(out)]
+    command += ["--data", data, "--steps_scale", "0.003", "--finetune_epochs", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_the_table_has_every_arm_and_control(demo):
+    out, printed = demo
+    (table,) = json.loads((out / "pretraining/results.json").read_text())
+    arms = [row[0] for row in table["rows"]]
+    for name in ("iteration 0", "iteration 1", "untrained encoder", "log-mel regression"):
+        assert {f"{name}, mean+std pooling", f"{name}, mean pooling"} <= set(arms)
+    assert {"majority", "fine-tuned from the last iteration", "the same from scratch"} <= set(arms)
+    assert all(row[0] in printed for row in table["rows"])
+    assert "without their labels" in printed and "octave 4" in printed
+
+
+def test_the_held_out_octave_was_in_no_training(demo):
+    out, _ = demo
+    run = json.loads((out / "pretraining/run.json").read_text())
+    assert run["arguments"]["exclude_groups"] == ["4"] and run["samples"] == 5 * 9
+    results = json.loads((out / "classifier/results.json").read_text())
+    assert "group 4" in json.dumps(results)
+
+
+def test_pictures_report_and_cards_are_there(demo):
+    out, printed = demo
+    pretraining = out / "pretraining"
+    names = {path.name.split("_phase")[0] for path in (pretraining / "figures").glob("*_phase_*.png")}
+    assert names == {"masked_input", "codes", "predictions"}
+    report = (pretraining / "report.html").read_text()
+    assert "log-mel regression" in report and "data:image/png;base64" in report
+    assert str(pretraining / "report.html") in printed
+    card = (pretraining / "encoder/README.md").read_text()
+    assert "instrument (112), whole octaves held out" in card and "untrained encoder" in card
+    assert (out / "classifier/README.md").exists() and (pretraining / "tokenizer/README.md").exists()
+
+
+def test_the_pipeline_names_general_midi_instruments(demo):
+    out, printed = demo
+    config = json.loads((out / "classifier/config.json").read_text())
+    assert "Acoustic Grand Piano" in config["id2label"].values()
+    assert "The classifier says: " in printed
+
+
+def few_digits(folder: Path) -> str:
+    digits = Path(make_digits(folder))
+    header, *rows = (digits / "metadata.csv").read_text().splitlines()
+    (digits / "metadata.csv").write_text("\n".join([header, *rows[::23]]) + "\n")
+    return str(digits)
+
+
+@pytest.mark.parametrize(
+    ("modality", "make_data", "control"),
+    [
+        ("image", few_digits, "pixel regression"),
+        ("video", lambda folder: make_moving_digits(folder, num_clips=80), "frame regression"),
+    ],
+)
+def test_the_whole_way_of_pixels(tmp_path, modality, make_data, control):
+    printed = run_demo(modality, tmp_path / "out", make_data(tmp_path))
+    pretraining = tmp_path / "out" / "pretraining"
+    (table,) = json.loads((pretraining / "results.json").read_text())
+    arms = [row[0] for row in table["rows"]]
+    assert {"iteration 0, mean pooling", "iteration 1, mean pooling", "untrained encoder, mean pooling"} <= set(arms)
+    assert any(arm.startswith(control) for arm in arms) and "fine-tuned from the last iteration" in arms
+    assert all(arm in printed for arm in arms) and "The classifier says: " in printed
+    names = {path.name.split("_phase")[0] for path in (pretraining / "figures").glob("*_phase_*.png")}
+    assert names == {"masked_input", "codes", "predictions"}
+    assert control in (pretraining / "report.html").read_text()
+    assert f"{modality}-classification" in (tmp_path / "out" / "classifier" / "README.md").read_text()

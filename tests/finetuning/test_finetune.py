@@ -1,0 +1,427 @@
+"""Tests of training/finetune.py: its parts, and the whole way to `pipeline`, for every modality."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers.pixels import save_pixel_encoder, write_item, write_pixels
+from helpers.sounds import RATE, save_encoder, sound, tiny_config, write_sounds
+from helpers.tiny_run import run_script
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForVideoClassification, pipeline
+
+from bridle_hf import BridleConfig, BridleForAudioClassification
+from bridle_hf.common.arguments import FinetuneArguments
+from bridle_hf.data.decoding import Item
+from bridle_hf.data.loaders import VideoLoader, load_processor, make_item_loader, make_processor
+from bridle_hf.finetuning import finetune
+from bridle_hf.finetuning.task import split_items
+from bridle_hf.finetuning.trainer import EpochDraws, TrainingDraws, balanced_weights, parameter_groups
+
+
+SHORT = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": "true"}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    return save_encoder(tmp_path / "encoder")
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    return write_sounds(tmp_path / "sounds")
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def run(monkeypatch, encoder, sounds, tmp_path):
+    """Runs the script in this process; returns the output folder."""
+
+    def run(**options):
+        options = {"model": encoder, "data": sounds, "output_dir": tmp_path / "out", **SHORT, **options}
+        argv = ["finetune.py"]
+        for name, value in options.items():
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        monkeypatch.setattr(sys, "argv", argv)
+        finetune.main()
+        return options["output_dir"]
+
+    return run
+
+
+# --- optimizer groups ---
+
+
+def test_learning_rate_falls_with_depth_and_only_matrices_decay():
+    model = BridleForAudioClassification(tiny_config(num_labels=3))
+    groups = parameter_groups(model, learning_rate=1.0, weight_decay=0.1, layer_decay=0.5)
+    of = {id(parameter): group for group in groups for parameter in group["params"]}
+    named = dict(model.named_parameters())
+    assert sum(len(group["params"]) for group in groups) == len(of) == len(named), "each in one group"
+    expected = {
+        "bridle.embeddings.projection.weight": (0.125, 0.1),
+        "bridle.embeddings.cls_token": (0.125, 0.0),
+        "bridle.layers.0.mlp.fc1.weight": (0.25, 0.1),
+        "bridle.layers.1.attention.q_proj.bias": (0.5, 0.0),
+        "bridle.layernorm.weight": (1.0, 0.0),
+        "classifier_norm.bias": (1.0, 0.0),
+        "classifier.weight": (1.0, 0.1),
+    }
+    for name, (rate, decay) in expected.items():
+        group = of[id(named[name])]
+        assert (group["lr"], group["weight_decay"]) == (rate, decay), name
+
+
+def test_frozen_parameters_are_left_out():
+    model = BridleForAudioClassification(tiny_config(num_labels=3))
+    model.bridle.requires_grad_(False)
+    groups = parameter_groups(model, 1.0, 0.1, 1.0)
+    assert sum(len(group["params"]) for group in groups) == 4
+
+
+# --- draws ---
+
+
+def test_balanced_sampling():
+    targets = torch.tensor([0] * 90 + [1] * 10)
+    weights = balanced_weights(targets)
+    assert weights[targets == 0].sum() == pytest.approx(weights[targets == 1].sum())
+    rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    assert balanced_weights(rows).tolist() == pytest.approx([1 / 2, 1 / 2 + 1 / 3, 1 / 3, 1 / 3])
+
+    items = [Item(str(index)) for index in range(100)]
+    draws = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    drawn = np.array([draws.index_of(draw) for draw in range(2000)])
+    assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
+    again = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    assert [again.index_of(draw) for draw in (1999, 3, 700)] == drawn[[1999, 3, 700]].tolist(), "of the draw alone"
+    unweighted = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50)
+    assert sorted(unweighted.index_of(draw) for draw in range(100)) == list(range(100))
+
+
+def test_several_samples_of_an_item_come_in_a_row():
+    items = [Item(str(index)) for index in range(5)]
+    once = TrainingDraws(items, None, seed=0, draws_per_epoch=5)
+    thrice = TrainingDraws(items, lambda item, rng: {"drawn": rng.random()}, 0, 15, samples_per_item=3)
+    assert [thrice.index_of(draw) for draw in range(30)] == [once.index_of(draw // 3) for draw in range(30)]
+    assert len({thrice[draw]["drawn"] for draw in range(3)}) == 3, "each with its own random numbers"
+
+
+def test_epochs_go_on_where_the_last_one_ended():
+    sampler = EpochDraws(3)
+    assert list(sampler) == [0, 1, 2]
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8] and len(sampler) == 3
+
+
+# --- what is held out ---
+
+
+def items_of(**columns):
+    size = len(next(iter(columns.values())))
+    return [Item(str(i), **{name: values[i] for name, values in columns.items()}) for i in range(size)]
+
+
+def split(items, **options):
+    train, evaluation, test, where = split_items(items, FinetuneArguments(model="", data="DATA", **options), seed=0)
+    return *("".join(item.path for item in part) for part in (train, evaluation, test)), where
+
+
+def test_splits():
+    items = items_of(split=["train", "validation", "test", None])
+    assert split(items) == ("03", "1", "2", "split validation")
+    assert split(items, eval_split="test") == ("03", "2", "", "split test")
+    assert split(items_of(split=["train", "test"])) == ("0", "1", "", "split test")
+    with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: none\); give --eval_split"):
+        split(items_of(label=["a", "b"]))
+    with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: \['test', 'train'\]\)"):
+        split(items_of(split=["train", "test"]), eval_split="validation")
+    with pytest.raises(ValueError, match="no items of split 'train'"):
+        split(items_of(split=["test", "test"]))
+
+
+def test_folds_groups_and_fractions():
+    items = items_of(fold=["1", "2", "1", "3"], group=["a", "b", "a", "b"])
+    assert split(items, eval_fold=["1"]) == ("13", "02", "", "fold 1")
+    assert split(items, eval_group=["b"]) == ("02", "13", "", "group b")
+    train, held_out, _, _ = split(items, validation_fraction=0.5)
+    assert {train, held_out} == {"02", "13"}, "whole groups"
+    train, held_out, _, _ = split(items_of(label=["a", "b"] * 4), validation_fraction=0.25)
+    assert len(held_out) == 2 and sum(map(int, held_out)) % 2 == 1, "one of each label"
+    train, held_out, _, _ = split(items_of(labels=[("a",), ("a", "b")] * 4), validation_fraction=0.25)
+    assert (len(train), len(held_out)) == (6, 2)
+    with pytest.raises(ValueError, match="--eval_fold: no items of fold 9; the folds are"):
+        split(items, eval_fold=["9"])
+    with pytest.raises(ValueError, match="--eval_fold and --eval_group both say what to evaluate on"):
+        split(items, eval_fold=["1"], eval_group=["a"])
+
+
+# --- the whole way ---
+
+
+def test_single_label_to_pipeline(run, sounds, rng):
+    out = run(
+        eval_group=["1"], layer_decay=0.9, drop_path_rate=0.1, patch_dropout=[0.34, 0.0], mixup_probability=0.3,
+        mel_mask=4, time_mask=64, balanced_sampling="true", label_smoothing_factor=0.1, cache_mb=10,
+    )  # fmt: skip
+    results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
+    assert results["evaluation"]["accuracy"] == max(entry["accuracy"] for entry in results["history"]) > 0.9
+    assert results["items"] == {"train": 12, "evaluation": 12, "test": 0} and results["evaluated_on"] == "group 1"
+    assert arguments["arguments"]["layer_decay"] == 0.9 and arguments["arguments"]["label_smoothing_factor"] == 0.1
+    assert arguments["seed"] == 0 and arguments["versions"]["torch"] == torch.__version__
+    assert f"{results['evaluation']['accuracy']:.2f}"[:3] in (out / "README.md").read_text()
+    classify = pipeline("audio-classification", model=str(out))
+    for name in ("tone", "noise"):
+        found = classify({"raw": sound(name, rng), "sampling_rate": RATE})
+        assert found[0]["label"] == name and len(found) == 2
+    assert classify.model.config.id2label == {0: "noise", 1: "tone"}
+    assert list((out / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.fixture(params=["image", "video"])
+def pixels(request, tmp_path):
+    """(modality, encoder, data) of images and of films."""
+    modality = request.param
+    return modality, save_pixel_encoder(tmp_path / "pixels", modality), write_pixels(tmp_path / "set", modality)
+
+
+def test_pixels_to_pipeline(run, pixels, tmp_path, rng):
+    modality, model, data = pixels
+    options = {"model": model, "data": data, "eval_group": ["1"], "cache_mb": 10, "loader.min_crop": 0.5}
+    if modality == "video":
+        options |= {"eval_clips": 2, "eval_crops": 3, "samples_per_item": 2, "loader.stride": 1}
+    out = run(**options, augment="true", rand_augment=2, random_erasing=0.25, mixup_probability=0.2, mixup_alpha=0.8,
+              cutmix_probability=0.2, label_smoothing_factor=0.1, layer_decay=0.9)  # fmt: skip
+    results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
+    assert results["evaluation"]["accuracy"] > 0.85 and results["views_per_item"] == (6 if modality == "video" else 1)
+    assert list(arguments["results"]) == [f"{modality} classification"]
+    classify = pipeline(f"{modality}-classification", model=str(out))
+    for name in ("dark", "bright"):
+        found = classify(write_item(tmp_path / f"new.{'png' if modality == 'image' else 'mp4'}", name, rng))
+        assert found[0]["label"] == name and len(found) == 2
+    if modality == "video":
+        check_views(out, data, results["evaluation"])
+
+
+def check_views(out, data, measured):
+    """The last evaluation, once more and by hand."""
+    model = AutoModelForVideoClassification.from_pretrained(out).eval()
+    load = VideoLoader(load_processor(out, model.config), num_frames=4, stride=1)
+    losses, hits = [], []
+    for label, name in enumerate(("bright", "dark")):
+        for index in (1, 3, 5, 7):
+            views = load.views(Item(f"{data}/{name}_{index}.mp4"), 2, 3)
+            with torch.no_grad():
+                logits = model(views).logits
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.full((6,), label), label_smoothing=0.1))
+            hits.append(int(logits.softmax(dim=-1).mean(dim=0).argmax()) == label)
+    assert measured["loss"] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+    assert measured["accuracy"] == np.mean(hits)
+
+
+def test_options_of_another_modality_are_refused(run, pixels, tmp_path, capsys):
+    modality, model, data = pixels
+
+    def fails(message, **options):
+        with pytest.raises(SystemExit):
+            run(model=model, data=data, eval_group=["1"], **options)
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+    fails(f"--mel_mask is for audio, but --model {model} is for {modality}", mel_mask=3)
+    fails("--max_length is for audio", max_length=64)
+    fails("loader.strid is not a field", **{"loader.strid": 2})
+    fails("loader.min_crop is 'all': expected a value like 0.", **{"loader.min_crop": "all", "augment": "true"})
+    fails("--rand_augment changes random views: give --augment too", rand_augment=9)
+    fails("--loader.flip changes random views: give --augment too", **{"loader.flip": "false"})
+    fails("--cutmix_probability must be at most 0.3", mixup_probability=0.7, cutmix_probability=0.5)
+    fails("--eval_clips must be 1 or more" if modality == "video" else "--eval_clips is for video", eval_clips=0)
+
+
+def test_multi_label_to_pipeline(run, tmp_path, rng):
+    names = ("noise", "tone", "noise+click", "tone+click")
+    data = write_sounds(tmp_path / "multi", names, per_class=6, multi_label=True)
+    options = {"eval_group": ["1"], "mixup_probability": 0.2, "balanced_sampling": "true", "num_train_epochs": 15}
+    out = run(data=data, label_column="labels", **options)
+    results = json.loads((out / "results.json").read_text())
+    assert results["metric"] == "mAP" and results["evaluation"]["mAP"] > 0.8 and results["classes"] == 3
+    classify = pipeline("audio-classification", model=str(out))
+    assert classify.model.config.problem_type == "multi_label_classification"
+    found = classify({"raw": sound("tone+click", rng), "sampling_rate": RATE}, top_k=None)
+    assert {entry["label"] for entry in found} == {"click", "noise", "tone"}
+
+
+def test_resume_gives_what_an_unbroken_run_gives(run, tmp_path):
+    options = {"eval_group": ["1"], "num_train_epochs": 4, "mixup_probability": 0.5, "drop_path_rate": 0.1}
+    options |= {"load_best_model_at_end": "false", "save_total_limit": 9}
+    unbroken = run(output_dir=tmp_path / "unbroken", **options)
+    broken = run(output_dir=tmp_path / "broken", **options)
+    last = max((broken / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    run(output_dir=broken, resume="true", **options)
+    first, second = (load_file(folder / "model.safetensors") for folder in (unbroken, broken))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_two_processes_give_what_one_gives(run, encoder, sounds, tmp_path):
+    # Of the 12 to evaluate on 11 can be read: the last batch of 3 is uneven.
+    (finetune.Path(sounds) / "tone_1.wav").write_bytes(b"broken")
+    options = {"eval_group": 1, "num_train_epochs": 2, "draws_per_epoch": 8, "learning_rate": 1e-3}
+    options |= {"mixup_probability": 0.5, "per_device_eval_batch_size": 3, "load_best_model_at_end": "false"}
+    one = run(**options)
+    argv = ["--model", encoder, "--data", sounds, "--output_dir", str(tmp_path / "two"), "--disable_tqdm", "true"]
+    for name, value in {**options, "per_device_train_batch_size": 4}.items():
+        argv += [f"--{name}", str(value)]
+    done = run_script(
+        "from bridle_hf.finetuning import finetune; finetune.main()", *argv, str(tmp_path / "run.py"), processes=2
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
+    # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any other.
+    assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first if "k_proj.bias" not in name)
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, tmp_path / "two")]
+    assert results[0]["evaluation"]["accuracy"] == results[1]["evaluation"]["accuracy"]
+    assert results[0]["items"] == results[1]["items"] == {"train": 12, "evaluation": 11, "test": 0}
+    assert results[0]["skipped_files"] == results[1]["skipped_files"] == 1
+    assert len((tmp_path / "two" / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def test_from_scratch_and_frozen(run, encoder, tmp_path):
+    frozen = run(eval_group=["1"], freeze_encoder="true", num_train_epochs=1, output_dir=tmp_path / "frozen")
+    scratch = run(eval_group=["1"], from_scratch="true", num_train_epochs=1, learning_rate=0.0, seed=1,
+                  output_dir=tmp_path / "scratch")  # fmt: skip
+    before = load_file(f"{encoder}/model.safetensors")
+    name = "bridle.layers.0.mlp.fc1.weight"
+    assert torch.equal(load_file(frozen / "model.safetensors")[name], before[name])
+    assert not torch.equal(load_file(scratch / "model.safetensors")[name], before[name])
+
+
+def test_bad_files_are_skipped_and_listed(run, sounds):
+    for name in ("noise_0.wav", "tone_1.wav"):  # one to train on, one to evaluate on
+        (finetune.Path(sounds) / name).write_bytes(b"broken")
+    out = run(eval_group=["1"], num_train_epochs=1)
+    skipped = [json.loads(line)["path"] for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(finetune.Path(path).name for path in skipped) == ["noise_0.wav", "tone_1.wav"]
+    assert json.loads((out / "results.json").read_text())["items"]["evaluation"] == 11
+
+
+def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path):
+    healthy, calls = nn.functional.cross_entropy, []
+
+    def sick(logits, labels, **options):
+        if logits.requires_grad:  # not in evaluation
+            calls.append(1)
+            if len(calls) in bad:
+                logits = logits * float("nan")
+        return healthy(logits, labels, **options)
+
+    monkeypatch.setattr(nn.functional, "cross_entropy", sick)
+    bad = (1, 2)
+    out = run(num_train_epochs=4, validation_fraction=0.25)
+    results = json.loads((out / "results.json").read_text())
+    assert results["skipped_steps"] == 2 and np.isfinite(results["evaluation"]["loss"])
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
+
+    calls, bad = [], range(1, 10**6)
+    with pytest.raises(SystemExit, match="not finite in 20 steps in a row"):
+        run(output_dir=tmp_path / "sick", num_train_epochs=30, eval_strategy="no", save_strategy="no",
+            load_best_model_at_end="false", validation_fraction=0.25)  # fmt: skip
+
+
+def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
+    def fails(message, **options):
+        with pytest.raises(SystemExit):
+            run(**{"eval_group": ["1"], **options})
+        error = capsys.readouterr().err.strip()
+        lines = error[error.index("error: ") :].splitlines()  # after the progress bars of saved models
+        assert len(lines) == 1 and message in lines[0]
+
+    fails("no items of group 7", eval_group=["7"])
+    fails("both say what to evaluate on", validation_fraction=0.5)
+    fails("--mel_mask must be at most 32", mel_mask=33)
+    fails("--freeze_encoder leaves nothing for", freeze_encoder="true", layer_decay=0.5)
+    fails("--resume:", resume="true")
+    fails("--resume_from_checkpoint: give --resume", resume_from_checkpoint="checkpoint-3")
+    fails("--push_to_hub would push what checkpoints are made of", push_to_hub="true")
+    fails("nowhere: no model is there", model=tmp_path / "nowhere")
+    fails("--metric_for_best_model is acc: expected auto, accuracy, loss", metric_for_best_model="acc")
+    fails("--validation_fraction is 1.5: expected 0 to 0.99", validation_fraction=1.5)
+    fails("--patch_dropout is [0.2]: expected two numbers", patch_dropout=0.2)
+    fails("--per_device_train_batch_size must be 1 or more", per_device_train_batch_size=0)
+    fails("did you mean 'layer_decay'", layer_deca=0.5)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    fails("is not empty: give --resume to go on, or --overwrite", output_dir=tmp_path / "full")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("*.json"))
+
+    fails("--cutmix_probability is for image and video", cutmix_probability=0.1)
+    metadata = finetune.Path(sounds) / "metadata.csv"
+    rows = metadata.read_text().splitlines()
+    metadata.write_text("\n".join([rows[0], *rows[1:-1], rows[-1].replace(",tone,", ",whistle,")]))
+    fails("label 'whistle' is not among the 2 classes")
+    metadata.write_text("\n".join([rows[0], rows[1].replace(",noise,", ",,"), *rows[2:]]))
+    fails("has no `label`: every item needs one here")
+    metadata.write_text("\n".join(row for row in rows if ",tone," not in row))
+    fails("have one class only (noise)")
+
+
+def test_the_folder_to_write_must_be_given(capsys):
+    with pytest.raises(SystemExit):
+        finetune.parse_arguments(
+            FinetuneArguments, finetune.FinetuneTrainingArguments, argv=["--model", "M", "--data", "D"]
+        )
+    assert capsys.readouterr().err == "error: the following arguments are required: --output_dir\n"
+
+
+def test_label_smoothing_is_refused_for_several_labels(tmp_path):
+    labels = SimpleNamespace(multi_label=True)
+    args = FinetuneArguments(model="", data="")
+    training_args = finetune.FinetuneTrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per item"):
+        finetune.check_arguments(args, training_args, tiny_config(), SimpleNamespace(labels=labels))
+
+
+RECIPES = finetune.Path(finetune.__file__).parents[1] / "recipes"
+
+
+@pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*finetune*.yaml"), *RECIPES.glob("*linear*.yaml")]), ids=str)
+def test_recipes_parse(recipe, tmp_path):
+    argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
+    args, training_args = finetune.parse_arguments(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
+    assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
+    assert args.freeze_encoder == ("linear" in recipe.name)
+    config = BridleConfig(modality=recipe.name.split("_")[0])
+    task = SimpleNamespace(labels=SimpleNamespace(multi_label=False, names=[]), kind="single_label")
+    finetune.check_arguments(args, training_args, config, task)
+    make_item_loader(config, make_processor(config), args.loader, args.augment)
+
+
+def test_overwrite_removes_what_a_run_left_and_nothing_else(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    (tmp_path / "out" / "skipped.jsonl").write_text("of an earlier run\n")
+    out = run(eval_group=["1"], num_train_epochs=1, overwrite="true")
+    assert (out / "thesis.txt").read_text() == "mine" and not (out / "skipped.jsonl").exists()
+
+
+def test_validation_and_test_split(run, sounds, tmp_path):
+    metadata = finetune.Path(sounds) / "metadata.csv"
+    header, *rows = metadata.read_text().splitlines()
+    splits = ["train", "validation", "test"]
+    rows = [f"{row},{splits[index % 3]}" for index, row in enumerate(rows)]
+    metadata.write_text("\n".join([f"{header},split", *rows]))
+    out = run(num_train_epochs=1)
+    results = json.loads((out / "results.json").read_text())
+    assert results["items"] == {"train": 8, "evaluation": 8, "test": 8}
+    (state,) = (out / "checkpoints").glob("*/trainer_state.json")
+    assert json.loads(state.read_text())["best_metric"] == results["evaluation"]["accuracy"], "not the lowest loss"
+    assert results["evaluated_on"] == "split validation" and 0 <= results["test"]["accuracy"] <= 1

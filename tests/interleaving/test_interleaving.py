@@ -1,0 +1,582 @@
+"""The schedule against closed forms; and what each kind of phase moves, leaves alone, counts and refuses."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridle_hf import teacher_hidden_states
+from bridle_hf.encoder_bridle import BridleDropPath
+from bridle_hf.interleaving.interleaving import MAX_SKIPPED_IN_A_ROW, Interleaving, NonFiniteError
+from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.masking_bridle import random_mask
+from bridle_hf.patching_bridle import patch_attention_mask
+
+
+# The schedule
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["encoder", "tokenizer", "alternate", "joint"]), st.integers(1, 50)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_phases_follow_each_other_without_gap_or_overlap(entries):
+    schedule = Schedule([{"train": kind, "steps": steps} for kind, steps in entries], steps_per_epoch=7.5)
+    numbers = [schedule.phase_number(step) for step in range(schedule.total_steps)]
+    assert numbers == [number for number, (_, steps) in enumerate(entries) for _ in range(steps)]
+    distilled = 0
+    for number, (kind, _) in enumerate(entries):
+        distilled += kind != "encoder"
+        assert schedule.iteration(number) == distilled
+    for step in (-1, schedule.total_steps):
+        with pytest.raises(ValueError, match="outside"):
+            schedule.phase_number(step)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 500), st.floats(0.1, 3000), st.floats(0.01, 2))
+def test_epochs_become_steps(epochs, per_epoch, scale):
+    entries = [
+        {"train": "encoder", "epochs": epochs, "warmup_epochs": epochs / 4},
+        {"train": "tokenizer", "steps": 100},
+    ]
+    schedule = Schedule(entries, per_epoch, scale)
+    assert schedule.lengths == [max(1, round(epochs * per_epoch * scale)), max(1, round(100 * scale))]
+    assert schedule.warmups == [round(epochs / 4 * per_epoch * scale), 0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 60), st.integers(0, 80), st.floats(1e-6, 1.0))
+def test_learning_rate_is_linear_then_a_cosine(steps, warmup, rate):
+    entry = {"train": "joint", "steps": steps, "warmup_steps": warmup, "learning_rate": rate}
+    entry["tokenizer_learning_rate"] = rate / 3
+    schedule = Schedule([{"train": "encoder", "steps": 4}, entry], 1.0)
+    warmup = min(warmup, steps)
+    for offset in range(steps):
+        encoder, tokenizer = schedule.learning_rates(4 + offset)
+        if offset < warmup:
+            expected = rate * (offset + 1) / warmup
+        else:
+            expected = rate * math.cos(math.pi / 2 * (offset - warmup) / (steps - warmup)) ** 2
+        assert math.isclose(encoder, expected, rel_tol=1e-9, abs_tol=1e-15)
+        assert math.isclose(tokenizer, expected / 3, rel_tol=1e-9, abs_tol=1e-15)
+
+
+def test_the_rate_of_a_tokenizer_phase_is_its_own():
+    schedule = Schedule(
+        [{"train": "tokenizer", "steps": 4, "learning_rate": 0.1, "tokenizer_learning_rate": 9.0}], 1.0
+    )
+    assert schedule.learning_rates(0)[1] == 0.1
+
+
+def test_sides():
+    def sides(**entry):
+        schedule = Schedule([{"steps": 3, "train": "encoder"}, {"steps": 8, **entry}], 1.0)
+        return ["".join(name for name, on in zip("ET", schedule.sides(3 + step)) if on) for step in range(8)]
+
+    assert sides(train="encoder") == ["E"] * 8
+    assert sides(train="tokenizer") == ["T"] * 8
+    assert sides(train="alternate", switch_every=3) == ["E", "E", "E", "T", "T", "T", "E", "E"]
+    assert sides(train="joint", tokenizer_every=4) == ["ET", "E", "E", "E", "ET", "E", "E", "E"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"train": "encoder"}, "length"),
+        ({"train": "encoder", "steps": 5, "epochs": 1}, "length"),
+        ({"train": "decoder", "steps": 5}, "train is 'decoder'"),
+        ({"steps": 5}, "train is None"),
+        ({"train": "encoder", "step": 5}, "unknown key 'step'; did you mean 'steps'?"),
+        ({"train": "encoder", "steps": -5}, "steps is -5"),
+        ({"train": "encoder", "steps": True}, "steps is True"),
+        ({"train": "encoder", "steps": 2.5}, "steps is 2.5, expected a whole number"),
+        ({"train": "encoder", "steps": 10**400}, "steps is 1000"),
+        ({"train": "encoder", "steps": 5, "learning_rate": "5e-4"}, "learning_rate is '5e-4'"),
+        ({"train": "encoder", "steps": 5, "learning_rate": math.nan}, "learning_rate is nan"),
+        ({"train": "encoder", "steps": 5, "start": "anew"}, "start is 'anew'"),
+        ({"train": "joint", "steps": 5, "tokenizer_every": 0}, "tokenizer_every"),
+    ],
+    ids=str,
+)
+def test_wrong_phases_are_refused(entry, expected):
+    with pytest.raises(ValueError, match=r"phases\[1\]: ") as caught:
+        Schedule([{"train": "encoder", "steps": 1}, entry], 1.0)
+    assert expected in str(caught.value)
+
+
+def test_an_empty_schedule_is_refused():
+    with pytest.raises(ValueError, match="phases"):
+        Schedule([], 1.0)
+
+
+# Steps
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def build(accelerator, tiny_config, tiny_tokenizer_config):
+    """`build(phases, tokenizer_fields, **options)`: an `Interleaving` on tiny models."""
+
+    def make(phases, tokenizer=None, encoder=None, **options) -> Interleaving:
+        configs = tiny_config("audio", **(encoder or {})), tiny_tokenizer_config("audio", **(tokenizer or {}))
+        return Interleaving(accelerator, Schedule(phases, 1.0), *configs, seed=0, **options)
+
+    return make
+
+
+def make_batch(number: int, size: int = 6, padded: bool = True) -> dict:
+    """Clips of different lengths, each with its own number of hidden patches. Grid (6, 4)."""
+    generator = torch.Generator().manual_seed(number)
+    lengths = [96, 40, 64, 96, 33, 17][:size] if padded else [96] * size
+    mask = torch.stack([(torch.arange(96) < length).long() for length in lengths])
+    hidden = []
+    for index, length in enumerate(lengths):
+        steps = -(-length // 16)
+        part = random_mask((steps, 4), 0.5 + 0.05 * index, generator)
+        hidden.append(torch.cat([part, torch.zeros(24 - len(part), dtype=torch.bool)]))
+    values = torch.randn(size, 96, 64, generator=generator)
+    return {"input_values": values, "attention_mask": mask, "bool_masked_pos": torch.stack(hidden)}
+
+
+def peek():
+    return (make_batch(100 + number) for number in range(1000))
+
+
+def train(run: Interleaving, first: int = 0, last: int | None = None, batch=make_batch) -> list[dict]:
+    """Steps `first` to `last` of the schedule; phases are entered on the way."""
+    metrics = []
+    for step in range(first, run.schedule.total_steps if last is None else last):
+        number = run.schedule.phase_number(step)
+        if step == run.schedule.starts[number]:
+            run.enter_phase(number, peek)
+        metrics.append(run.step(step, batch(step)))
+    return metrics
+
+
+def tensors(run: Interleaving) -> dict[str, torch.Tensor]:
+    state = run.state_dict()
+    return {
+        f"{side}.{name}": tensor.clone() for side in ("encoder", "tokenizer") for name, tensor in state[side].items()
+    }
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """Which sides' weights, and whether codebooks, differ in a single bit."""
+    found = set()
+    for name, tensor in before.items():
+        if not torch.equal(tensor, after[name]):
+            found.add("codebooks" if "quantizer" in name else name.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({"train": "encoder"}, [{"encoder"}] * 4),
+        ({"train": "tokenizer"}, [{"tokenizer", "codebooks"}] * 4),
+        ({"train": "alternate", "switch_every": 2}, [{"encoder"}] * 2 + [{"tokenizer", "codebooks"}] * 2),
+        ({"train": "joint", "tokenizer_every": 3},
+         [{"encoder", "tokenizer", "codebooks"}, {"encoder"}, {"encoder"}, {"encoder", "tokenizer", "codebooks"}]),
+    ],
+    ids=lambda value: value.get("train") if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_is_trained_moves_and_what_is_frozen_does_not(build, entry, expected):
+    run = build([{"train": "encoder", "steps": 1}, {**entry, "steps": 4, "learning_rate": 1e-3}])
+    train(run, last=1)
+    run.enter_phase(1, peek)
+    before = tensors(run)
+    for step, sides in enumerate(expected, start=1):
+        metrics = run.step(step, make_batch(step))
+        after = tensors(run)
+        assert moved(before, after) == sides
+        assert {name.split("/")[0] for name in metrics} - {"counts", "usage"} == sides - {"codebooks"}
+        before = after
+
+
+def test_every_weight_that_can_matter_is_trained(build):
+    run = build([{"train": "joint", "steps": 2, "tokenizer_every": 1, "learning_rate": 1e-2}])
+    run.enter_phase(0, peek)
+    before = tensors(run)
+    train_steps = [run.step(step, make_batch(step)) for step in range(2)]
+    after = tensors(run)
+    assert len(train_steps) == 2
+    parameters = {f"{side}.{name}" for side in ("encoder", "tokenizer")
+                  for name, _ in getattr(run, f"unwrapped_{side}").named_parameters()}  # fmt: skip
+    still = {name for name in parameters if torch.equal(before[name], after[name])}
+    assert all(name.endswith(("k_proj.bias", "position_bias.3.bias")) for name in still)
+
+
+def test_biases_that_a_softmax_does_not_see(build):
+    """That they are not trained loses nothing: whatever they are, the outputs are the same."""
+    run = build([{"train": "joint", "steps": 1}])
+    run.enter_phase(0, peek)
+    batch = make_batch(0)
+    outputs = []
+    for shift in (0.0, 3.0):
+        for model in (run.unwrapped_encoder, run.unwrapped_tokenizer):
+            for name, parameter in model.eval().named_parameters():
+                if name.endswith(("k_proj.bias", "position_bias.3.bias")):
+                    assert not parameter.requires_grad
+                    parameter.data += shift * torch.randn_like(parameter)
+        with torch.no_grad():
+            latents = run.unwrapped_tokenizer.latents(batch["input_values"], batch["attention_mask"])
+            outputs.append((run.unwrapped_encoder(**batch).logits, latents))
+    for first, second in zip(*outputs):
+        real = patch_attention_mask(batch["attention_mask"], run.encoder_config)
+        torch.testing.assert_close(first[real], second[real], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "tokenizer", "joint"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_accumulated_micro_batches_equal_the_whole_batch(build, kind, size):
+    """Clips are padded to different lengths and hide different shares, so that micro batches weigh differently.
+
+    The right loss is the mean over the hidden (real) patches of the whole batch, not the mean of the micro batches'
+    means; and the codebooks move once per optimizer step, on all of its latents: were they moved by each forward, the
+    later micro batches would meet other codes, and the decay would depend on how the batch is cut.
+    """
+    entry = {"train": kind, "steps": 5, "learning_rate": 1e-3, "tokenizer_every": 2}
+    phases = [{"train": "encoder", "steps": 1}, entry]
+    reseeding = {"dead_code_threshold": 0.9}
+    whole, cut = build(phases, reseeding), build(phases, reseeding, micro_batch_size=size)
+    for expected, found in zip(train(whole), train(cut)):
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+
+def test_losses_are_means_over_the_patches_of_the_whole_batch(build):
+    run = build([{"train": "joint", "steps": 2, "tokenizer_every": 1}], micro_batch_size=2)
+    run.enter_phase(0, peek)
+    batch = make_batch(3)
+    codes = run.unwrapped_tokenizer.encode(batch["input_values"], batch["attention_mask"])
+    run.seed_step(0)
+    encoder = copy.deepcopy(run.unwrapped_encoder).train()
+    logits = encoder(**batch).logits[batch["bool_masked_pos"]]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes[batch["bool_masked_pos"]].flatten())
+    teacher = teacher_hidden_states(
+        run.unwrapped_encoder.bridle.eval(), batch["input_values"], batch["attention_mask"]
+    )
+    tokenizer = copy.deepcopy(run.unwrapped_tokenizer).eval()
+    estimate = tokenizer(**{name: batch[name] for name in ("input_values", "attention_mask")},
+                         teacher_hidden_states=teacher).estimate  # fmt: skip
+    real = patch_attention_mask(batch["attention_mask"], run.encoder_config)
+    cosine = 1 - torch.nn.functional.cosine_similarity(teacher, estimate, dim=-1)[real].mean()
+    metrics = run.step(0, batch)
+    torch.testing.assert_close(metrics["encoder/loss"], expected.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(metrics["tokenizer/cosine_loss"], cosine.detach(), atol=1e-5, rtol=0)
+    assert int(metrics["counts"].sum()) == 3 * int(real.sum())
+
+
+def test_weight_decay_is_on_matrices_alone(build):
+    run = build([{"train": "joint", "steps": 1}], weight_decay=0.1, adam_betas=[0.8, 0.7])
+    run.enter_phase(0, peek)
+    for side in ("encoder", "tokenizer"):
+        groups = run.optimizers[side].param_groups
+        decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+        assert {group["betas"] for group in groups} == {(0.8, 0.7)}
+        for name, parameter in getattr(run, f"unwrapped_{side}").named_parameters():
+            if parameter.requires_grad:
+                assert decay[id(parameter)] == (0.1 if parameter.dim() == 2 else 0.0), name
+
+
+def test_weight_of_the_tokenizer_in_joint(build):
+    """AdamW hides the scale of a gradient; its norm shows it."""
+    norms = {}
+    for weight in (0.2, 1.0):
+        run = build([{"train": "joint", "steps": 1, "tokenizer_loss_weight": weight}])
+        (metrics,) = train(run)
+        norms[weight] = metrics["tokenizer/grad_norm"], metrics["encoder/grad_norm"], metrics["tokenizer/loss"]
+    torch.testing.assert_close(norms[0.2][0], 0.2 * norms[1.0][0], rtol=1e-4, atol=0)
+    assert torch.equal(norms[0.2][1], norms[1.0][1]) and torch.equal(norms[0.2][2], norms[1.0][2])
+
+
+def test_gradients_are_clipped_side_by_side(build):
+    run = build([{"train": "joint", "steps": 1}], max_grad_norm=1e-3)
+    run.enter_phase(0, peek)
+    seen = {}
+    for side, optimizer in run.optimizers.items():
+
+        def note(*args, side=side, groups=optimizer.param_groups):
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            seen[side] = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+
+        optimizer.register_step_pre_hook(note)
+    run.step(0, make_batch(0))
+    assert seen.keys() == {"encoder", "tokenizer"} and all(abs(norm - 1e-3) < 1e-5 for norm in seen.values())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "tokenizer", "joint"])
+def test_kmeans_comes_before_the_first_step(build, kind):
+    run = build([{"train": kind, "steps": 1}])
+    run.enter_phase(0, peek)
+    quantizer = run.unwrapped_tokenizer.quantizer
+    assert bool(quantizer.initialized)
+    batch = next(iter(peek()))
+    output = run.unwrapped_tokenizer.eval()(batch["input_values"], batch["attention_mask"])
+    # Codes drawn at random leave more than they take away; those of k-means do not.
+    assert float(output.usage.quantization_error[-1]) < 0.7 and float(output.usage.used_fraction.min()) > 0.7
+
+
+def test_kmeans_does_not_depend_on_micro_batches(build):
+    runs = [build([{"train": "tokenizer", "steps": 1}], micro_batch_size=size) for size in (None, 4)]
+    for run in runs:
+        run.enter_phase(0, peek)
+    first, second = (run.unwrapped_tokenizer.quantizer.codebooks for run in runs)
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
+def test_what_starts_fresh_and_what_continues(build):
+    phases = [{"train": "joint", "steps": 2}, {"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 1},
+              {"train": "encoder", "steps": 1}]  # fmt: skip
+    phases[3]["start"] = "continue"
+    run = build(phases)
+    train(run, last=2)
+    joint = tensors(run)
+    run.enter_phase(1, peek)
+    assert moved(joint, tensors(run)) == {"encoder"}
+    train_step = run.step(2, make_batch(2))
+    assert "encoder/loss" in train_step
+    encoder = tensors(run)
+    run.enter_phase(2, peek)
+    assert moved(encoder, tensors(run)) == {"tokenizer", "codebooks"}
+    run.step(3, make_batch(3))
+    both = tensors(run)
+    run.enter_phase(3, peek)
+    assert moved(both, tensors(run)) == set()
+
+
+def test_soft_codes_are_the_targets(build):
+    run = build([{"train": "encoder", "steps": 1}], {"num_soft_codes": 3})
+    run.enter_phase(0, peek)
+    batch = make_batch(0)
+    codes = run.unwrapped_tokenizer.encode(batch["input_values"], batch["attention_mask"], soft=True)
+    assert codes.shape == (6, 24, 3, 3)
+    run.seed_step(0)
+    hidden = batch["bool_masked_pos"]
+    logits = copy.deepcopy(run.unwrapped_encoder).train()(**batch).logits[hidden].log_softmax(dim=-1)
+    expected = -logits.gather(-1, codes[hidden]).mean()
+    torch.testing.assert_close(run.step(0, batch)["encoder/loss"], expected.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 1, 2], [-1]])
+def test_layers_that_teach(build, layers):
+    run = build([{"train": "tokenizer", "steps": 1}], {"teacher_layers": layers})
+    run.enter_phase(0, peek)
+    batch = make_batch(0, padded=False)
+    with torch.no_grad():
+        states = run.unwrapped_encoder.bridle.eval()(batch["input_values"], output_hidden_states=True)
+        if layers is None:
+            teacher = states.last_hidden_state[:, 1:]
+        else:
+            chosen = [states.hidden_states[layer][:, 1:] for layer in layers]
+            standard = [(h - h.mean(-1, keepdim=True)) / h.std(-1, unbiased=False, keepdim=True) for h in chosen]
+            teacher = torch.stack(standard).mean(dim=0)
+        tokenizer = copy.deepcopy(run.unwrapped_tokenizer).eval()
+        expected = tokenizer(batch["input_values"], teacher_hidden_states=teacher).cosine_loss
+    torch.testing.assert_close(run.step(0, batch)["tokenizer/cosine_loss"], expected, atol=1e-4, rtol=0)
+
+
+def test_gradient_checkpointing_changes_nothing(build):
+    """With drop path: in `joint`, the layers run again after the encoder has taught in eval mode."""
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 1, "learning_rate": 1e-3}]
+    runs = [build(phases, encoder={"drop_path_rate": 0.5}, gradient_checkpointing=on) for on in (False, True)]
+    first, second = (train(run) for run in runs)
+    for expected, found in zip(first, second):
+        torch.testing.assert_close(found["encoder/grad_norm"], expected["encoder/grad_norm"], rtol=1e-5, atol=0)
+    assert moved(tensors(runs[0]), tensors(runs[1])) == set()
+
+
+def test_stochastic_depth_does_not_depend_on_micro_batches(build):
+    """A sample loses the same layers, whichever part of the batch it stands in; and others lose others."""
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 1, "learning_rate": 1e-3}]
+    fields = {"drop_path_rate": 0.5}
+    whole, cut = build(phases, fields, fields), build(phases, fields, fields, micro_batch_size=2)
+    for expected, found in zip(train(whole), train(cut)):
+        for name in ("encoder/loss", "tokenizer/loss"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+    drop_path = BridleDropPath(0.5).train()
+    torch.manual_seed(0)
+    kept = drop_path(torch.ones(64, 3, 2))
+    assert 0 < int((kept == 0).all(dim=(1, 2)).sum()) < 64 and set(kept.unique().tolist()) == {0.0, 2.0}
+    for first in (0, 16, 48):
+        torch.manual_seed(0)
+        drop_path.rows = first, 64
+        assert torch.equal(drop_path(torch.ones(16, 3, 2)), kept[first : first + 16])
+
+
+# Half precision
+
+
+def test_codes_are_those_of_float32_under_autocast(build):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    run = build([{"train": "joint", "steps": 2, "tokenizer_every": 1, "learning_rate": 1e-3}])
+    run.accelerator = accelerator
+    run.enter_phase(0, peek)
+    quantizer, found = run.unwrapped_tokenizer.quantizer, []
+    nearest = quantizer._nearest
+
+    def note(q, vectors, count):
+        codes = nearest(q, vectors, count)
+        exact = torch.cdist(vectors.double(), quantizer.codebooks[q].double())
+        # As near as the nearest, up to float32's rounding: half precision is off by 1e-2.
+        excess = exact.gather(1, codes) ** 2 - exact.min(dim=1, keepdim=True).values ** 2
+        found.append((vectors.dtype, torch.is_autocast_enabled("cpu"), float(excess.max())))
+        return codes
+
+    quantizer._nearest = note
+    linear = run.unwrapped_encoder.bridle.layers[0].mlp.fc1
+    inner = []
+    linear.register_forward_hook(lambda module, inputs, output: inner.append(output.dtype))
+    metrics = [run.step(step, make_batch(step)) for step in range(2)]
+    assert set(inner) == {torch.bfloat16}
+    assert len(found) > 6 and all(dtype == torch.float32 and not half for dtype, half, _ in found)
+    assert max(excess for *_, excess in found) < 1e-5
+    assert all(bool(torch.isfinite(value).all()) for row in metrics for value in row.values())
+    for tensor in tensors(run).values():
+        assert tensor.dtype in (torch.float32, torch.bool)
+
+
+@pytest.fixture
+def scaled(build):
+    """An `Interleaving` whose loss is scaled, as in fp16; the arithmetic stays in float32."""
+
+    def make(phases, scale, growth_interval=2000, **options):
+        run = build(phases, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+        run.accelerator.scaler = scaler
+        return run
+
+    return make
+
+
+def test_scaling_the_loss_changes_nothing(build, scaled):
+    """Both sides' gradients are scaled back once, before they are clipped."""
+    phases = [{"train": "joint", "steps": 4, "tokenizer_every": 2, "learning_rate": 1e-3}]
+    plain = build(phases, max_grad_norm=0.1)
+    expected = train(plain)
+    run = scaled(phases, 2.0**12, max_grad_norm=0.1)
+    for first, second in zip(expected, train(run)):
+        for name in first:
+            torch.testing.assert_close(second[name], first[name], atol=1e-5, rtol=1e-5, check_dtype=False)
+    for name, value in tensors(plain).items():
+        torch.testing.assert_close(tensors(run)[name], value, atol=1e-5, rtol=0)
+
+
+def test_a_scale_that_overflows_is_lowered_and_the_step_skipped(scaled):
+    run = scaled([{"train": "joint", "steps": 9, "tokenizer_every": 1, "learning_rate": 1e-3}], 2.0**127)
+    run.enter_phase(0, peek)
+    before = tensors(run)
+    assert run.step(0, make_batch(0)) == {} and moved(before, tensors(run)) == set()
+    assert run.accelerator.scaler.get_scale() == 2.0**126 and run.skipped_steps == 1
+    metrics = [run.step(step, make_batch(step)) for step in range(1, 9)]
+    assert metrics[-1] and moved(before, tensors(run)) == {"encoder", "tokenizer", "codebooks"}
+
+
+def test_the_scale_is_resumed(scaled):
+    phases = [{"train": "joint", "steps": 6, "tokenizer_every": 2, "learning_rate": 1e-3}]
+    undisturbed = scaled(phases, 2.0**8, growth_interval=2)
+    train(undisturbed, last=3)
+    state = copy.deepcopy(undisturbed.state_dict())
+    saved = json.loads(json.dumps(state["gradient_scaler"]))
+    # Doubled once, and halfway to the next time.
+    assert (saved["scale"], saved["_growth_tracker"]) == (2.0**9, 1)
+    train(undisturbed, 3)
+    end = undisturbed.accelerator.scaler.state_dict()
+    resumed = scaled(phases, 2.0**8, growth_interval=2)
+    resumed.load_state_dict(state, 3)
+    train(resumed, 3)
+    assert resumed.accelerator.scaler.state_dict() == end != saved
+    assert moved(tensors(undisturbed), tensors(resumed)) == set()
+
+
+# Steps that are not finite
+
+
+def poison(batch: dict) -> dict:
+    batch["input_values"][1] = math.nan
+    return batch
+
+
+@pytest.mark.parametrize("kind", ["encoder", "tokenizer", "joint"])
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_step_that_is_not_finite_touches_nothing(build, kind, micro_batch_size):
+    run = build([{"train": kind, "steps": 9, "tokenizer_every": 1}], micro_batch_size=micro_batch_size)
+    run.enter_phase(0, peek)
+    run.step(0, make_batch(0))
+    before, moments = tensors(run), copy.deepcopy(run.state_dict()["optimizers"])
+    assert run.step(1, poison(make_batch(1))) == {}
+    assert moved(before, tensors(run)) == set()
+    for side, state in run.state_dict()["optimizers"].items():
+        for number, entries in state["state"].items():
+            assert all(torch.equal(value, moments[side]["state"][number][name]) for name, value in entries.items())
+    assert (run.skipped_steps, run.skipped_in_a_row) == (1, 1)
+    assert run.step(2, make_batch(2))
+    assert (run.skipped_steps, run.skipped_in_a_row) == (1, 0)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors(run).values())
+
+
+def test_a_quantizer_of_ones_own_loop_is_not_poisoned_either(tiny_tokenizer_config):
+    from bridle_hf.quantization_bridle import BridleResidualQuantizer
+
+    for fields in ({}, {"ema_update": "direction", "codebook_normalization": "level"}, {"unit_norm_codes": True}):
+        quantizer = BridleResidualQuantizer(tiny_tokenizer_config("audio", dead_code_threshold=0.9, **fields)).train()
+        quantizer(torch.randn(500, 8))
+        before = copy.deepcopy(dict(quantizer.named_buffers()))
+        latents = torch.randn(500, 8)
+        latents[3, 2] = math.nan
+        quantizer(latents)
+        assert all(bool(torch.isfinite(buffer).all()) for buffer in quantizer.buffers())
+        assert torch.equal(quantizer.cluster_sum[0], before["cluster_sum"][0]) or fields
+        quantizer(torch.full((500, 8), math.inf))
+        assert all(bool(torch.isfinite(buffer).all()) for buffer in quantizer.buffers())
+
+
+def test_twenty_in_a_row_stop_the_run(build):
+    run = build([{"train": "encoder", "steps": 50}])
+    run.enter_phase(0, peek)
+    for step in range(MAX_SKIPPED_IN_A_ROW - 1):
+        assert run.step(step, poison(make_batch(step))) == {}
+    with pytest.raises(NonFiniteError, match="20 steps in a row"):
+        run.step(19, poison(make_batch(19)))
+
+
+# State
+
+
+def test_a_state_resumes_bit_equal_at_every_step(build):
+    """In the middle of phases and between them, whatever was trained before."""
+    phases = [{"train": "encoder", "steps": 2}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
+    undisturbed = build(phases)
+    states = []
+    for step in range(undisturbed.schedule.total_steps):
+        train(undisturbed, step, step + 1)
+        states.append(copy.deepcopy(undisturbed.state_dict()))
+    for done, state in enumerate(states, start=1):
+        resumed = build(phases)
+        resumed.load_state_dict(state, done)
+        train(resumed, done)
+        assert moved(tensors(undisturbed), tensors(resumed)) == set(), done

@@ -1,0 +1,127 @@
+"""FLOPs from the configs against those that torch counts in the steps themselves."""
+
+import math
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from helpers.tiny_run import ROOT
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bridle_hf import BridleConfig, BridleTokenizerConfig
+from bridle_hf.interleaving.interleaving import Interleaving
+from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.masking_bridle import make_mask
+from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, main, measure_peak, visible_patches
+from bridle_hf.patching_bridle import INPUT_NAMES
+
+
+SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
+DECODER = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
+CODES = {"num_codebooks": 3, "codebook_size": 8}
+TOKENIZER = {
+    "code_dim": 12, "estimator_hidden_size": 24, "estimator_num_hidden_layers": 2, "estimator_num_attention_heads": 2
+}  # fmt: skip
+# A grid of (5, 4) patches is padded to whole windows of (4, 4).
+INPUTS = {
+    "audio": ({"patch_size": 8, "num_mel_bins": 32, "max_length": 40, "decoder_type": "swin"}, (40, 32)),
+    "image": ({"patch_size": 8, "image_size": 32, "decoder_type": "plain"}, (3, 32, 32)),
+    "video": ({"patch_size": 8, "image_size": 16, "num_frames": 8, "tubelet_size": 2}, (8, 3, 16, 16)),
+}
+PHASES = [{"train": "encoder", "steps": 2}, {"train": "joint", "steps": 7, "tokenizer_every": 3},
+          {"train": "tokenizer", "steps": 3}, {"train": "alternate", "steps": 10, "switch_every": 4},
+          {"train": "encoder", "steps": 2}]  # fmt: skip
+
+
+@pytest.fixture
+def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def make_configs(modality: str) -> tuple[BridleConfig, BridleTokenizerConfig]:
+    own, _ = INPUTS[modality]
+    shared = {"modality": modality, **SMALL, **CODES}
+    shape = {name: value for name, value in own.items() if name != "decoder_type"}
+    return BridleConfig(**shared, **own, **DECODER), BridleTokenizerConfig(**shared, **shape, **TOKENIZER)
+
+
+def make_batch(config: BridleConfig, size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(size)
+    masks = [make_mask(config.mask_type, config.patch_grid, config.mask_ratio, generator) for _ in range(size)]
+    inputs = torch.randn(size, *INPUTS[config.modality][1], generator=generator)
+    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
+
+
+def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor]) -> int:
+    """What torch counts in a step; fused attention on a CPU it does not know."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        interleaving.step(step, batch)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("modality", INPUTS)
+def test_flops_are_those_that_torch_counts(modality, accelerator):
+    """One more sample costs, to the last FLOP, what is computed from the configs: in each phase, for each side."""
+    encoder, tokenizer = make_configs(modality)
+    schedule = Schedule(PHASES, steps_per_epoch=1.0)
+    flops = ScheduleFlops(schedule, encoder, tokenizer, masks={})
+    interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
+    seen = set()
+    for step in range(schedule.total_steps):
+        number = schedule.phase_number(step)
+        if step == schedule.starts[number]:
+            interleaving.enter_phase(number, lambda: iter([make_batch(encoder, 40)]))
+        if (number, schedule.sides(step)) in seen:
+            continue
+        seen.add((number, schedule.sides(step)))
+        fewer, more = (count(interleaving, step, make_batch(encoder, size)) for size in (2, 3))
+        assert flops.of_step(step) == more - fewer, (number, schedule.sides(step))
+    assert len(seen) == 7
+
+
+def test_sums_over_a_schedule():
+    schedule = Schedule(PHASES, steps_per_epoch=1.0)
+    flops = ScheduleFlops(schedule, *make_configs("image"), masks={})
+    of_steps = [flops.of_step(step) for step in range(schedule.total_steps)]
+    for number, (start, length) in enumerate(zip(schedule.starts, schedule.lengths)):
+        assert math.isclose(flops.of_phases[number], sum(of_steps[start : start + length]) / length)
+        # Exact between phases; within one, its steps count as equal.
+        assert math.isclose(flops.left(start), sum(of_steps[start:]))
+    assert flops.left(schedule.total_steps) == 0
+    assert math.isclose(flops.left(1), flops.left(0) - of_steps[0])
+
+
+def test_masks_of_several_kinds_count_as_the_one_that_shows_most():
+    config = BridleConfig(modality="audio", mask_ratio=0.7)
+    assert visible_patches(config, {}) == visible_patches(config, {"random": 1.0}) == math.floor(512 * 0.3)
+    # 2 of 8 bands are visible, or 30% of the patches.
+    assert visible_patches(config, {"mel_band": 1.0}) == 128
+    assert visible_patches(config, {"mel_band": 1.0, "random": 0.1}) == 153
+    assert visible_patches(config, {"mel_band": 1.0, "random": 0.0}) == 128
+
+
+def test_peak_is_given_or_measured():
+    device = torch.device("cpu")
+    assert find_peak(989.0, device, "bf16") == {"tflops": 989.0, "source": "given"}
+    measured = find_peak(None, device, "no")
+    assert measured["tflops"] > 0 and "float32 matrices 512 x 512" in measured["source"]
+    assert measure_peak(device, 64, torch.bfloat16, seconds=0.0) > 0
+
+
+def test_command(monkeypatch, capsys):
+    recipe = str(ROOT / "bridle_hf" / "recipes" / "audio_base_joint.yaml")
+    monkeypatch.setattr(sys, "argv", ["flops.py", recipe, "--samples", "20480", "--mfu", "0.5"])
+    main()
+    shown = capsys.readouterr().out
+    # 200 epochs of 20 steps; ViT-B on 102 of 512 patches, 27 GMAC forward and backward.
+    assert "4,000 steps of 1024 samples" in shown and "25% of the steps" in shown
+    assert "encoder 53.74, decoder 157.3, codes 98.12" in shown and "days on 64" in shown
+    monkeypatch.setattr(sys, "argv", ["flops.py", recipe, "--samples", "0"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2 and "--samples" in str(caught.value)

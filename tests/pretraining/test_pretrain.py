@@ -1,0 +1,336 @@
+"""Pretraining end to end: what it leaves, what it refuses, and that kills do not change its result."""
+
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from helpers.tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_recipe, write_recordings
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
+
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel
+from bridle_hf.common.arguments import ArgumentError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return write_recordings(tmp_path_factory.mktemp("recordings"))
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> str:
+    return write_recordings(tmp_path_factory.mktemp("labelled"), labels=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, labelled) -> Path:
+    """A finished run, with everything that can be switched on."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    recipe = write_recipe(out.parent / "recipe.yaml", probe_every=9, report_every=5, keep_iterations=True)
+    pretrain(recipe, labelled, out, "--tracker", "tensorboard", "--num_workers", "1")
+    return out
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without pictures and report, which take most of the time of so small a run."""
+    import bridle_hf.pretraining.run
+
+    monkeypatch.setattr(bridle_hf.pretraining.run, "draw_example", lambda *args: None)
+    monkeypatch.setattr(bridle_hf.pretraining.run, "write_report", lambda *args: None)
+
+
+def refusal(capsys, *arguments: str) -> str:
+    """The one line that the command ends with, before its first step."""
+    with pytest.raises(ArgumentError) as caught:
+        pretrain(*arguments)
+    assert caught.value.code == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {caught.value}"]
+    return str(caught.value)
+
+
+# What a run leaves
+
+
+def test_output_folder(finished):
+    for side in ("encoder", "tokenizer"):
+        card = (finished / side / "README.md").read_text(encoding="utf-8")
+        assert card.startswith("---\n")
+    phases = ["0_encoder", "1_tokenizer", "2_encoder"]
+    assert sorted(path.name for path in (finished / "iterations").iterdir()) == phases
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_16", "step_18"]
+    pictures = {path.name for path in (finished / "figures").glob("*.png")}
+    assert {"losses.png", "usage.png", "masked_input_phase_0_encoder_0.png"} <= pictures
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert "data:image/png" in report and not re.search(r"(src|href)=.https?:", report)
+    run = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    assert run["samples"] == 24 and run["seed"] == 0 and run["seconds"] > 0
+    assert run["arguments"]["global_batch_size"] == 8 and {"torch", "transformers"} <= run["versions"].keys()
+    assert [(phase["kind"], phase["iteration"], phase["steps"]) for phase in run["phases"]] == [
+        ("encoder", 0, 6), ("tokenizer", 1, 6), ("encoder", 1, 6)
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_saved_folders_load_through_the_auto_classes(finished):
+    encoder = AutoModelForPreTraining.from_pretrained(finished / "encoder")
+    tokenizer = AutoModel.from_pretrained(finished / "tokenizer")
+    assert isinstance(encoder, BridleForPreTraining) and isinstance(tokenizer, BridleTokenizerModel)
+    assert bool(tokenizer.quantizer.initialized)
+    processor = AutoFeatureExtractor.from_pretrained(finished / "encoder")
+    inputs = processor(np.random.default_rng(0).normal(size=RATE // 2), sampling_rate=RATE, return_tensors="pt")
+    codes = tokenizer.encode(**inputs)
+    assert codes.shape == (1, 24, 2) and int(codes.max()) < 8
+    assert bool(torch.isfinite(encoder(**inputs, labels=codes).loss))
+    # The normalisation measured on the data, not the default.
+    assert processor.mean != -4.4446096
+
+
+def test_rows_of_metrics(finished):
+    found = rows(finished)
+    steps = [row for row in found if "samples" in row]
+    # Every second step, and not over the end of a phase or a checkpoint.
+    assert [row["step"] for row in steps] == list(range(2, 19, 2))
+    assert all(row["samples"] == 8 * row["step"] for row in steps)
+    assert ["encoder/loss" in row for row in steps] == [True] * 3 + [False] * 3 + [True] * 3
+    assert ["tokenizer/loss" in row for row in steps] == [False] * 3 + [True] * 3 + [False] * 3
+    assert [row["step"] for row in found if row.get("event") == "phase_end"] == [6, 12, 18]
+    probes = [row for row in found if "probe/linear" in row]
+    assert [row["step"] for row in probes] == [9, 18]
+    assert all(0 <= row["probe/linear"] <= 1 and 0 <= row["probe/knn"] <= 1 for row in probes)
+
+
+def test_tensorboard_gets_the_numbers_of_metrics(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = finished.rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent)).Reload()
+    expected = {row["step"]: row["encoder/loss"] for row in rows(finished) if "encoder/loss" in row}
+    found = {event.step: event.value for event in accumulator.Scalars("encoder/loss")}
+    assert found.keys() == expected.keys()
+    assert all(abs(found[step] - expected[step]) < 1e-5 for step in found)
+    assert "usage/perplexity/2" in accumulator.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "joint"])
+def test_other_schedules_run(data, tmp_path, quick, schedule):
+    pretrain(write_recipe(tmp_path / "recipe.yaml", schedule), data, tmp_path / "out", "--mixed_precision", "bf16")
+    last = [row for row in rows(tmp_path / "out") if "samples" in row]
+    losses = {name for row in last for name in row if name.endswith("/loss")}
+    assert losses == {"encoder/loss", "tokenizer/loss"} and last[-1]["step"] == 12
+    assert all(np.isfinite(row[name]) for row in last for name in losses & row.keys())
+
+
+# Restarts
+
+
+def test_existing_folders(finished, data, labelled, tmp_path, quick, capsys):
+    recipe = write_recipe(tmp_path / "recipe.yaml", probe_every=9, report_every=5, keep_iterations=True)
+    before = weights(finished)
+    assert "--resume" in refusal(capsys, recipe, labelled, finished)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    assert "does not hold a run" in refusal(capsys, recipe, labelled, tmp_path / "thesis", "--overwrite")
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+    # A wrong argument must not cost the run that --overwrite names.
+    options = ("--overwrite", "--masks", "{no_such: 1}")
+    assert "no_such" in refusal(capsys, recipe, labelled, finished, *options)
+    assert "seed" in (message := refusal(capsys, recipe, labelled, finished, "--resume", "--seed", "1"))
+    assert "0, now 1" in message
+    message = refusal(capsys, recipe, labelled, finished, "--resume", "--phases.0.steps", "7", "--augment", "false")
+    assert "phases" in message and "augment" in message
+    few = write_recordings(tmp_path / "few", count=12)
+    assert "samples (24, now 12)" in refusal(capsys, recipe, few, finished, "--resume")
+    moved, renamed = shutil.copytree(labelled, tmp_path / "moved"), shutil.copytree(labelled, tmp_path / "renamed")
+    (renamed / "noise" / "0.wav").rename(renamed / "noise" / "z.wav")
+    assert "the names of the samples" in refusal(capsys, recipe, str(renamed), finished, "--resume")
+    # Resuming a finished run does no step and leaves the same models.
+    pretrain(recipe, str(moved), finished, "--resume", "--log_every", "7")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished).items())
+
+
+def test_overwrite_leaves_a_link_and_what_it_points_to(data, tmp_path, quick):
+    """OUT may be a link to a larger disk, and hold links to what is not the run's."""
+    disk, other, out = tmp_path / "disk", tmp_path / "other", tmp_path / "out"
+    for folder in (disk, other):
+        (folder / "checkpoints").mkdir(parents=True)
+    out.symlink_to(disk)
+    (out / "link").symlink_to(other)
+    pretrain(write_recipe(tmp_path / "recipe.yaml", "joint"), data, out, "--phases.0.steps", "1", "--overwrite")
+    assert out.is_symlink() and (disk / "run.json").exists()
+    assert not (disk / "link").exists() and (other / "checkpoints").exists()
+
+
+def test_processes_that_find_different_checkpoints_are_refused(data, tmp_path, quick, capsys, monkeypatch):
+    """As where OUT is a folder of each machine's own: they would train at different steps."""
+    monkeypatch.setattr("bridle_hf.pretraining.run.gather_object", lambda own: [*own, 8])
+    recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
+    assert "[None, 8]" in (message := refusal(capsys, recipe, data, tmp_path / "out", "--resume"))
+    assert "all machines share" in message
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_phase_is_one_line(data, tmp_path, quick, monkeypatch):
+    """A limit on the size of files stands for it: here it is safetensors that fails, at the second end."""
+    import bridle_hf.pretraining.run
+
+    save, calls = bridle_hf.pretraining.run.Run._save_models, []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def save_on_a_full_disk(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        save(*args)
+
+    recipe, out = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "out"
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(bridle_hf.pretraining.run.Run, "_save_models", save_on_a_full_disk)
+            pretrain(recipe, data, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    message = str(caught.value)
+    assert message.startswith("error: ") and str(out) in message and "--resume" in message and "\n" not in message
+    pretrain(recipe, data, out, "--resume")
+    assert rows(out)[-1]["step"] == 18
+
+
+def test_a_run_that_came_to_no_checkpoint_starts_with_an_empty_ledger(data, tmp_path, quick):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "skipped.jsonl").write_text('{"path": "mended.wav", "reason": "no sound"}\n')
+    pretrain(write_recipe(tmp_path / "recipe.yaml", "joint"), data, out, "--phases.0.steps", "1", "--resume")
+    assert not (out / "skipped.jsonl").exists()
+
+
+def check_against_undisturbed(folder: Path, moments: list[dict]) -> None:
+    for number, entry in enumerate(moments):
+        undisturbed, resumed = folder / f"undisturbed_{entry['schedule']}", folder / str(number)
+        expected, found = weights(undisturbed), weights(resumed)
+        differing = [name for name in expected if not torch.equal(expected[name], found[name])]
+        assert not differing and expected.keys() == found.keys(), (entry, differing)
+        assert rows(resumed) == rows(undisturbed), entry
+        assert len((resumed / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def run_killed(folder: Path, moments: list[dict]) -> None:
+    subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "helpers" / "killed_runs.py"), str(folder), json.dumps(moments)],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=900,
+    )
+    check_against_undisturbed(folder, moments)
+
+
+def test_killed_and_resumed_is_bit_equal(tmp_path):
+    step, forward = (
+        "interleaving.interleaving:Interleaving._update",
+        "interleaving.interleaving:Interleaving._losses",
+    )
+    kills = [
+        # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
+        ("phases", [[step, 2], [forward, 14], ["pretraining.checkpointing:_sha256", 2]]),
+        # A save that is all but renamed; the start of the second phase; its k-means.
+        ("phases", [["pretraining.checkpointing:os.replace", 3], ["interleaving.interleaving:Interleaving.enter_phase", 1],
+                    ["quantization_bridle:kmeans", 1]]),
+        # Within the second phase; between a row of metrics and its checkpoint; after the last checkpoint.
+        ("phases", [[step, 10], ["pretraining.run:Run._save", 1], ["pretraining.run:Run.finish", 1]]),
+        ("joint", [[step, 7]]),
+        ("alternate", [[forward, 16]]),
+    ]  # fmt: skip
+    run_killed(tmp_path, [{"schedule": schedule, "kills": entry} for schedule, entry in kills])
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
+    random.seed(0)
+    moments = [
+        {"schedule": random.choice(list(PHASES)), "kills": [random.uniform(0.1, 2.5) for _ in range(2)]}
+        for _ in range(20)
+    ]
+    run_killed(tmp_path, moments)
+
+
+# Data
+
+
+def test_bad_files_are_skipped_and_listed(tmp_path, quick, caplog):
+    folder = tmp_path / "data"
+    write_recordings(folder)
+    (folder / "broken.wav").write_bytes(b"RIFF, but no sound")
+    soundfile.write(folder / "short.wav", np.zeros(10), RATE)
+    with caplog.at_level(logging.WARNING):
+        pretrain(write_recipe(tmp_path / "recipe.yaml"), str(folder), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["path"]).name for line in lines) == ["broken.wav", "short.wav"]
+    assert sum("broken.wav" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("measure", ["true", "false"], ids=["before the first step", "in training"])
+def test_too_many_bad_files_end_the_run(tmp_path, quick, capsys, measure):
+    folder = tmp_path / "data"
+    write_recordings(folder, count=20)
+    for number in range(4):
+        (folder / f"broken_{number}.wav").write_bytes(b"no sound")
+    with pytest.raises(SystemExit) as caught:
+        pretrain(
+            write_recipe(tmp_path / "recipe.yaml"), str(folder), tmp_path / "out", "--measure_normalization", measure
+        )
+    message = str(caught.value)
+    assert "cannot be read, more than 10%" in message and "skipped.jsonl" in message and "\n" not in message
+
+
+def test_errors_of_data_and_arguments_are_one_line_before_the_first_step(data, tmp_path, capsys):
+    recipe, out = write_recipe(tmp_path / "recipe.yaml"), tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    assert "no audio files found" in refusal(capsys, recipe, str(tmp_path / "empty"), out)
+    cases = {
+        ("--exclude_groups", "choir"): "no item is of group choir",
+        ("--tokenizer.codebook_size", "16"): "tokenizer.codebook_size is 16, but encoder.codebook_size is 8",
+        ("--tokenizer.max_length", "96"): "tokenizer.patch_grid",
+        ("--tokenizer.teacher_layers", "[0, 3]"): "tokenizer.teacher_layers",
+        ("--encoder.hiden_size", "8"): "encoder.hiden_size is not a field; did you mean 'hidden_size'?",
+        ("--encoder.hidden_size", "15"): "hidden_size",
+        ("--encoder.modality", "image"): "encoder.modality",
+        ("--processor.num_mel_bin", "8"): "processor.num_mel_bin is not a field; did you mean 'num_mel_bins'?",
+        ("--processor.max_length", "64"): "those of the encoder",
+        ("--processor.mean", "low"): "processor.mean",
+        ("--phases.0.stepz", "8"): "phases[0]: unknown key 'stepz'; did you mean 'steps'?",
+        ("--split", "validation"): "no items of split",
+    }
+    for options, expected in cases.items():
+        assert expected in refusal(capsys, recipe, data, out, *options)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_not_a_number_stops_the_run_and_names_the_files(data, tmp_path, quick, monkeypatch):
+    import bridle_hf.pretraining.run
+
+    step = bridle_hf.pretraining.run.Interleaving.step
+
+    def poisoned(self, number, batch):
+        batch["input_values"][0] = float("nan")
+        return step(self, number, batch)
+
+    monkeypatch.setattr(bridle_hf.pretraining.run.Interleaving, "step", poisoned)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
+    with pytest.raises(SystemExit) as caught:
+        pretrain(recipe, data, tmp_path / "out", "--phases.0.steps", "40")
+    message = str(caught.value)
+    assert "20 in a row" in message.replace("steps ", "") and ".wav" in message and "\n" not in message
