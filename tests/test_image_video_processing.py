@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers.films import write_film
 from helpers.fresh_process import run_fresh
+from helpers.videos import write_video
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -55,7 +55,7 @@ def config_of(kind, **fields):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A classifier with its processor in a folder for each kind, a picture and a film."""
+    """A classifier with its processor in a folder for each kind, a picture and a video."""
     root = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     for kind, (modality, _) in FOLDERS.items():
@@ -66,7 +66,7 @@ def root(tmp_path_factory):
         model.save_pretrained(root / kind)
         make_image_processor(config_of(kind), *([[0.4] * model.config.num_channels] * 2)).save_pretrained(root / kind)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(root / "picture.png")
-    write_film(root / "film.mp4")
+    write_video(root / "video.mp4")
     return root
 
 
@@ -178,7 +178,7 @@ def test_image_pipeline_on_a_grey_array(root):
 def test_video_pipeline_on_a_path(root):
     from bridle_hf.data.decoding import read_video
 
-    frames = read_video(str(root / "film.mp4"), choose=lambda total, rate: np.arange(4))  # as the pipeline samples
+    frames = read_video(str(root / "video.mp4"), choose=lambda total, rate: np.arange(4))  # as the pipeline samples
     processor = AutoImageProcessor.from_pretrained(root / "video")
     model = AutoModelForVideoClassification.from_pretrained(root / "video")
     inputs = processor(list(frames), return_tensors="pt")
@@ -187,8 +187,8 @@ def test_video_pipeline_on_a_path(root):
         expected = model(**inputs).logits[0].softmax(dim=-1)
     classify = pipeline("video-classification", model=str(root / "video"))
     # Its conversion to RGB may round otherwise: it asks libav for threads.
-    torch.testing.assert_close(scores(classify(str(root / "film.mp4"))), expected, rtol=0, atol=1e-4)
-    strided = classify(str(root / "film.mp4"), frame_sampling_rate=4)
+    torch.testing.assert_close(scores(classify(str(root / "video.mp4"))), expected, rtol=0, atol=1e-4)
+    strided = classify(str(root / "video.mp4"), frame_sampling_rate=4)
     assert not torch.allclose(scores(strided), expected, atol=1e-4)
 
 
@@ -204,7 +204,7 @@ def test_by_remote_code(root):
             processor = AutoImageProcessor.from_pretrained(f"{{root}}/{{kind}}", trust_remote_code=True)
             processor.save_pretrained(f"again/{{kind}}")
             print(type(AutoImageProcessor.from_pretrained(f"again/{{kind}}", trust_remote_code=True)).__name__)
-            task, file = ("video", "film.mp4") if kind == "video" else ("image", "picture.png")
+            task, file = ("video", "video.mp4") if kind == "video" else ("image", "picture.png")
             if kind != "five":
                 classify = pipeline(f"{{task}}-classification", model=f"{{root}}/{{kind}}", trust_remote_code=True)
                 answers[kind] = classify(f"{{root}}/{{file}}")
@@ -213,7 +213,7 @@ def test_by_remote_code(root):
     names = run_fresh(code, root / "remote", package=False).split()
     assert names == [CLASSES[kind].__name__ for kind in FOLDERS]
     answers = torch.load(root / "remote" / "answers.pt")
-    for kind, task, file in (("grey", "image", "picture.png"), ("video", "video", "film.mp4")):
+    for kind, task, file in (("grey", "image", "picture.png"), ("video", "video", "video.mp4")):
         here = pipeline(f"{task}-classification", model=str(root / kind))(str(root / file))
         torch.testing.assert_close(scores(answers[kind]), scores(here), rtol=0, atol=1e-6)
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from helpers.saved_folders import make_models, save_all
 
-from bridle_hf.common.arguments import FinetuneArguments, FinetuneTrainingArguments, PretrainArguments
-from bridle_hf.probing.probe import ProbeArguments
+from bridle_hf.finetuning.arguments import FinetuneArguments
+from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
+from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.probing.arguments import ProbeArguments
 
 
 ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-from bridle_hf.monitoring.flops import main
+from bridle_hf.pretraining.cost import main
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What a file or a part of a shard holds: recordings by libsndfile, images by Pillow, films by PyAV.
+"""What a file or a part of a shard holds: recordings by libsndfile, images by Pillow, videos by PyAV.
 
-    Item ─► read_audio ─► waveform (channels, samples)
+    Sample ─► read_audio ─► waveform (channels, samples)
          ─► read_image ─► pixels (height, width, channels)
          ─► read_video ─► the frames chosen (frames, height, width, channels)
 
-A film is seen as a grid of frames at its mean rate: frame i is the one shown nearest to i / rate seconds. Where the
+A video is seen as a grid of frames at its mean rate: frame i is the one shown nearest to i / rate seconds. Where the
 rate is constant these are its frames; where it varies, timestamps decide. Nothing but the frames chosen, and those
 that the decoder needs to get there, is ever decoded or held.
 """
@@ -13,101 +13,22 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import soundfile
 
+from bridle_hf.common.errors import MediaError
 from bridle_hf.image_processing_bridle import image_to_array
 
 
-# A film that ends this long before its header says is truncated, not just badly rounded.
+# A video that ends this long before its header says is truncated, not just badly rounded.
 TRUNCATION_SECONDS = 0.5
 # Without an index of key frames, decoding on is taken to be cheaper than a seek over less than this.
 BLIND_SEEK_SECONDS = 5.0
 MIN_RATE = 100  # Hz; a lower one is a broken header's, and has no samples for a frame of 25 ms
 # What libsndfile says where the header does not know how many samples follow, as of FLAC that went through a pipe.
 UNKNOWN_LENGTH = 2**63 - 1
-
-
-class MediaError(ValueError):
-    """A file (or row) that cannot be used: names it and says why."""
-
-    def __init__(self, path: str, reason: str):
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-@dataclass(frozen=True, slots=True)
-class HubRow:
-    """One cell of a `datasets.Dataset` whose media column is kept undecoded: {"bytes": ..., "path": ...}."""
-
-    dataset: Any
-    column: str
-    index: int
-
-    @property
-    def place(self) -> None:
-        return None
-
-    def media(self) -> str | bytes:
-        """The bytes, or the path where the set holds none. MediaError if it holds neither."""
-        cell = self.dataset[self.index][self.column] or {}
-        media = cell.get("bytes") or cell.get("path")
-        if media is None:
-            raise MediaError(f"row {self.index}", f"column {self.column} is empty")
-        return media
-
-
-class Source(Protocol):
-    """Where the bytes of an item are, when it is not a file of its own: a row of a Hub set, a part of a shard."""
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """The shard and the part of it that are read together; None where any item is as near as any other."""
-
-    def media(self) -> str | bytes:
-        """The bytes, or the path of a file. MediaError if there are none."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One recording, image or clip, before it is read.
-
-    `path` names it: a file, `<id>/<split>/<row>` for a row of a Hub set, or `<shard>/<name>` within a shard. A set has
-    either `label` or `labels` (multi-label). `split` is `train`, `validation` or `test` wherever the data says so
-    under one of their usual names.
-    """
-
-    path: str
-    label: str | None = None
-    labels: tuple[str, ...] | None = None
-    split: str | None = None
-    fold: str | None = None
-    group: str | None = None
-    source: Source | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def place(self) -> tuple[str, int] | None:
-        """See `Source`; None for a file."""
-        return None if self.source is None else self.source.place
-
-    def media(self) -> str | bytes:
-        """What a reader opens: the path of the file, or the bytes of a row or of a part of a shard.
-
-        Raises:
-            MediaError: There are none.
-        """
-        if self.source is None:
-            return self.path
-        try:
-            return self.source.media()
-        except MediaError as error:
-            raise MediaError(self.path, error.reason) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +144,7 @@ Choose = Callable[[int, float], np.ndarray]
 
 
 def read_video(media: str | bytes, name: str | None = None, choose: Choose | None = None) -> np.ndarray:
-    """Decode chosen frames of a film with PyAV, upright; its sound and cover pictures are not looked at.
+    """Decode chosen frames of a video with PyAV, upright; its sound and cover pictures are not looked at.
 
     Frames that differ in size from the first one chosen (the stream changed) are resized to it.
 
@@ -231,44 +152,44 @@ def read_video(media: str | bytes, name: str | None = None, choose: Choose | Non
         media: path of the file, or its bytes.
         name: how errors call it; the path if absent.
         choose: given (number of frames, mean rate in 1/s), chooses indices in 0 .. number - 1, an integer array of any
-            shape and order, several clips at once included. All if absent: for short films only.
+            shape and order, several clips at once included. All if absent: for short videos only.
 
     Returns:
         (*shape of the choice, height, width, 3) uint8, RGB.
 
     Raises:
         MediaError: missing, undecodable, truncated, without video or timestamps, or turned by other than quarters.
-        IndexError: `choose` left the film.
+        IndexError: `choose` left the video.
     """
     name = name or (media if isinstance(media, str) else "<bytes>")
     if isinstance(media, str) and not os.path.isfile(media):
         raise MediaError(name, "no such file")
-    with _open_film(media, name) as film:
-        chosen = np.arange(film.total) if choose is None else np.asarray(choose(film.total, film.rate))
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < film.total:
-            raise IndexError(f"{name}: frames {chosen.min()} .. {chosen.max()} were chosen out of {film.total}")
+    with _open_video(media, name) as video:
+        chosen = np.arange(video.total) if choose is None else np.asarray(choose(video.total, video.rate))
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < video.total:
+            raise IndexError(f"{name}: frames {chosen.min()} .. {chosen.max()} were chosen out of {video.total}")
         indices, inverse = np.unique(chosen, return_inverse=True)
-        frames = film.convert(film.nearest(indices))
+        frames = video.convert(video.nearest(indices))
     return frames[inverse.reshape(chosen.shape)]
 
 
 @contextmanager
-def _open_film(media: str | bytes, name: str) -> Iterator["_Film"]:
-    """A film, closed at the end; whatever libav raises while it is open is a MediaError."""
+def _open_video(media: str | bytes, name: str) -> Iterator["_Video"]:
+    """A video, closed at the end; whatever libav raises while it is open is a MediaError."""
     import av
 
     try:
-        # Tags in an unknown encoding are no reason to refuse a film.
+        # Tags in an unknown encoding are no reason to refuse a video.
         source = io.BytesIO(media) if isinstance(media, bytes) else media
         with av.open(source, metadata_errors="replace") as container:
-            yield _Film(container, name)
+            yield _Video(container, name)
     except MediaError:
         raise
     except (av.error.FFmpegError, OSError) as error:
         raise MediaError(name, f"cannot be decoded: {error.strerror or error}") from error
 
 
-class _Film:
+class _Video:
     """The video stream of an open file: `total` frames at a mean `rate` in 1/s, as far as its header tells."""
 
     def __init__(self, container: Any, name: str):
@@ -347,7 +268,7 @@ class _Film:
         return position >= 0 and index[position].timestamp > self._after.pts
 
     def _check_end(self, tick: int) -> None:
-        """No frame is left: is this where the film should end?"""
+        """No frame is left: is this where the video should end?"""
         if self._before is None:
             raise MediaError(self.name, "holds no frames that can be decoded")
         missing = float((tick - self._before.pts) * self.stream.time_base)
@@ -373,15 +294,3 @@ class _Film:
                 last, array = frame, np.rot90(rgb, frame.rotation // 90)
             arrays.append(array)
         return np.stack(arrays)
-
-
-def reason_of(error: OSError | ValueError) -> str:
-    """Why an item cannot be read, without its name where the error has it apart."""
-    if isinstance(error, MediaError):
-        return error.reason
-    return getattr(error, "strerror", None) or str(error)
-
-
-def one_line(error: Exception) -> str:
-    """An error of any library as one line of text."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,4 +1,4 @@
-"""From a folder, a set of shards or a Hub id to the list of its items, in an order that depends on names alone."""
+"""From a folder, a set of shards or a Hub id to the list of its samples, in an order that depends on names alone."""
 
 import csv
 import os
@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridle_hf.data.decoding import HubRow, Item, Source
-from bridle_hf.data.loaders import MODALITIES
+from bridle_hf.data.modalities import MODALITIES
+from bridle_hf.data.sample import HubRow, Sample, Source
 from bridle_hf.data.shards.entries import class_names, holds_shards, media_column, names_shards, read_entries
 
 
@@ -26,19 +26,19 @@ SPLIT_NAMES = {
 _NOT_UTF8 = re.compile("[\\udc80-\\udcff]")  # how Python spells bytes of a file name that are not
 
 
-def find_items(
+def find_samples(
     data: str,
     modality: str,
     split: str | None = None,
     label_column: str = "label",
     group_column: str = "group",
-) -> list[Item]:
-    """List the items of a folder, of shards or of a Hub id, in an order that depends on their names alone.
+) -> list[Sample]:
+    """List the samples of a folder, of shards or of a Hub id, in an order that depends on their names alone.
 
     `data` is the first of these that fits:
 
     * shards by name: a `.tar` or `.parquet` file, a pattern of these (`shards/train-*.tar`,
-      `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see training/shards.py;
+      `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see data/shards/entries.py;
     * a folder with `metadata.csv`: column `file_name` (relative to the folder) and optionally `label` or `labels`
       (";"-separated: multi-label), `split`, `fold`, `group`; an empty cell means that it is not known;
     * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
@@ -52,12 +52,12 @@ def find_items(
     `.txt` is the label); a shard named like a split, as `train-000.tar`, is of it.
 
     Files are not opened, but for shards without an index: a file that is listed and missing, or broken, shows when it
-    is read. What a broken shard should hold is an item that cannot be read.
+    is read. What a broken shard should hold is a sample that cannot be read.
 
     Args:
         data: folder, shards or Hub id.
         modality: a key of `MODALITIES`.
-        split: only the items of this split; for a Hub id, what `load_dataset(split=...)` takes.
+        split: only the samples of this split; for a Hub id, what `load_dataset(split=...)` takes.
         label_column: column, or key, that holds the label, where there are any; "labels", or lists in it, mean
             multi-label.
         group_column: column that holds the group, where there are columns.
@@ -70,27 +70,27 @@ def find_items(
     if modality not in MODALITIES:
         raise ValueError(f"modality {modality!r}: expected one of {sorted(MODALITIES)}")
     if names_shards(data):
-        items = _shard_items(data, modality, label_column, group_column)
-        return items if split is None else _of_split(items, split, data)
+        samples = _shard_samples(data, modality, label_column, group_column)
+        return samples if split is None else _of_split(samples, split, data)
     folder = Path(data)
     if not folder.is_dir():
-        return _hub_items(data, modality, split, label_column, group_column)
+        return _hub_samples(data, modality, split, label_column, group_column)
     if (folder / "metadata.csv").is_file():
-        items = _csv_items(folder / "metadata.csv", label_column, group_column)
-    elif not (items := _folder_items(folder, modality)):
+        samples = _csv_samples(folder / "metadata.csv", label_column, group_column)
+    elif not (samples := _folder_samples(folder, modality)):
         if holds_shards(data):
-            items = _shard_items(data, modality, label_column, group_column)
+            samples = _shard_samples(data, modality, label_column, group_column)
         elif any(folder.rglob("*.parquet")):
-            return _hub_items(data, modality, split, label_column, group_column)
+            return _hub_samples(data, modality, split, label_column, group_column)
         else:
             wanted = " ".join(("metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
             raise ValueError(f"{data}: no {modality} files found; looked for {wanted}")
     elif (label_column, group_column) != ("label", "group"):
         raise ValueError(f"{data}: columns {label_column!r} and {group_column!r} were asked for: needs a metadata.csv")
-    return items if split is None else _of_split(items, split, data)
+    return samples if split is None else _of_split(samples, split, data)
 
 
-def _folder_items(folder: Path, modality: str) -> list[Item]:
+def _folder_samples(folder: Path, modality: str) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
     files = sorted((path.relative_to(folder) for path in _walk(folder)), key=lambda path: path.parts)
     files = [path for path in files if path.suffix.lower() in extensions and not path.name.startswith(".")]
@@ -105,13 +105,13 @@ def _folder_items(folder: Path, modality: str) -> list[Item]:
             f"{folder}: folders named like splits ({', '.join(sorted(splits))}) stand beside others "
             f"({', '.join(others[:3])}): keep one kind on the first level, or write a metadata.csv"
         )
-    items = []
+    samples = []
     for path in files:
         folders = path.parts[:-1]
         split = SPLIT_NAMES[folders[0]] if splits and folders else None
         classes = folders[1:] if splits else folders
-        items.append(Item(str(folder / path), label=classes[0] if classes else None, split=split))
-    return items
+        samples.append(Sample(str(folder / path), label=classes[0] if classes else None, split=split))
+    return samples
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -130,7 +130,7 @@ def _closes_a_circle(path: Path) -> bool:
     return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
 
 
-def _csv_items(path: Path, label_column: str, group_column: str) -> list[Item]:
+def _csv_samples(path: Path, label_column: str, group_column: str) -> list[Sample]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -140,16 +140,16 @@ def _csv_items(path: Path, label_column: str, group_column: str) -> list[Item]:
             label_column = _choose_label_column(columns, label_column, path)
             if group_column != "group" and group_column not in columns:
                 raise ValueError(f"{path}: no column {group_column!r} for the groups; the columns are {columns}")
-            items = []
+            samples = []
             for row in reader:
                 if not row["file_name"]:
                     raise ValueError(f"{path}, line {reader.line_num}: file_name is empty")
-                items.append(_item_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
+                samples.append(_sample_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is no CSV in UTF-8: {error}") from error
-    if not items:
+    if not samples:
         raise ValueError(f"{path}: lists no files")
-    return sorted(items, key=lambda item: item.path)
+    return sorted(samples, key=lambda sample: sample.path)
 
 
 def _choose_label_column(columns: Sequence[str], wanted: str, where: str | Path) -> str:
@@ -162,9 +162,9 @@ def _choose_label_column(columns: Sequence[str], wanted: str, where: str | Path)
     return wanted
 
 
-def _item_of_row(
+def _sample_of_row(
     path: str, row: dict[str, Any], label_column: str, group_column: str, source: Source | None = None
-) -> Item:
+) -> Sample:
     def cell(column: str) -> str | None:
         value = row.get(column)
         return None if value is None or value == "" else str(value)
@@ -176,22 +176,22 @@ def _item_of_row(
         label, labels = None, tuple(name for name in (str(name).strip() for name in names) if name) or None
     split = cell("split")
     split = SPLIT_NAMES.get(split, split)
-    return Item(path, label, labels, split, cell("fold"), cell(group_column), source)
+    return Sample(path, label, labels, split, cell("fold"), cell(group_column), source)
 
 
-def _of_split(items: list[Item], split: str, data: str) -> list[Item]:
+def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
     name = SPLIT_NAMES.get(split, split)
-    chosen = [item for item in items if item.split == name]
+    chosen = [sample for sample in samples if sample.split == name]
     if not chosen:
-        found = sorted({item.split for item in items if item.split is not None})
-        raise ValueError(f"{data}: no items of split {split!r}; the splits are {found or 'not given'}")
+        found = sorted({sample.split for sample in samples if sample.split is not None})
+        raise ValueError(f"{data}: no samples of split {split!r}; the splits are {found or 'not given'}")
     return chosen
 
 
 # --- Shards ---
 
 
-def _shard_items(data: str, modality: str, label_column: str, group_column: str) -> list[Item]:
+def _shard_samples(data: str, modality: str, label_column: str, group_column: str) -> list[Sample]:
     wanted = dict.fromkeys((label_column, "label", "labels", "split", "fold", group_column))
     entries = read_entries(data, modality, MODALITIES[modality].extensions, tuple(wanted))
     if not entries:
@@ -200,11 +200,11 @@ def _shard_items(data: str, modality: str, label_column: str, group_column: str)
     label_column = _choose_label_column(columns, label_column, data)
     if group_column != "group" and group_column not in columns:
         raise ValueError(f"{data}: no column {group_column!r} for the groups; the columns are {columns}")
-    items = []
+    samples = []
     for shard, name, row, source in entries:
         row = row if row.get("split") else row | {"split": _split_of_name(shard)}
-        items.append(_item_of_row(f"{shard}/{name}", row, label_column, group_column, source))
-    return items
+        samples.append(_sample_of_row(f"{shard}/{name}", row, label_column, group_column, source))
+    return samples
 
 
 def _split_of_name(shard: str) -> str | None:
@@ -215,7 +215,7 @@ def _split_of_name(shard: str) -> str | None:
 # --- Rows of a Hub set ---
 
 
-def _hub_items(data: str, modality: str, split: str | None, label_column: str, group_column: str) -> list[Item]:
+def _hub_samples(data: str, modality: str, split: str | None, label_column: str, group_column: str) -> list[Sample]:
     import datasets
 
     try:
@@ -225,17 +225,17 @@ def _hub_items(data: str, modality: str, split: str | None, label_column: str, g
             f"{data!r} is not a folder, and datasets.load_dataset(..., split={split!r}) failed: {error}"
         ) from error
     by_split = loaded if isinstance(loaded, dict) else {split: loaded}
-    items = []
+    samples = []
     for name, dataset in by_split.items():
-        items += _dataset_items(dataset, f"{data}/{name}", name, modality, label_column, group_column)
-    if not items:
+        samples += _dataset_samples(dataset, f"{data}/{name}", name, modality, label_column, group_column)
+    if not samples:
         raise ValueError(f"{data}: holds no rows")
-    return items
+    return samples
 
 
-def _dataset_items(
+def _dataset_samples(
     dataset: Any, name: str, split: str, modality: str, label_column: str, group_column: str
-) -> list[Item]:
+) -> list[Sample]:
     import datasets
 
     media = media_column(dataset.features, name, modality)
@@ -246,9 +246,9 @@ def _dataset_items(
         raise ValueError(f"{name}: no column {group_column!r} for the groups; the columns are {dataset.column_names}")
     wanted = {label_column, group_column, "split", "fold"} & set(dataset.column_names) - {media}
     columns = {column: class_names(dataset.features[column], list(dataset[column])) for column in sorted(wanted)}
-    items = []
+    samples = []
     for index in range(len(dataset)):
         row = {"split": split} | {column: values[index] for column, values in columns.items()}
         source = HubRow(media_only, media, index)
-        items.append(_item_of_row(f"{name}/{index}", row, label_column, group_column, source))
-    return items
+        samples.append(_sample_of_row(f"{name}/{index}", row, label_column, group_column, source))
+    return samples

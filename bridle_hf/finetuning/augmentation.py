@@ -1,7 +1,7 @@
 """What fine-tuning does to a sample before the model sees it: views, mixtures, masks; and its target, mixed alike.
 
-    image, video: loader (random crop, flip, rand_augment) ─► erase ─► mixup or cutmix with another item
-    audio:        waveform ─► mixup with another item ─► roll, gain ─► log-mel ─► spec_augment
+    image, video: loader (random crop, flip, rand_augment) ─► erase ─► mixup or cutmix with another sample
+    audio:        waveform ─► mixup with another sample ─► roll, gain ─► log-mel ─► spec_augment
 
 Partners are read anew and not taken from the batch: so a sample depends on its draw alone, whatever the number of
 processes, and a resumed run sees what an unbroken one would have. A mixed sample costs two reads.
@@ -17,8 +17,9 @@ import soxr
 import torch
 from torch import nn
 
-from bridle_hf.data.decoding import Item, MediaError
+from bridle_hf.common.errors import MediaError
 from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader, roll_and_gain, torch_seeded
+from bridle_hf.data.sample import Sample
 
 
 FULL_LENGTH_FRAMES = 1024  # the length that the widths of SpecAugment's time masks are given for
@@ -34,52 +35,52 @@ ERASED_AREAS, ERASED_RATIOS = (0.02, 1 / 3), (0.3, 3.3)
 
 
 class TrainingLoader(ABC):
-    """Read an item for training, perhaps mixed with another one, with its target as `labels`.
+    """Read a sample for training, perhaps mixed with another one, with its target as `labels`.
 
     Args:
-        load: loader of the modality, of `make_item_loader`.
-        items: the training items: what is mixed in.
-        targets: target by item path: class numbers, or rows of 0 and 1 for several labels per item.
+        load: loader of the modality, of `make_sample_loader`.
+        samples: the training samples: what is mixed in.
+        targets: target by sample path: class numbers, or rows of 0 and 1 for several labels per sample.
         num_classes: how many there are; with mixing, class numbers become rows of weights.
         args: the `FinetuneArguments`.
     """
 
     def __init__(
-        self, load: Any, items: Sequence[Item], targets: dict[str, torch.Tensor], num_classes: int, args: Any
+        self, load: Any, samples: Sequence[Sample], targets: dict[str, torch.Tensor], num_classes: int, args: Any
     ):
-        self.load, self.items, self.targets, self.num_classes, self.args = load, items, targets, num_classes, args
+        self.load, self.samples, self.targets, self.num_classes, self.args = load, samples, targets, num_classes, args
         self.mixed_share = args.mixup_probability + args.cutmix_probability
 
-    def __call__(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        target, sample = self._target(item), None
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        target, loaded = self._target(sample), None
         chance = rng.random() if self.mixed_share else 1.0
         if chance < self.mixed_share:
-            other = self.items[rng.integers(len(self.items))]
+            other = self.samples[rng.integers(len(self.samples))]
             try:
-                sample, weight = self._mixed(item, other, chance >= self.args.mixup_probability, rng)
+                loaded, weight = self._mixed(sample, other, chance >= self.args.mixup_probability, rng)
                 target = weight * target + (1 - weight) * self._target(other)
             except MediaError as error:
                 if error.path != other.path:
                     raise
-                # The item stays unmixed; the other one is reported when its own turn comes.
-        sample = self._single(item, rng) if sample is None else sample
-        return {**sample, "labels": target}
+                # The sample stays unmixed; the other one is reported when its own turn comes.
+        loaded = self._single(sample, rng) if loaded is None else loaded
+        return {**loaded, "labels": target}
 
-    def _target(self, item: Item) -> torch.Tensor:
-        target = self.targets[item.path]
+    def _target(self, sample: Sample) -> torch.Tensor:
+        target = self.targets[sample.path]
         if self.mixed_share and target.dim() == 0:
             return nn.functional.one_hot(target, self.num_classes).float()
         return target
 
     @abstractmethod
-    def _single(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def _single(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """The sample, not mixed."""
 
     @abstractmethod
     def _mixed(
-        self, item: Item, other: Item, is_cutmix: bool, rng: np.random.Generator
+        self, sample: Sample, other: Sample, is_cutmix: bool, rng: np.random.Generator
     ) -> tuple[dict[str, torch.Tensor], float]:
-        """The sample, and which part of it is `item`."""
+        """The sample, and which part of it is `sample`."""
 
 
 class AudioTrainingLoader(TrainingLoader):
@@ -87,14 +88,14 @@ class AudioTrainingLoader(TrainingLoader):
 
     load: AudioLoader
 
-    def _single(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return self._masked(self.load(item, rng), rng)
+    def _single(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return self._masked(self.load(sample, rng), rng)
 
     def _mixed(
-        self, item: Item, other: Item, is_cutmix: bool, rng: np.random.Generator
+        self, sample: Sample, other: Sample, is_cutmix: bool, rng: np.random.Generator
     ) -> tuple[dict[str, torch.Tensor], float]:
         load, weight = self.load, float(rng.beta(self.args.mixup_alpha, self.args.mixup_alpha))
-        (first, rate), (second, second_rate) = load.read(item, rng), load.read(other, rng)
+        (first, rate), (second, second_rate) = load.read(sample, rng), load.read(other, rng)
         first, second = first.mean(axis=0), second.mean(axis=0)
         if second_rate != rate:
             second = soxr.resample(second, second_rate, rate)
@@ -102,12 +103,12 @@ class AudioTrainingLoader(TrainingLoader):
         features = load.features(roll_and_gain(mixed, rng) if load.augment else mixed, rate)
         return self._masked(load.fit(features), rng), weight
 
-    def _masked(self, sample: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def _masked(self, loaded: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         mel_mask, time_mask = self.args.mel_mask, self.args.time_mask
         if mel_mask or time_mask:
-            real = int(sample["attention_mask"].sum())
-            sample["input_values"] = spec_augment(sample["input_values"], real, mel_mask, time_mask, rng)
-        return sample
+            real = int(loaded["attention_mask"].sum())
+            loaded["input_values"] = spec_augment(loaded["input_values"], real, mel_mask, time_mask, rng)
+        return loaded
 
 
 class PixelTrainingLoader(TrainingLoader):
@@ -124,17 +125,17 @@ class PixelTrainingLoader(TrainingLoader):
             mean = torch.tensor(load.image_processor.image_mean)
             load.distort = partial(rand_augment, magnitude=self.args.rand_augment, fill=mean)
 
-    def _single(self, item: Item, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        sample = self.load(item, rng)
+    def _single(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        loaded = self.load(sample, rng)
         if self.args.random_erasing and rng.random() < self.args.random_erasing:
-            ((name, values),) = sample.items()
-            sample = {name: erase(values, rng)}
-        return sample
+            ((name, values),) = loaded.items()
+            loaded = {name: erase(values, rng)}
+        return loaded
 
     def _mixed(
-        self, item: Item, other: Item, is_cutmix: bool, rng: np.random.Generator
+        self, sample: Sample, other: Sample, is_cutmix: bool, rng: np.random.Generator
     ) -> tuple[dict[str, torch.Tensor], float]:
-        ((name, first),), ((_, second),) = self._single(item, rng).items(), self._single(other, rng).items()
+        ((name, first),), ((_, second),) = self._single(sample, rng).items(), self._single(other, rng).items()
         if is_cutmix:
             mixed, weight = cutmix(first, second, rng.random(), rng)
         else:

@@ -32,22 +32,27 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import bridle_hf
 from bridle_hf.cards.card import write_card
-from bridle_hf.common.arguments import ArgumentError, FinetuneArguments, FinetuneTrainingArguments, parse_arguments
-from bridle_hf.data.batches import SkippedFiles, TooManyBadFiles, iterate_eval
-from bridle_hf.data.decoding import Item
-from bridle_hf.data.loaders import Load, load_config, load_processor, make_item_loader
+from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.errors import ArgumentError, NonFiniteError, TooManyBadFiles
+from bridle_hf.common.files import write_json
+from bridle_hf.common.output_folder import git_revision
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import iterate_eval
+from bridle_hf.data.loaders import Load
+from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
+from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
 from bridle_hf.finetuning.task import Task, make_task
 from bridle_hf.finetuning.trainer import (
-    EvaluationItems,
+    EvaluationSamples,
     FinetuneTrainer,
     TrainingDraws,
     ViewLoader,
     balanced_weights,
     collate_samples,
 )
-from bridle_hf.interleaving.interleaving import NonFiniteError
-from bridle_hf.monitoring.monitor import git_revision, write_json
+from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 
 
@@ -136,7 +141,7 @@ def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Ta
             "from_pretrained, and push it with its card by push_to_hub"
         )
     if training_args.label_smoothing_factor and task.labels.multi_label:
-        raise ValueError("--label_smoothing_factor is for one label per item, but these items have several")
+        raise ValueError("--label_smoothing_factor is for one label per sample, but these samples have several")
     if not 0 <= training_args.label_smoothing_factor < 1:
         raise ValueError(f"--label_smoothing_factor is {training_args.label_smoothing_factor}: expected 0 to below 1")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
@@ -157,7 +162,7 @@ def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
     for name, most in ranges.items():
         if not 0 <= getattr(args, name) <= most:
             raise ValueError(f"--{name} must be at most {most:g} and not negative, got {getattr(args, name)}")
-    for name in ("samples_per_item", "eval_clips", "eval_crops"):
+    for name in ("draws_per_sample", "eval_clips", "eval_crops"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(args, name)}")
     random_views = [name for name in ("min_crop", "flip") if name in args.loader]
@@ -223,7 +228,7 @@ def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTr
 
 @dataclass(frozen=True)
 class Loaders:
-    """What reads items: to train on, to evaluate on after an epoch, and to evaluate on in the end."""
+    """What reads samples: to train on, to evaluate on after an epoch, and to evaluate on in the end."""
 
     training: TrainingLoader
     epoch: Load
@@ -237,7 +242,7 @@ def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Tas
         ValueError: arguments that the modality's loader does not take.
     """
     load, random_load = (
-        make_item_loader(config, processor, args.loader, augment, args.cache_mb << 20)
+        make_sample_loader(config, processor, args.loader, augment, args.cache_mb << 20)
         for augment in (False, args.augment)
     )
     training_loader = TRAINING_LOADERS[config.modality]
@@ -257,7 +262,7 @@ def make_trainer(
     loaders: Loaders,
     skipped_path: Path,
 ) -> FinetuneTrainer:
-    """The trainer; files of the items to evaluate on are read once here, so that all evaluations see the same ones.
+    """The trainer; files of the samples to evaluate on are read once here, so that all evaluations see the same ones.
 
     Raises:
         TooManyBadFiles: more than 10% of them cannot be read.
@@ -270,9 +275,9 @@ def make_trainer(
         task.train,
         loaders.training,
         training_args.seed,
-        args.draws_per_epoch or len(task.train) * args.samples_per_item,
+        args.draws_per_epoch or len(task.train) * args.draws_per_sample,
         balanced_weights(task.labels.encode(task.train)) if args.balanced_sampling else None,
-        args.samples_per_item,
+        args.draws_per_sample,
     )
     if training_args.metric_for_best_model == "auto":
         training_args.metric_for_best_model = METRIC_NAMES[task.kind]
@@ -281,7 +286,7 @@ def make_trainer(
         model=model,
         args=training_args,
         train_dataset=draws,
-        eval_dataset=EvaluationItems(task.evaluation, loaders.epoch, task.targets),
+        eval_dataset=EvaluationSamples(task.evaluation, loaders.epoch, task.targets),
         data_collator=collate_samples,
         processing_class=processor,
         compute_metrics=lambda outputs: metric.compute(
@@ -292,14 +297,14 @@ def make_trainer(
     )
 
 
-def readable(items: list[Item], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Item]:
-    """The items that can be read, of which each process tries its share; the others go to `ledger`."""
-    # Views of whole films are large.
+def readable(samples: list[Sample], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Sample]:
+    """The samples that can be read, of which each process tries its share; the others go to `ledger`."""
+    # Views of whole videos are large.
     batch_size = 2 if isinstance(load, ViewLoader) else 64
-    with PartialState().split_between_processes(list(range(len(items)))) as own:
-        found = iterate_eval([items[place] for place in own], load, batch_size, ledger, num_workers) if own else ()
+    with PartialState().split_between_processes(list(range(len(samples)))) as own:
+        found = iterate_eval([samples[place] for place in own], load, batch_size, ledger, num_workers) if own else ()
         kept = [own[index] for indices, _ in found for index in indices]
-    return [items[place] for place in gather_object(kept)]
+    return [samples[place] for place in gather_object(kept)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +312,7 @@ def readable(items: list[Item], load: Load, ledger: SkippedFiles, num_workers: i
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: int) -> dict[str, Any]:
+def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_sample: int) -> dict[str, Any]:
     """What results.json holds: the final model's figures, how they came about, and the history."""
     name = METRIC_NAMES[task.kind]
     history = [
@@ -318,20 +323,20 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_item: i
     is_best = trainer.args.load_best_model_at_end
     results = {
         "metric": name,
-        "evaluation": _figures(trainer.evaluate(EvaluationItems(task.evaluation, load, task.targets)), "eval"),
+        "evaluation": _figures(trainer.evaluate(EvaluationSamples(task.evaluation, load, task.targets)), "eval"),
         "evaluated_on": task.held_out,
-        # A best epoch chosen on the very items that it is measured on flatters itself: say so.
-        "epoch": "the best, chosen on the same items" if is_best else "the last",
-        "views_per_item": views_per_item,
-        "items": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
+        # A best epoch chosen on the very samples that it is measured on flatters itself: say so.
+        "epoch": "the best, chosen on the same samples" if is_best else "the last",
+        "views_per_sample": views_per_sample,
+        "samples": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
         "classes": len(task.labels.names),
         "skipped_files": len(trainer.ledger.state_dict()),
         "skipped_steps": trainer.skip_non_finite.skipped_steps,
         "history": history,
     }
     if task.test:
-        test_items = EvaluationItems(task.test, load, task.targets)
-        results["test"] = _figures(trainer.evaluate(test_items, metric_key_prefix="test"), "test")
+        test_samples = EvaluationSamples(task.test, load, task.targets)
+        results["test"] = _figures(trainer.evaluate(test_samples, metric_key_prefix="test"), "test")
     return results
 
 
@@ -356,8 +361,8 @@ def write_outputs(
 ) -> None:
     """results.json, run.json and the model card."""
     note = f"epoch: {results['epoch']}"
-    if results["views_per_item"] > 1:
-        note += f"; {results['views_per_item']} views per item"
+    if results["views_per_sample"] > 1:
+        note += f"; {results['views_per_sample']} views per sample"
     measured = {
         "metric": results["metric"],
         "value": results["evaluation"][results["metric"]],

@@ -1,6 +1,6 @@
 """Fine-tuning on `transformers.Trainer`: samples in order, optimizer groups, bad input.
 
-TrainingDraws (item of a draw) ─► EpochDraws ─► collate_samples ─► FinetuneTrainer ◄─ EvaluationItems
+TrainingDraws (sample of a draw) ─► EpochDraws ─► collate_samples ─► FinetuneTrainer ◄─ EvaluationSamples
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,13 +13,14 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from bridle_hf.data.batches import DrawDataset, SkippedFiles, TooManyBadFiles, collate
-from bridle_hf.data.decoding import Item
+from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError, TooManyBadFiles
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import DrawDataset, collate
 from bridle_hf.data.loaders import Load, VideoLoader
-from bridle_hf.interleaving.interleaving import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+from bridle_hf.data.sample import Sample
 
 
-BALANCED_STREAM = 3  # of random numbers, beside those of training/data.py
+BALANCED_STREAM = 3  # of random numbers, beside those of data/batches.py
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,40 +29,41 @@ BALANCED_STREAM = 3  # of random numbers, beside those of training/data.py
 
 
 class TrainingDraws(DrawDataset):
-    """`DrawDataset` with an epoch's length and, given weights, items drawn with replacement in proportion to them.
+    """`DrawDataset` with an epoch's length and, given weights, samples drawn with replacement in proportion to them.
 
-    Each item drawn gives `samples_per_item` draws in a row (repeated augmentation), each with its own random numbers.
+    Each sample drawn gives `draws_per_sample` draws in a row (repeated augmentation), each with its own random
+    numbers.
     """
 
     def __init__(
         self,
-        items: Sequence[Item],
+        samples: Sequence[Sample],
         load: Load,
         seed: int,
         draws_per_epoch: int,
         weights: np.ndarray | None = None,
-        samples_per_item: int = 1,
+        draws_per_sample: int = 1,
     ):
-        super().__init__(items, load, seed)
-        self.draws_per_epoch, self.samples_per_item = draws_per_epoch, samples_per_item
+        super().__init__(samples, load, seed)
+        self.draws_per_epoch, self.draws_per_sample = draws_per_epoch, draws_per_sample
         self._cumulative = None if weights is None else np.cumsum(weights / weights.sum())
 
     def __len__(self) -> int:
         return self.draws_per_epoch
 
     def index_of(self, draw: int) -> int:
-        draw //= self.samples_per_item
+        draw //= self.draws_per_sample
         if self._cumulative is None:
             return super().index_of(draw)
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, draw), spawn_key=(BALANCED_STREAM,)))
-        return min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self.items) - 1)
+        return min(int(np.searchsorted(self._cumulative, rng.random(), side="right")), len(self.samples) - 1)
 
 
 def balanced_weights(targets: torch.Tensor) -> np.ndarray:
-    """1 / frequency of an item's class, summed over its classes where it has several (as in the AudioSet recipes).
+    """1 / frequency of a sample's class, summed over its classes where it has several (as in the AudioSet recipes).
 
     Args:
-        targets: class numbers (items,), or 0/1 rows (items, classes).
+        targets: class numbers (samples,), or 0/1 rows (samples, classes).
     """
     rows = nn.functional.one_hot(targets) if targets.dim() == 1 else targets
     return (rows.double() @ (1.0 / rows.sum(dim=0).clamp(min=1).double())).numpy()
@@ -84,35 +86,35 @@ class EpochDraws(Sampler):
         return iter(range(first, first + self.draws_per_epoch))
 
 
-class EvaluationItems(Dataset):
-    """Every item once, as `load` reads it, with its target (by item path) as `labels`."""
+class EvaluationSamples(Dataset):
+    """Every sample once, as `load` reads it, with its target (by sample path) as `labels`."""
 
-    def __init__(self, items: Sequence[Item], load: Load, targets: dict[str, torch.Tensor]):
-        self.items, self.load, self.targets = items, load, targets
+    def __init__(self, samples: Sequence[Sample], load: Load, targets: dict[str, torch.Tensor]):
+        self.samples, self.load, self.targets = samples, load, targets
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.items[index]
-        return {**self.load(item, None), "labels": self.targets[item.path], "index": index, "skipped": []}
+        sample = self.samples[index]
+        return {**self.load(sample, None), "labels": self.targets[sample.path], "index": index, "skipped": []}
 
 
 @dataclass(frozen=True)
 class ViewLoader:
-    """Several views of a film, as `views` (clips * crops, frames, channels, height, width)."""
+    """Several views of a video, as `views` (clips * crops, frames, channels, height, width)."""
 
     load: VideoLoader
     num_clips: int
     num_crops: int
 
-    def __call__(self, item: Item, rng: None = None) -> dict[str, torch.Tensor]:
-        return {"views": self.load.views(item, self.num_clips, self.num_crops)}
+    def __call__(self, sample: Sample, rng: None = None) -> dict[str, torch.Tensor]:
+        return {"views": self.load.views(sample, self.num_clips, self.num_crops)}
 
 
-def collate_samples(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def collate_samples(loaded_samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of what the model takes, and `skipped` for the trainer."""
-    batch = collate(samples)
+    batch = collate(loaded_samples)
     del batch["index"]
     return batch
 
@@ -153,7 +155,7 @@ class FinetuneTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """Where a batch holds several `views` of each item: the mean loss, and the mean of the probabilities."""
+        """Where a batch holds several `views` of each sample: the mean loss, and the mean of the probabilities."""
         if "views" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)
         views, name = inputs.pop("views"), self.model.main_input_name

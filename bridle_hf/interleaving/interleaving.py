@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from bridle_hf import (
     BridleConfig,
@@ -21,20 +19,17 @@ from bridle_hf import (
     BridleTokenizerModel,
     teacher_hidden_states,
 )
+from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.encoder_bridle import BridleDropPath
+from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.monitoring.monitor import gradient_norms
+from bridle_hf.interleaving.sharding import gathered_state, sharded, sharded_like
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
 from bridle_hf.quantization_bridle import count_codes, gather_rows
 
 
 # More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
 KMEANS_VECTORS_PER_CODE = 64
-MAX_SKIPPED_IN_A_ROW = 20
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 class Interleaving:
@@ -139,7 +134,7 @@ class Interleaving:
         if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             return model
         whole = self._build(type(model), model.config, phase=0)
-        whole.load_state_dict(_gathered(model.state_dict()))
+        whole.load_state_dict(gathered_state(model.state_dict()))
         return whole
 
     def _is_distilled(self) -> bool:
@@ -159,7 +154,7 @@ class Interleaving:
             # A softmax does not see these: their gradient is rounding noise, of which Adam would make full steps.
             if name.endswith(("k_proj.bias", "position_bias.3.bias")):
                 parameter.requires_grad_(False)
-        wrapped = self.accelerator.prepare(model) if self.mesh is None else _sharded(model, self.mesh)
+        wrapped = self.accelerator.prepare(model) if self.mesh is None else sharded(model, self.mesh)
         # Decay on matrices alone: not on biases, norms, tokens.
         decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
@@ -347,7 +342,7 @@ class Interleaving:
                 scaler.unscale_(self.optimizers[name])
         norms: dict[str, torch.Tensor] = {}
         for name, model in trained.items():
-            parts = _gathered(gradient_norms(model, name))
+            parts = gathered_state(gradient_norms(model, name))
             total = torch.linalg.vector_norm(torch.stack(list(parts.values())))
             nn.utils.clip_grads_with_norm_(model.parameters(), self.max_grad_norm, total)
             norms |= {f"{name}/grad_norm": total, **parts}
@@ -368,9 +363,11 @@ class Interleaving:
         """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""
         scaler = self.accelerator.scaler
         return {
-            "encoder": _gathered(self.unwrapped_encoder.state_dict()),
-            "tokenizer": _gathered(self.unwrapped_tokenizer.state_dict()),
-            "optimizers": {name: _gathered(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
+            "encoder": gathered_state(self.unwrapped_encoder.state_dict()),
+            "tokenizer": gathered_state(self.unwrapped_tokenizer.state_dict()),
+            "optimizers": {
+                name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
+            },
             "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
@@ -388,41 +385,10 @@ class Interleaving:
         if step < self.schedule.total_steps and step not in self.schedule.starts:
             self.prepare(self.schedule.phase_number(step))
             for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(_sharded_like(optimizer, state["optimizers"][name]))
+                optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-
-
-def _sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard each layer, and what is left of each part that is called by itself, in place.
-
-    The teacher is the encoder without its decoder, and codes are looked up without the estimator: so the parts stand
-    side by side, and the model as a whole is no unit.
-    """
-    for part in model.children():
-        if any(True for _ in part.parameters()):
-            for unit in (*getattr(part, "layers", ()), part):
-                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    return model
-
-
-def _gathered(state: Any) -> Any:
-    """A tensor, or a structure of them, with what is sharded gathered; all processes must call it."""
-    return recursively_apply(lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor, state)
-
-
-def _sharded_like(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """The whole state of an optimizer, laid out as its parameters are."""
-    entries = dict(state["state"])
-    for number, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if isinstance(parameter, DTensor) and number in entries:
-            entries[number] = {
-                # Moments have the shape of the parameter; the number of steps is a scalar.
-                name: distribute_tensor(value, parameter.device_mesh, parameter.placements) if value.dim() else value
-                for name, value in entries[number].items()
-            }
-    return {**state, "state": entries}
 
 
 def _mix(*numbers: int) -> int:

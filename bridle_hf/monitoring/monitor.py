@@ -1,19 +1,14 @@
 """What a run tells while it goes: metrics.jsonl, a tracker, a progress bar, pictures and the report."""
 
-import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from accelerate.tracking import get_available_trackers
-from torch import nn
 from tqdm.auto import tqdm
 
+from bridle_hf.monitoring.metrics_log import MetricsLog
 from bridle_hf.quantization_bridle import codebook_usage
 
 
@@ -23,32 +18,6 @@ if TYPE_CHECKING:  # flops needs the schedule, whose steps measure gradients wit
 
 # tqdm's own guess of the time left takes all steps for equally long; ours stands in the postfix.
 BAR_FORMAT = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-# Parts of a model by what their parameters' names hold; all else is `layers`.
-PARTS = ("embeddings", "decoder", "projection", "estimator")
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended at once; on resume, cut back to the step resumed from."""
-
-    def __init__(self, path: Path, resume_step: int | None = None):
-        self.path = path
-        kept = [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-    def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 class Monitor:
@@ -176,77 +145,11 @@ class Monitor:
         self.bar.close()
 
 
-def start_tracker(accelerator: Any, out: Path, first_step: int | None) -> None:
-    """Start the accelerator's tracker, if it has one; no step is shown twice.
-
-    TensorBoard writes to OUT/tracker, and drops there what lies behind the step resumed from. trackio writes to a
-    folder of its own on this machine (`trackio show --project bridle_hf`); what it has, it keeps, so that a resumed
-    run is a run of its own in the group of the first.
-
-    Args:
-        first_step: Steps done before, where the run is resumed.
-    """
-    group, resumed = out.resolve().name, "" if first_step is None else f", from step {first_step}"
-    trackio = {"name": group + resumed, "group": group, "embed": False, "auto_log_cpu": False}
-    tensorboard = {} if first_step is None else {"purge_step": first_step + 1}
-    is_trackio = "trackio" in map(str, accelerator.log_with)
-    accelerator.init_trackers(
-        "bridle_hf" if is_trackio else "tracker", init_kwargs={"trackio": trackio, "tensorboard": tensorboard}
-    )
-
-
-def check_tracker(name: str) -> None:
-    """Raise a `ValueError` if the package of tracker `name` is not installed."""
-    if name != "none" and name not in map(str, get_available_trackers()):
-        raise ValueError(f"--tracker {name}: the package is not installed; pip install {name}, or --tracker none")
-
-
-def gradient_norms(model: nn.Module, side: str) -> dict[str, torch.Tensor]:
-    """Norm of the gradients of each part of an encoder or tokenizer: `SIDE/grad_norm/PART`, scalars on the device.
-
-    The parts are `embeddings`, `layers` (with the norm after the last), `decoder`, `projection` and `estimator`, as
-    far as the model has them.
-    """
-    gradients: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            gradients.setdefault(f"{side}/grad_norm/{part_of(name)}", []).append(parameter.grad)
-    return {name: nn.utils.get_total_norm(found) for name, found in gradients.items()}
-
-
-def part_of(name: str) -> str:
-    """The part of an encoder or tokenizer that a parameter of this name belongs to."""
-    return next((part for part in PARTS if f"{part}." in name), "layers")
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has held on a CUDA device at most; elsewhere, those that it holds in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
-
-
-def git_revision() -> str | None:
-    """Revision of this source tree, if it is a git checkout and git is there to ask."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        return subprocess.check_output(
-            command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text so that a reader, or a run that is killed meanwhile, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _rounded(value: torch.Tensor) -> Any:

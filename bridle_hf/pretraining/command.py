@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import transformers
 from safetensors import SafetensorError
 
-from bridle_hf.common.arguments import ArgumentError, PretrainArguments, parse_arguments
+from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.errors import ArgumentError, NonFiniteError, TooManyBadFiles
 from bridle_hf.common.signals import StopRequest
-from bridle_hf.data.batches import TooManyBadFiles
-from bridle_hf.interleaving.interleaving import NonFiniteError
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import CheckpointError
 from bridle_hf.pretraining.dry_run import dry_run
 from bridle_hf.pretraining.processes import ending_with_the_others

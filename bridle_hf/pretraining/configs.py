@@ -5,8 +5,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
-from bridle_hf.common.arguments import PretrainArguments, check_name
+from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.pretraining.arguments import PretrainArguments
 
 
 def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizerConfig]:

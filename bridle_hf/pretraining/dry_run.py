@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from bridle_hf.common.arguments import PretrainArguments
-from bridle_hf.monitoring.monitor import part_of
+from bridle_hf.interleaving.gradients import part_of
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.run import Run, start
 
 
@@ -200,7 +200,7 @@ def _schedule_lines(run: Run, measured: list[Measured], reading: float, batch: d
         total += length * seconds
         speed = run.flops.of_phases[number] * size / phase.seconds / (run.peak["tflops"] * 1e12)
         rows.append([
-            _name(run, number), f"{length:,}", f"{length * size / len(run.items):.4g}", f"{length * size:,}",
+            _name(run, number), f"{length:,}", f"{length * size / len(run.samples):.4g}", f"{length * size:,}",
             f"{seconds:.4g}", f"{size / seconds:.4g}", f"{speed / run.accelerator.num_processes:.1%}",
             tqdm.format_interval(length * seconds),
             ", ".join(f"{name} {value:.4g}" for name, value in phase.losses.items()),

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_hidden_states
-from bridle_hf.data.batches import Item, SkippedFiles
-from bridle_hf.data.labels import Labels, assign_folds
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import Sample
+from bridle_hf.data.folds import assign_folds
+from bridle_hf.data.labels import Labels
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
-from bridle_hf.probing.probes import codes_explained_variance, run_probes
+from bridle_hf.probing.explained_variance import codes_explained_variance
+from bridle_hf.probing.probes import run_probes
 from bridle_hf.quantization_bridle import codebook_usage
 from bridle_hf.visualization_bridle import plot_codes, plot_masked_input, plot_predictions
 
@@ -58,11 +61,11 @@ def evaluate_tokenizer(
 
 
 def probe(
-    encoder: BridleForPreTraining, items: Sequence[Item], load: Any, ledger: SkippedFiles, device: Any, seed: int
+    encoder: BridleForPreTraining, samples: Sequence[Sample], load: Any, ledger: SkippedFiles, device: Any, seed: int
 ) -> dict[str, float]:
     """Linear and kNN accuracy of the frozen encoder and of its controls, named as in metrics.jsonl."""
-    folds = assign_folds(items)
-    rows = run_probes(encoder.bridle, items, load, Labels(items), folds, ledger, device=device, seed=seed)
+    folds = assign_folds(samples)
+    rows = run_probes(encoder.bridle, samples, load, Labels(samples), folds, ledger, device=device, seed=seed)
     found: dict[str, float] = {}
     for row in rows:
         prefix = "" if row["features"] == "encoder" else f"{row['features'].replace(' ', '_')}_"
@@ -73,12 +76,12 @@ def probe(
 
 @torch.no_grad()
 def draw_example(
-    encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel, sample: dict[str, Any], folder: Path, name: str
+    encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel, loaded: dict[str, Any], folder: Path, name: str
 ) -> None:
     """Pictures of one sample in `folder`: its mask, its codes, predicted against true codes; `name` is the phase."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder, tokenizer = encoder.eval(), tokenizer.eval()
-    batch = {key: value[None] for key, value in sample.items() if isinstance(value, torch.Tensor)}
+    batch = {key: value[None] for key, value in loaded.items() if isinstance(value, torch.Tensor)}
     inputs, mask = _inputs(batch, tokenizer)
     hidden = batch["bool_masked_pos"].to(inputs.device)
     codes = tokenizer.encode(inputs, mask)
@@ -93,22 +96,22 @@ def draw_example(
         figure.savefig(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png")
 
 
-def probe_items(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` labelled items, spread evenly over all; none if there are no labels or a single one."""
-    chosen = spread([item for item in items if item.label is not None or item.labels], most)
-    return chosen if len({item.label or item.labels for item in chosen}) > 1 else []
+def probe_samples(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` labelled samples, spread evenly over all; none if there are no labels or a single one."""
+    chosen = spread([sample for sample in samples if sample.label is not None or sample.labels], most)
+    return chosen if len({sample.label or sample.labels for sample in chosen}) > 1 else []
 
 
-def check_probes(items: Sequence[Item], most: int) -> None:
-    """Raise a `ValueError` if the labels, folds or groups of `items` are such that they cannot be probed on."""
-    if chosen := probe_items(items, most):
+def check_probes(samples: Sequence[Sample], most: int) -> None:
+    """Raise a `ValueError` if the labels, folds or groups of `samples` are such that they cannot be probed on."""
+    if chosen := probe_samples(samples, most):
         Labels(chosen)
         assign_folds(chosen)
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """At most `most` items, spread evenly over all."""
-    return [items[index] for index in np.linspace(0, len(items) - 1, min(most, len(items))).astype(int)]
+def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` samples, spread evenly over all."""
+    return [samples[index] for index in np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)]
 
 
 def _inputs(batch: dict[str, Any], model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

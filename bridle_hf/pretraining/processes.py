@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env, set_seed
 
-from bridle_hf.common.arguments import PretrainArguments
-from bridle_hf.monitoring.monitor import check_tracker
+from bridle_hf.monitoring.trackers import check_tracker
+from bridle_hf.pretraining.arguments import PretrainArguments
 
 
 # How long a process waits for the others in a step. One that died ends the run at once, through its launcher; this is

@@ -19,30 +19,42 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
-from bridle_hf.common.arguments import PretrainArguments
+from bridle_hf.common.errors import NonFiniteError
+from bridle_hf.common.files import write_json
+from bridle_hf.common.output_folder import git_revision
 from bridle_hf.common.signals import StopRequest
+from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import (
     DrawDataset,
     GlobalBatches,
-    Item,
-    MaskedLoader,
-    SkippedFiles,
+    Sample,
     collate,
     iterate_eval,
     make_loader,
-    measure_normalization,
     train_batches,
 )
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.loaders import make_item_loader, make_processor
-from bridle_hf.interleaving.interleaving import Interleaving, NonFiniteError
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.masked_loader import MaskedLoader
+from bridle_hf.data.modalities import make_processor, make_sample_loader
+from bridle_hf.data.normalization import measure_normalization
+from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.monitoring.flops import ScheduleFlops, find_peak
-from bridle_hf.monitoring.monitor import MetricsLog, Monitor, git_revision, start_tracker, write_json
+from bridle_hf.monitoring.metrics_log import MetricsLog
+from bridle_hf.monitoring.monitor import Monitor
 from bridle_hf.monitoring.report import write_report
+from bridle_hf.monitoring.trackers import start_tracker
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import load_newest, save_checkpoint
 from bridle_hf.pretraining.configs import make_configs
-from bridle_hf.pretraining.evaluation import check_probes, draw_example, evaluate_tokenizer, probe, probe_items, spread
+from bridle_hf.pretraining.evaluation import (
+    check_probes,
+    draw_example,
+    evaluate_tokenizer,
+    probe,
+    probe_samples,
+    spread,
+)
 from bridle_hf.pretraining.processes import Rank0, asked_to_shard, make_accelerator
 
 
@@ -53,7 +65,7 @@ EVALUATED_CLIPS = 1000
 # What may differ between a run and its continuation.
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
-    "report_every", "probe_every", "probe_items", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
+    "report_every", "probe_every", "probe_samples", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
     "data", "peak_tflops", "dry_run",
 }  # fmt: skip
 
@@ -77,15 +89,15 @@ class Run:
         self.args, self.accelerator = args, accelerator
         self.rank_0 = Rank0(accelerator)
         self.out = Path(args.output_dir)
-        self.items = self._find_items()
+        self.samples = self._find_items()
         self.encoder_config, self.tokenizer_config = make_configs(args)
-        self.schedule = Schedule(args.phases, len(self.items) / args.global_batch_size, args.steps_scale)
+        self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
         self.processor = make_processor(self.encoder_config, args.processor)
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self._prepare_folder()
-        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.items), shared=True)
+        self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.samples), shared=True)
         self.interleaving = Interleaving(
             accelerator,
             self.schedule,
@@ -105,16 +117,16 @@ class Run:
 
     # -- before the first step ----------------------------------------------------------------------------------------
 
-    def _find_items(self) -> list[Item]:
+    def _find_samples(self) -> list[Sample]:
         args = self.args
-        items = find_items(args.data, args.modality, args.split, args.label_column, args.group_column)
-        kept = [item for item in items if item.group not in set(args.exclude_groups)]
-        if unknown := set(args.exclude_groups) - {item.group for item in items}:
-            raise ValueError(f"exclude_groups: no item is of group {', '.join(sorted(unknown))}")
+        samples = find_samples(args.data, args.modality, args.split, args.label_column, args.group_column)
+        kept = [sample for sample in samples if sample.group not in set(args.exclude_groups)]
+        if unknown := set(args.exclude_groups) - {sample.group for sample in samples}:
+            raise ValueError(f"exclude_groups: no sample is of group {', '.join(sorted(unknown))}")
         if not kept:
-            raise ValueError(f"{args.data}: no items are left; check split and exclude_groups")
+            raise ValueError(f"{args.data}: no samples are left; check split and exclude_groups")
         if args.probe_every:
-            check_probes(kept, args.probe_items)
+            check_probes(kept, args.probe_samples)
         return kept
 
     def _prepare_folder(self) -> None:
@@ -137,14 +149,14 @@ class Run:
         """On rank 0, for all."""
         measured = [None]
         if self.accelerator.is_main_process:
-            measured = [measure_normalization(self.items, self.processor, self.ledger)]
+            measured = [measure_normalization(self.samples, self.processor, self.ledger)]
         self.rank_0.wait()
         self.processor.mean, self.processor.std = broadcast_object_list(measured)[0]
 
     def _make_dataset(self) -> DrawDataset:
         args, config = self.args, self.encoder_config
-        self.load = make_item_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
-        return DrawDataset(self.items, MaskedLoader(self.load, config, args.masks), seed=args.seed)
+        self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
+        return DrawDataset(self.samples, MaskedLoader(self.load, config, args.masks), seed=args.seed)
 
     def _resume(self) -> int:
         """Load the newest checkpoint if asked to; returns the first step to do."""
@@ -159,8 +171,8 @@ class Run:
         ours, theirs = _plain(self.args), state["arguments"]
         changed = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in sorted(ours.keys() | theirs)
                    if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]  # fmt: skip
-        if state["samples"] != len(self.items):
-            changed.append(f"the number of samples ({state['samples']}, now {len(self.items)})")
+        if state["samples"] != len(self.samples):
+            changed.append(f"the number of samples ({state['samples']}, now {len(self.samples)})")
         elif state.get("names_of_samples", self.names_of_samples) != self.names_of_samples:
             changed.append("the names of the samples")
         if changed:
@@ -177,8 +189,8 @@ class Run:
 
     @cached_property
     def names_of_samples(self) -> str:
-        """Hash of the names of the items and their order, wherever the data lie."""
-        paths = [item.path for item in self.items]
+        """Hash of the names of the samples and their order, wherever the data lie."""
+        paths = [sample.path for sample in self.samples]
         folder = os.path.commonprefix(paths)  # noqa: RUF071 (they may be URLs)
         names = "\n".join(path.removeprefix(folder) for path in paths)
         return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
@@ -256,7 +268,7 @@ class Run:
         try:
             return self.interleaving.step(step, batch)
         except NonFiniteError as error:
-            files = [self.items[index].path for index in batch["index"].tolist()]
+            files = [self.samples[index].path for index in batch["index"].tolist()]
             raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
 
     def batches(self, first_step: int) -> Iterator[dict[str, Any]]:
@@ -293,24 +305,26 @@ class Run:
             position = self._position(number)
             name = f"phase {number} ({position['kind']} {position['iteration']})"
             self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
-            sample = self.dataset[self.schedule.starts[number]]
-            draw_example(*models, sample, self.out / "figures", name)
+            loaded = self.dataset[self.schedule.starts[number]]
+            draw_example(*models, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)
             if self.args.keep_iterations:
                 self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}", *models)
         self.rank_0.wait()
 
     def _evaluate(self, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> dict[str, Any]:
-        examples = spread(self.items, EVALUATED_CLIPS)
+        examples = spread(self.samples, EVALUATED_CLIPS)
         batches = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
         return evaluate_tokenizer(tokenizer, encoder, batches)
 
     def _probe(self, done: int) -> None:
         """Probe the encoder, on labels if there are any; rank 0 does it."""
-        items = probe_items(self.items, self.args.probe_items)
+        samples = probe_samples(self.samples, self.args.probe_samples)
         encoder, device = self.interleaving.whole_models()[0], self.accelerator.device
-        if items and self.accelerator.is_main_process:
-            self.monitor.event({"step": done, **probe(encoder, items, self.load, self.ledger, device, self.args.seed)})
+        if samples and self.accelerator.is_main_process:
+            self.monitor.event(
+                {"step": done, **probe(encoder, samples, self.load, self.ledger, device, self.args.seed)}
+            )
         self.rank_0.wait()
 
     def _save(self, done: int) -> None:
@@ -318,7 +332,7 @@ class Run:
         if self.accelerator.is_main_process:
             measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
             state |= {
-                "arguments": _plain(self.args), "samples": len(self.items),
+                "arguments": _plain(self.args), "samples": len(self.samples),
                 "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
                 "normalization": measured, "seconds": self.seconds,
             }  # fmt: skip
@@ -351,7 +365,7 @@ class Run:
             "arguments": _plain(self.args),
             "modality": self.args.modality,
             "data": self.args.data,
-            "samples": len(self.items),
+            "samples": len(self.samples),
             "phases": self.schedule.describe(),
             "seed": self.args.seed,
             "processes": self.accelerator.num_processes,

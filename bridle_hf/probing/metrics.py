@@ -1,4 +1,4 @@
-"""How good a classifier is: accuracy, top-5 accuracy, or mean average precision where items carry several labels."""
+"""How good a classifier is: accuracy, top-5 accuracy, or mean average precision where samples carry several labels."""
 
 import datasets
 import evaluate
@@ -14,20 +14,20 @@ def mean_average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
     """Average precision of each class, averaged over the classes that have a positive.
 
     Args:
-        targets: (items, classes), 0 or 1.
-        scores: (items, classes), higher = more likely.
+        targets: (samples, classes), 0 or 1.
+        scores: (samples, classes), higher = more likely.
 
     Raises:
         ValueError: no class has a positive.
     """
     present = targets.any(axis=0)
     if not present.any():
-        raise ValueError(f"no positive among {len(targets)} items of {targets.shape[1]} classes: mAP is not defined")
+        raise ValueError(f"no positive among {len(targets)} samples of {targets.shape[1]} classes: mAP is not defined")
     return float(average_precision_score(targets[:, present], scores[:, present], average="macro"))
 
 
 def score(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Accuracy where `targets` are class numbers (items,), mAP where they are 0/1 rows (items, classes)."""
+    """Accuracy where `targets` are class numbers (samples,), mAP where they are 0/1 rows (samples, classes)."""
     if targets.ndim == 1:
         return float(accuracy_score(targets, scores.argmax(axis=1)))
     return mean_average_precision(targets, scores)
@@ -36,7 +36,7 @@ def score(targets: np.ndarray, scores: np.ndarray) -> float:
 class ClassificationMetric(evaluate.Metric):
     """`score` as a metric of the library `evaluate`, used directly: `evaluate.load` would fetch code from the Hub.
 
-    `compute(predictions=scores or logits (items, classes), references=targets)` returns {"accuracy": ...} for the
+    `compute(predictions=scores or logits (samples, classes), references=targets)` returns {"accuracy": ...} for the
     configuration "single_label", with {"top5_accuracy": ...} where there are more than 5 classes, and {"mAP": ...} for
     "multi_label".
     """

@@ -2,14 +2,13 @@
 
     python training/probe.py --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
 
-Folds are those of the column `fold`; else no group is in two folds, where items have a group; else each label is
+Folds are those of the column `fold`; else no group is in two folds, where samples have a group; else each label is
 spread evenly. Prints a table; the last line is JSON.
 """
 
 import json
 import logging
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,17 @@ import torch
 from transformers import AutoModel
 
 import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
-from bridle_hf.common.arguments import ArgumentError, Mapping, check_ranges, parse_arguments
-from bridle_hf.data.batches import SkippedFiles, TooManyBadFiles
-from bridle_hf.data.decoding import Item
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.labels import Labels, assign_folds
-from bridle_hf.data.loaders import load_config, load_processor, make_item_loader
-from bridle_hf.probing.probes import format_probes, run_probes, untrained_encoder
-
-
-@dataclass
-class ProbeArguments:
-    """Arguments of `training/probe.py`."""
-
-    model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
-    data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
-    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
-    label_column: str = field(default="label", metadata={"help": "column of the labels"})
-    group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
-    folds: int | None = field(
-        default=None,
-        metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
-    )
-    loader: Mapping = field(
-        default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
-    )
-    random_init: bool = field(default=False, metadata={"help": "random weights in place of the saved ones"})
-    batch_size: int = field(default=64, metadata={"help": "items per forward pass"})
-    num_workers: int = field(default=0, metadata={"help": "loader processes"})
-    seed: int = field(default=0, metadata={"help": "of the random weights"})
-
-    def __post_init__(self):
-        check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})
+from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.folds import assign_folds
+from bridle_hf.data.labels import Labels
+from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
+from bridle_hf.probing.arguments import ProbeArguments
+from bridle_hf.probing.features import untrained_encoder
+from bridle_hf.probing.probes import format_probes, run_probes
 
 
 def main() -> None:
@@ -57,22 +35,22 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(args.model)
-        items = find_items(args.data, config.modality, args.split, args.label_column, args.group_column)
-        labels = Labels(items)
-        labels.check_several(f"{args.data}: the items")
-        folds = make_folds(items, args.folds)
+        samples = find_samples(args.data, config.modality, args.split, args.label_column, args.group_column)
+        labels = Labels(samples)
+        labels.check_several(f"{args.data}: the samples")
+        folds = make_folds(samples, args.folds)
         encoder = AutoModel.from_pretrained(args.model)
-        load = make_item_loader(config, load_processor(args.model, config), args.loader)
+        load = make_sample_loader(config, load_processor(args.model, config), args.loader)
     except (ValueError, OSError) as error:
         raise ArgumentError(str(error)) from error
     if args.random_init:
         encoder = untrained_encoder(encoder, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(items))
+        ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(samples))
         try:
             rows = run_probes(
                 encoder,
-                items,
+                samples,
                 load,
                 labels,
                 folds,
@@ -87,24 +65,24 @@ def main() -> None:
         except TooManyBadFiles as error:
             # The file that the error speaks of goes with the folder.
             raise ArgumentError(f"{args.data}: {len(ledger.reasons)} files cannot be read, see above") from error
-    report(args, rows, items, labels, folds, ledger)
+    report(args, rows, samples, labels, folds, ledger)
 
 
-def make_folds(items: list[Item], num_folds: int | None) -> np.ndarray:
-    """Fold number of each item: see `assign_folds`.
+def make_folds(samples: list[Sample], num_folds: int | None) -> np.ndarray:
+    """Fold number of each sample: see `assign_folds`.
 
     Raises:
         ValueError: a number of folds is asked for where the column `fold` gives them, or cannot be had.
     """
-    if num_folds is not None and any(item.fold is not None for item in items):
+    if num_folds is not None and any(sample.fold is not None for sample in samples):
         raise ValueError("--folds: the data has a column `fold`, which gives the folds; leave --folds out")
-    return assign_folds(items, num_folds)
+    return assign_folds(samples, num_folds)
 
 
 def report(
     args: ProbeArguments,
     rows: list[dict[str, Any]],
-    items: list[Item],
+    samples: list[Sample],
     labels: Labels,
     folds: np.ndarray,
     ledger: SkippedFiles,
@@ -112,11 +90,11 @@ def report(
     """Print the table, then all of it as one line of JSON."""
     num_folds = len(np.unique(folds))
     skipped = len(ledger.reasons)
-    print(f"{len(items) - skipped} items ({skipped} skipped), {len(labels.names)} classes, {num_folds} folds")
+    print(f"{len(samples) - skipped} samples ({skipped} skipped), {len(labels.names)} classes, {num_folds} folds")
     print(format_probes(rows))
     result = {
         "arguments": vars(args),
-        "items": len(items) - skipped,
+        "samples": len(samples) - skipped,
         "skipped": skipped,
         "classes": len(labels.names),
         "folds": num_folds,

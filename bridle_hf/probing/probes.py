@@ -1,6 +1,6 @@
 """What frozen features know: pooled features, linear and nearest-neighbour probes, and controls to set beside them.
 
-    Item -> loader -> batch --encoder--> patches' features --POOLINGS--> (items, dim) -- folds --> ProbeResult
+    Sample -> loader -> batch --encoder--> patches' features --POOLINGS--> (samples, dim) -- folds --> ProbeResult
                             \\--as it is--> frames of log-mel --POOLINGS--> the control (pixels: not pooled)
 
 A probe says little alone: `run_probes` sets an untrained encoder, a regression on the input itself and the majority
@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import linalg, sparse
-from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from bridle_hf.data.batches import SkippedFiles, iterate_eval
-from bridle_hf.data.decoding import Item
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.labels import Labels
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+from bridle_hf.data.sample import Sample
+from bridle_hf.probing.features import collect_features, untrained_encoder
 from bridle_hf.probing.metrics import METRIC_NAMES, score
 
 
@@ -34,7 +33,6 @@ REGULARIZATIONS = (0.03, 0.3)
 # The trials need only tell which is better; the last fit stops short of converging, at a second per fold.
 TRIAL_ITERATIONS, MAX_ITERATIONS = 25, 100
 NUM_NEIGHBORS = 20
-RIDGE = 1.0  # for codes: as if each code had been seen once more, with the mean feature
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,153 +40,9 @@ RIDGE = 1.0  # for codes: as if each code had been seen once more, with the mean
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
-    weights = real[:, :, None]
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def _mean_std(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
-    mean = _mean(tokens, real, bands)
-    variance = _mean((tokens - mean[:, None]).square(), real, bands)
-    return torch.cat([mean, variance.sqrt()], dim=1)
-
-
-def _band_mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
-    """The mean over time, kept per mel band."""
-    tokens, weights = tokens.unflatten(1, (-1, bands)), real.unflatten(1, (-1, bands))[..., None]
-    return ((tokens * weights).sum(dim=1) / weights.sum(dim=1)).flatten(1)
-
-
-# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, tokens per time step -> (batch, features)
-POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
-    "mean": _mean,
-    "mean_std": _mean_std,
-    "band_mean": _band_mean,
-}
-ENCODER_POOLINGS = {
-    "audio": ("mean", "mean_std", "band_mean"),
-    "image": ("mean", "mean_std"),
-    "video": ("mean", "mean_std"),
-}
-# The regression that every probe is set beside: its name, and how the model's input of that name is pooled. Pixels
-# mean something where they stand, and are taken as they are.
-INPUT_CONTROLS = {
-    "input_values": ("log-mel regression", ("mean", "mean_std")),
-    "pixel_values": ("pixel regression", ()),
-    "pixel_values_videos": ("frame regression", ()),
-}
-# Pixels of larger pictures than this are averaged first, and of more numbers in all than this, 256 principal
-# components are kept: a regression on hundreds of thousands of numbers would take hours and do no better. Of few items
-# fewer components: the last ones are noise, which standardisation makes as loud as the first.
-MOST_PIXELS_A_SIDE, MOST_PIXELS, PIXEL_COMPONENTS, ITEMS_PER_COMPONENT = 32, 1024, 256, 10
-
-Features = dict[str, np.ndarray]
-
-
-def extract_features(encoder: Any, batches: Iterable[dict[str, torch.Tensor]], device: Any) -> Features:
-    """Frozen features of a `BridleModel`: its last hidden states, pooled over real patches (not the class token).
-
-    Args:
-        encoder: the model; moved to `device`, run in evaluation mode and left in the mode it was in.
-        batches: model inputs, with `attention_mask` where there is padding.
-
-    Returns:
-        For each pooling that fits the modality: (items, dim) float32.
-    """
-    return _collect(batches, {"encoder": _encoder_features(encoder, device)})["encoder"]
-
-
-def input_features(batches: Iterable[dict[str, torch.Tensor]]) -> Features:
-    """The control: the input itself, pooled over real frames. For each pooling: (items, dim) float32; pixels: ""."""
-    return _collect(batches, {"input": _pool_input})["input"]
-
-
-def collect_features(
-    encoders: dict[str, Any], batches: Iterable[dict[str, torch.Tensor]], device: Any = "cpu", with_input: bool = True
-) -> dict[str, Features]:
-    """Features of several encoders, by name, in one pass; with those of the input itself (see `INPUT_CONTROLS`)."""
-    extractors = {name: _encoder_features(encoder, device) for name, encoder in encoders.items()}
-    if with_input:
-        modality = next(iter(encoders.values())).config.modality
-        control, _ = INPUT_CONTROLS[INPUT_NAMES[modality]]
-        extractors[control] = _pool_input
-    return _collect(batches, extractors)
-
-
-def untrained_encoder(encoder: Any, seed: int = 0) -> Any:
-    """A `BridleModel` of the same configuration with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return type(encoder)(encoder.config)
-
-
-def _collect(
-    batches: Iterable[dict[str, torch.Tensor]], extractors: dict[str, Callable[[dict], dict[str, torch.Tensor]]]
-) -> dict[str, Features]:
-    """One pass over the batches for all extractors: reading is what takes the time."""
-    parts: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in extractors}
-    for batch in batches:
-        for name, extract in extractors.items():
-            for pooling, features in extract(batch).items():
-                parts[name].setdefault(pooling, []).append(features.float().cpu().numpy())
-    return {
-        name: {
-            # Of pixels, which alone are not pooled; an encoder's features stay what they are.
-            pooling: np.concatenate(arrays) if pooling else _principal_components(np.concatenate(arrays))
-            for pooling, arrays in poolings.items()
-        }
-        for name, poolings in parts.items()
-    }
-
-
-def _principal_components(features: np.ndarray) -> np.ndarray:
-    """(items, dim) as it is, or of many dimensions the principal components.
-
-    They are fitted on all items, without their labels: if that helps anybody, then the control.
-    """
-    if features.shape[1] <= MOST_PIXELS:
-        return features
-    count = max(min(PIXEL_COMPONENTS, len(features) // ITEMS_PER_COMPONENT), 1)
-    return PCA(count, svd_solver="randomized", iterated_power=2, random_state=0).fit_transform(features)
-
-
-def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, torch.Tensor]]:
-    config = encoder.config
-    encoder = encoder.to(device)
-
-    @torch.no_grad()
-    def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = {INPUT_NAMES[config.modality], "attention_mask"} & batch.keys()
-        inputs = {name: batch[name].to(device) for name in names}
-        was_training = encoder.training
-        encoder.eval()
-        try:
-            tokens = encoder(**inputs).last_hidden_state[:, int(config.use_class_token) :].float()
-        finally:
-            encoder.train(was_training)
-        mask = inputs.get("attention_mask")
-        real = tokens.new_ones(tokens.shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
-        bands = config.patch_grid[-1]
-        return {name: POOLINGS[name](tokens, real, bands) for name in ENCODER_POOLINGS[config.modality]}
-
-    return extract
-
-
-def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    name = next(name for name in INPUT_CONTROLS if name in batch)
-    if name != "input_values":
-        pixels, (height, width) = batch[name].float().flatten(1, -3), batch[name].shape[-2:]
-        size = (min(height, MOST_PIXELS_A_SIDE), min(width, MOST_PIXELS_A_SIDE))
-        return {"": torch.nn.functional.adaptive_avg_pool2d(pixels, size).flatten(1)}
-    frames = batch[name].float()
-    mask = batch.get("attention_mask")
-    real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
-    return {pooling: POOLINGS[pooling](frames, real, 1) for pooling in INPUT_CONTROLS[name][1]}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Probes: `labels` are class numbers (items,), or 0/1 rows (items, classes) for several labels per item; `folds` is the
-# fold number of each item. Each fold is tested by a probe fitted on all others.
+# Probes: `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds`
+# is the fold number of each sample. Each fold is tested by a probe fitted on all others.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -202,13 +56,13 @@ class ProbeResult:
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
-    """Logistic regression on standardised features; one classifier per class where items carry several labels.
+    """Logistic regression on standardised features; one classifier per class where samples carry several labels.
 
     The regularization is chosen for each fold, on one of the folds that it trains on.
     """
 
     def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
-        # Of a single training fold, every fourth item.
+        # Of a single training fold, every fourth sample.
         several = train_folds.min() != train_folds.max()
         inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
         found = {}
@@ -223,7 +77,7 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) ->
 def _fit_and_score(
     train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, strength: float, iterations: int
 ) -> np.ndarray:
-    """(test items, classes) scores of a logistic regression with regularization C = `strength`."""
+    """(test samples, classes) scores of a logistic regression with regularization C = `strength`."""
     model = LogisticRegression(C=strength, max_iter=iterations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # MAX_ITERATIONS was chosen short of it
@@ -242,7 +96,8 @@ def _fit_and_score(
 def knn_probe(
     features: np.ndarray, labels: np.ndarray, folds: np.ndarray, num_neighbors: int = NUM_NEIGHBORS
 ) -> ProbeResult:
-    """Vote of the nearest training items by cosine of standardised features, each vote weighted by its similarity."""
+    """Vote of the nearest training samples by cosine of standardised features, each vote weighted by its
+    similarity."""
 
     def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
         neighbors = NearestNeighbors(n_neighbors=min(num_neighbors, len(train)), metric="cosine").fit(train)
@@ -273,14 +128,14 @@ def _cross_validate(
     labels: np.ndarray,
     folds: np.ndarray,
 ) -> ProbeResult:
-    """`scores(training features, their labels, their folds, test features)` gives (test items, classes)."""
+    """`scores(training features, their labels, their folds, test features)` gives (test samples, classes)."""
     features, labels, folds = np.asarray(features, dtype=np.float32), np.asarray(labels), np.asarray(folds)
     if not len(features) == len(labels) == len(folds):
         raise ValueError(
-            f"{len(features)} features, {len(labels)} labels and {len(folds)} folds: one of each per item"
+            f"{len(features)} features, {len(labels)} labels and {len(folds)} folds: one of each per sample"
         )
     if len(np.unique(folds)) < 2:
-        raise ValueError("all items are in one fold: a probe needs at least 2")
+        raise ValueError("all samples are in one fold: a probe needs at least 2")
     results = []
     for fold in np.unique(folds):
         test = folds == fold
@@ -294,7 +149,7 @@ def _cross_validate(
 
 def run_probes(
     encoder: Any,
-    items: Sequence[Item],
+    samples: Sequence[Sample],
     load: Callable,
     labels: Labels,
     folds: np.ndarray,
@@ -310,10 +165,10 @@ def run_probes(
 
     Args:
         encoder: a `BridleModel`.
-        items: what to probe on; each labelled.
+        samples: what to probe on; each labelled.
         load: the modality's loader, called without a random generator.
-        labels: the classes of `items`.
-        folds: fold number of each item, as from `assign_folds`.
+        labels: the classes of `samples`.
+        folds: fold number of each sample, as from `assign_folds`.
         ledger: where files go that cannot be read; the probe is over the others.
         controls: also probe an untrained encoder (of `seed`) and the input itself, and the majority class.
         name: what the rows call the encoder.
@@ -323,14 +178,14 @@ def run_probes(
         "majority", "pooling": name or "", "metric": "accuracy" or "mAP", "linear": score, "linear_folds": [...],
         "knn": score, "knn_folds": [...]}; the scores are means over folds.
     """
-    targets = labels.encode(items).numpy()
+    targets = labels.encode(samples).numpy()
     encoders = {name: encoder}
     if controls:
         encoders["untrained encoder"] = untrained_encoder(encoder, seed)
     kept: list[int] = []
 
     def batches() -> Iterable[dict[str, torch.Tensor]]:
-        for indices, batch in iterate_eval(items, load, batch_size, ledger, num_workers):
+        for indices, batch in iterate_eval(samples, load, batch_size, ledger, num_workers):
             kept.extend(indices)
             yield batch
 
@@ -372,56 +227,3 @@ def format_probes(rows: Sequence[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # What the codes keep of the teacher
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def codes_explained_variance(
-    codes: np.ndarray, teacher: np.ndarray, real: np.ndarray | None = None, ridge: float = RIDGE
-) -> list[float]:
-    """Share of the teacher's variance that a linear map of the one-hot codes explains (R^2).
-
-    Fitted on the clips of even number, measured on the others. 1 - the squared error over the squared distance from
-    the mean, both summed over all dimensions; below 0 where the codes mislead.
-
-    Args:
-        codes: (clips, patches, codebooks), integers from 0.
-        teacher: (clips, patches, dim), the teacher's features.
-        real: (clips, patches), which patches are not padding; all if absent.
-        ridge: penalty, in patches.
-
-    Returns:
-        The share for the codes of level 1, of levels 1 and 2, and so on; the last is that of all levels.
-
-    Raises:
-        ValueError: shapes that do not fit, or fewer than 2 clips.
-    """
-    codes, teacher = np.asarray(codes), np.asarray(teacher, dtype=np.float64)
-    real = np.ones(codes.shape[:2], dtype=bool) if real is None else np.asarray(real, dtype=bool)
-    if len(codes) < 2 or not codes.shape[:2] == teacher.shape[:2] == real.shape:
-        raise ValueError(
-            f"codes {codes.shape}, teacher {teacher.shape} and real {real.shape} must share (clips, patches), with at "
-            "least 2 clips"
-        )
-    codebook_size = int(codes.max()) + 1
-    (fit_codes, fit_teacher), (test_codes, test_teacher) = [
-        (_one_hot_codes(codes[half][real[half]], codebook_size), teacher[half][real[half]])
-        for half in (slice(0, None, 2), slice(1, None, 2))
-    ]
-    mean = fit_teacher.mean(axis=0)
-    # The penalty draws the weights to 0, and so a code never seen to the mean: no intercept is needed beside it.
-    gram = (fit_codes.T @ fit_codes).toarray() + ridge * np.eye(fit_codes.shape[1])
-    moment = fit_codes.T @ (fit_teacher - mean)
-    total = np.square(test_teacher - test_teacher.mean(axis=0)).sum()
-    shares = []
-    for size in range(codebook_size, gram.shape[0] + 1, codebook_size):
-        weights = linalg.solve(gram[:size, :size], moment[:size], assume_a="pos")
-        error = np.square(test_teacher - mean - test_codes[:, :size] @ weights).sum()
-        shares.append(float(1.0 - error / total))
-    return shares
-
-
-def _one_hot_codes(codes: np.ndarray, codebook_size: int) -> sparse.csr_matrix:
-    """(patches, codebooks) -> (patches, codebooks * codebook_size) of 0 and 1."""
-    patches, levels = codes.shape
-    columns = codes + codebook_size * np.arange(levels)
-    starts = np.arange(patches + 1) * levels
-    return sparse.csr_matrix((np.ones(columns.size), columns.ravel(), starts), shape=(patches, levels * codebook_size))

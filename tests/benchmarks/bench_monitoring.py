@@ -22,13 +22,16 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-from bridle_hf.common.arguments import PretrainArguments, parse_arguments
+from bridle_hf.common.arguments import parse_arguments
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
 from bridle_hf.monitoring.flops import ScheduleFlops
-from bridle_hf.monitoring.monitor import MetricsLog, Monitor, start_tracker
+from bridle_hf.monitoring.metrics_log import MetricsLog
+from bridle_hf.monitoring.monitor import Monitor
+from bridle_hf.monitoring.trackers import start_tracker
 from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.configs import make_configs
 
 

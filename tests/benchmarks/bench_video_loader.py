@@ -1,6 +1,7 @@
 """
-Frames per second that VideoLoader delivers, clips of 16 frames of 224x224 at stride 4 from a film of 320x240 in H.264,
-against loaders that decode every frame: of the film, or up to the clip's last; turned into arrays as PyAV does it
+Frames per second that VideoLoader delivers, clips of 16 frames of 224x224 at stride 4 from a video of 320x240 in
+H.264,
+against loaders that decode every frame: of the video, or up to the clip's last; turned into arrays as PyAV does it
 unless told otherwise (and transformers' pipeline with it), or as VideoLoader does. Also the memory of the process over
 many clips. Run:
 
@@ -22,8 +23,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 
 from bridle_hf import BridleConfig, make_image_processor
-from bridle_hf.data.decoding import Item
 from bridle_hf.data.loaders import VideoLoader
+from bridle_hf.data.sample import Sample
 
 
 NUM_FRAMES, STRIDE = 16, 4
@@ -37,13 +38,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        item = Item(write_film(Path(folder) / "film.mp4"))
+        sample = Sample(write_video(Path(folder) / "video.mp4"))
         load = VideoLoader(make_image_processor(BridleConfig(modality="video")), NUM_FRAMES, STRIDE, augment=True)
-        compare(load, item, args.repetitions)
-        watch_memory(load, item, args.num_clips)
+        compare(load, sample, args.repetitions)
+        watch_memory(load, sample, args.num_clips)
 
 
-def write_film(path):
+def write_video(path):
     """Noise that drifts, so that motion is there to be predicted; the encoder's own key frames."""
     scene = np.random.default_rng(0).integers(0, 256, (SIZE[1] // 8 + 40, SIZE[0] // 8 + 40, 3), dtype=np.uint8)
     scene = scene.repeat(8, axis=0).repeat(8, axis=1)
@@ -57,14 +58,14 @@ def write_film(path):
     return str(path)
 
 
-def compare(load, item, repetitions):
+def compare(load, sample, repetitions):
     every = EveryFrame(load)
     contenders = {
-        "every frame of the film": lambda rng: every(item, rng, to_the_end=True),
-        "every frame up to the clip's last": lambda rng: every(item, rng, to_the_end=False),
-        "of the film, arrays as VideoLoader": lambda rng: every(item, rng, to_the_end=True, tuned=True),
-        "up to the last, arrays as VideoLoader": lambda rng: every(item, rng, to_the_end=False, tuned=True),
-        "VideoLoader": lambda rng: load(item, rng),
+        "every frame of the video": lambda rng: every(sample, rng, to_the_end=True),
+        "every frame up to the clip's last": lambda rng: every(sample, rng, to_the_end=False),
+        "of the video, arrays as VideoLoader": lambda rng: every(sample, rng, to_the_end=True, tuned=True),
+        "up to the last, arrays as VideoLoader": lambda rng: every(sample, rng, to_the_end=False, tuned=True),
+        "VideoLoader": lambda rng: load(sample, rng),
     }
     times = {name: [] for name in contenders}
     for repetition in range(repetitions + 1):
@@ -85,11 +86,11 @@ class EveryFrame:
     def __init__(self, load):
         self.load = load
 
-    def __call__(self, item, rng, to_the_end, tuned=False):
+    def __call__(self, sample, rng, to_the_end, tuned=False):
         reformatter = VideoReformatter()
-        with av.open(item.path) as container:
+        with av.open(sample.path) as container:
             stream = container.streams.video[0]
-            chosen = self.load._choose(stream.frames, item, rng, 0.5)
+            chosen = self.load._choose(stream.frames, sample, rng, 0.5)
             frames = []
             for index, frame in enumerate(container.decode(stream)):
                 if index > chosen[-1] and not to_the_end:
@@ -100,10 +101,10 @@ class EveryFrame:
         return self.load._random_view(np.stack(frames)[chosen], rng)
 
 
-def watch_memory(load, item, num_clips):
+def watch_memory(load, sample, num_clips):
     print(f"\n{'clips':>10}{'resident MiB':>16}")
     for index in range(num_clips + 1):
-        load(item, np.random.default_rng(index))
+        load(sample, np.random.default_rng(index))
         if index % max(num_clips // 5, 1) == 0:
             print(f"{index:10}{resident_mib():16.1f}", flush=True)
 

@@ -9,8 +9,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridle_hf.common.arguments import ArgumentError, PretrainArguments, parse_arguments, read_yaml
+from bridle_hf.common.arguments import parse_arguments, read_yaml
+from bridle_hf.common.errors import ArgumentError
 from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.configs import make_configs
 
 

@@ -1,4 +1,4 @@
-"""Tests of training/data.py: how items are read, and in which order they are drawn."""
+"""Tests of data/batches.py: how samples are read, and in which order they are drawn."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,16 @@ from helpers.sounds import write_tone, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle_hf.data.batches import (
-    DrawDataset,
-    GlobalBatches,
-    SkippedFiles,
-    TooManyBadFiles,
-    iterate_eval,
-    make_loader,
-    measure_normalization,
-    train_batches,
-)
-from bridle_hf.data.decoding import Item, MediaError, read_audio
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.labels import Labels, assign_folds, group_folds, label_names, split_by_groups
+from bridle_hf.common.errors import MediaError, TooManyBadFiles
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import DrawDataset, GlobalBatches, iterate_eval, make_loader, train_batches
+from bridle_hf.data.decoding import read_audio
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.folds import assign_folds, group_folds, split_by_groups
+from bridle_hf.data.labels import Labels, label_names
 from bridle_hf.data.loaders import AudioLoader, roll_and_gain
+from bridle_hf.data.normalization import measure_normalization
+from bridle_hf.data.sample import Sample
 from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor, num_frames
 
 
@@ -62,12 +58,12 @@ def test_formats_rates_and_channels(tmp_path, feature_extractor, extension, rate
     from_bytes, _ = read_audio(Path(path).read_bytes(), "a")
     np.testing.assert_array_equal(from_bytes, waveform)
 
-    sample = AudioLoader(feature_extractor, MAX_FRAMES)(Item(path))
+    sample = AudioLoader(feature_extractor, MAX_FRAMES)(Sample(path))
     assert sample["input_values"].shape == (MAX_FRAMES, 128) and sample["input_values"].dtype == torch.float32
     assert sample["attention_mask"].shape == (MAX_FRAMES,)
     frames = int(sample["attention_mask"].sum())
     assert frames == pytest.approx(28, abs=3)
-    reference = AudioLoader(feature_extractor, MAX_FRAMES)(Item(write_tone(tmp_path / "reference.wav")))[
+    reference = AudioLoader(feature_extractor, MAX_FRAMES)(Sample(write_tone(tmp_path / "reference.wav")))[
         "input_values"
     ]
     loudest = reference[5:20].mean(0).argmax()
@@ -76,7 +72,7 @@ def test_formats_rates_and_channels(tmp_path, feature_extractor, extension, rate
 
 def test_odd_rate(tmp_path, feature_extractor):
     path = write_tone(tmp_path / "a.wav", 0.3, rate=11127)
-    assert AudioLoader(feature_extractor, MAX_FRAMES)(Item(path))["attention_mask"].sum() == 28
+    assert AudioLoader(feature_extractor, MAX_FRAMES)(Sample(path))["attention_mask"].sum() == 28
 
 
 def test_flac_that_went_through_a_pipe(tmp_path):
@@ -125,12 +121,12 @@ def test_long_recordings_are_cropped(tmp_path, feature_extractor):
     path = tmp_path / "long.wav"
     soundfile.write(path, np.linspace(-0.9, 0.9, 160_000), 16000)
     loader = AudioLoader(feature_extractor, MAX_FRAMES, cache_bytes=1 << 20)
-    starts = [loader.read(Item(str(path)), np.random.default_rng(seed))[0][0, 0] for seed in range(200)]
+    starts = [loader.read(Sample(str(path)), np.random.default_rng(seed))[0][0, 0] for seed in range(200)]
     assert min(starts) < -0.8 and max(starts) > 0.7
-    middle, _ = loader.read(Item(str(path)))
+    middle, _ = loader.read(Sample(str(path)))
     assert abs(middle.mean()) < 1e-3
-    assert loader(Item(str(path)))["attention_mask"].all()
-    different = [loader(Item(str(path)), np.random.default_rng(seed))["input_values"] for seed in (0, 1)]
+    assert loader(Sample(str(path)))["attention_mask"].all()
+    different = [loader(Sample(str(path)), np.random.default_rng(seed))["input_values"] for seed in (0, 1)]
     assert not torch.equal(*different)
 
 
@@ -160,26 +156,26 @@ def test_roll_keeps_channels_together():
 
 @pytest.mark.parametrize("augment", [False, True])
 def test_cache_changes_nothing_and_keeps_to_its_budget(tones, feature_extractor, augment, monkeypatch):
-    items = find_items(tones, "audio")
+    samples = find_samples(tones, "audio")
     frames = num_frames(4800, 16000)
     sizes = {False: frames * 128 * 4, True: 4800 * 4}
     loaders = [AudioLoader(feature_extractor, MAX_FRAMES, augment, bytes) for bytes in (0, 10 * sizes[augment])]
     for _ in range(2):
-        for number, item in enumerate(items):
-            plain, cached = (loader(item, np.random.default_rng(number)) for loader in loaders)
+        for number, sample in enumerate(samples):
+            plain, cached = (loader(sample, np.random.default_rng(number)) for loader in loaders)
             assert torch.equal(plain["input_values"], cached["input_values"])
     reads = []
     monkeypatch.setattr("bridle_hf.data.loaders.read_audio", lambda *args: reads.append(args) or read_audio(*args))
-    for item in items:
-        loaders[1](item, np.random.default_rng(0))
+    for sample in samples:
+        loaders[1](sample, np.random.default_rng(0))
     assert len(reads) == 10
-    assert torch.equal(loaders[1](items[0])["input_values"], loaders[0](items[0])["input_values"])  # evaluation
+    assert torch.equal(loaders[1](samples[0])["input_values"], loaders[0](samples[0])["input_values"])  # evaluation
 
 
 def test_measure_normalization(tones, feature_extractor, ledger):
-    items = [*find_items(tones, "audio"), Item("absent.wav")]
-    mean, std = measure_normalization(items, feature_extractor, ledger)
-    values = torch.cat([AudioLoader(feature_extractor, 28)(item)["input_values"] for item in items[:-1]]) * 8 - 5
+    samples = [*find_samples(tones, "audio"), Sample("absent.wav")]
+    mean, std = measure_normalization(samples, feature_extractor, ledger)
+    values = torch.cat([AudioLoader(feature_extractor, 28)(sample)["input_values"] for sample in samples[:-1]]) * 8 - 5
     assert (mean, std) == (pytest.approx(values.mean().item(), abs=1e-3), pytest.approx(values.std().item(), abs=1e-3))
     assert list(ledger.reasons) == ["absent.wav"]
 
@@ -187,20 +183,20 @@ def test_measure_normalization(tones, feature_extractor, ledger):
 # --- drawing ---
 
 
-def load_number(item, rng):
-    """Stands in for a loader: the item's number and one random number; items called bad_* are bad."""
-    if item.path.startswith("bad"):
-        raise MediaError(item.path, "broken")
-    return {"number": torch.tensor([float(item.path.split("_")[-1]), -1.0 if rng is None else rng.random()])}
+def load_number(sample, rng):
+    """Stands in for a loader: the sample's number and one random number; samples called bad_* are bad."""
+    if sample.path.startswith("bad"):
+        raise MediaError(sample.path, "broken")
+    return {"number": torch.tensor([float(sample.path.split("_")[-1]), -1.0 if rng is None else rng.random()])}
 
 
 def numbered(count, bad=()):
-    return [Item(f"bad_{index}" if index in bad else f"item_{index}") for index in range(count)]
+    return [Sample(f"bad_{index}" if index in bad else f"sample_{index}") for index in range(count)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(1, 40), seed=st.integers(0, 2**40), epoch=st.integers(0, 50))
-def test_every_item_once_per_epoch(count, seed, epoch):
+def test_every_sample_once_per_epoch(count, seed, epoch):
     dataset = DrawDataset(numbered(count), load_number, seed)
     drawn = [dataset[draw]["index"] for draw in range(epoch * count, (epoch + 1) * count)]
     assert sorted(drawn) == list(range(count))
@@ -209,8 +205,8 @@ def test_every_item_once_per_epoch(count, seed, epoch):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**40), draws=st.lists(st.integers(0, 2000), max_size=20))
 def test_a_sample_is_a_function_of_seed_and_draw(seed, draws):
-    items = numbered(30, bad=(3, 4))
-    one, other = DrawDataset(items, load_number, seed), DrawDataset(items, load_number, seed)
+    samples = numbered(30, bad=(3, 4))
+    one, other = DrawDataset(samples, load_number, seed), DrawDataset(samples, load_number, seed)
     in_order = {draw: one[draw] for draw in sorted(draws)}
     for draw in draws:  # in any order, and again
         sample = other[draw]
@@ -229,12 +225,12 @@ def test_epochs_seeds_and_samples_differ():
     assert len({dataset[draw]["number"][1].item() for draw in range(300)}) == 300
 
 
-def run_of_batches(items, steps, world_size, num_workers, start_batch=0, global_batch=8):
+def run_of_batches(samples, steps, world_size, num_workers, start_batch=0, global_batch=8):
     """The global batches of a run, put together from all its processes."""
     ranks = []
     for rank in range(world_size):
         batches = GlobalBatches(global_batch, rank, world_size, start_batch)
-        loader = make_loader(DrawDataset(items, load_number, seed=7), batches, num_workers=num_workers)
+        loader = make_loader(DrawDataset(samples, load_number, seed=7), batches, num_workers=num_workers)
         stream = iter(loader)
         ranks.append([next(stream) for _ in range(steps)])
     skipped = [[entry for batch in parts for entry in batch["skipped"]] for parts in zip(*ranks, strict=True)]
@@ -243,9 +239,9 @@ def run_of_batches(items, steps, world_size, num_workers, start_batch=0, global_
 
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 0), (2, 2)])
 def test_order_does_not_depend_on_processes_or_workers(world_size, num_workers):
-    items = numbered(30, bad=(5, 6))
-    expected, expected_skipped = run_of_batches(items, 9, 1, 0)
-    found, found_skipped = run_of_batches(items, 9, world_size, num_workers)
+    samples = numbered(30, bad=(5, 6))
+    expected, expected_skipped = run_of_batches(samples, 9, 1, 0)
+    found, found_skipped = run_of_batches(samples, 9, world_size, num_workers)
     assert all(map(torch.equal, found, expected))
     assert found_skipped == expected_skipped and any(found_skipped)
 
@@ -268,7 +264,7 @@ def test_batches_must_divide():
         GlobalBatches(10, 0, 4)
     with pytest.raises(ValueError, match="rank 4 of 4"):
         GlobalBatches(8, 4, 4)
-    with pytest.raises(ValueError, match="`items` is empty"):
+    with pytest.raises(ValueError, match="`samples` is empty"):
         DrawDataset([], load_number, 0)
 
 
@@ -277,9 +273,9 @@ def test_batches_must_divide():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_bad_files_are_replaced_and_listed(tmp_path, caplog, num_workers):
-    items = numbered(30, bad=(5, 6))
-    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(items))
-    loader = make_loader(DrawDataset(items, load_number, 0), GlobalBatches(10), num_workers=num_workers)
+    samples = numbered(30, bad=(5, 6))
+    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(samples))
+    loader = make_loader(DrawDataset(samples, load_number, 0), GlobalBatches(10), num_workers=num_workers)
     batches = train_batches(loader, ledger)
     for _ in range(9):
         batch = next(batches)
@@ -312,7 +308,7 @@ def test_nothing_readable(tmp_path):
 
 
 def test_errors_that_are_no_bad_files_are_not_hidden():
-    def broken_load(item, rng):
+    def broken_load(sample, rng):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
@@ -333,10 +329,10 @@ def test_ledger_goes_back_with_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_takes_each_once_in_order(tmp_path, num_workers):
-    items = numbered(25, bad=(3, 24))
-    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(items))
+    samples = numbered(25, bad=(3, 24))
+    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(samples))
     kept = []
-    for indices, batch in iterate_eval(items, load_number, 8, ledger, num_workers):
+    for indices, batch in iterate_eval(samples, load_number, 8, ledger, num_workers):
         assert batch["number"][:, 0].tolist() == indices and set(batch) == {"number"}
         assert (batch["number"][:, 1] == -1).all()  # no random generator
         kept += indices
@@ -347,29 +343,29 @@ def test_evaluation_takes_each_once_in_order(tmp_path, num_workers):
 def test_too_short_clip_is_a_bad_file(tmp_path, feature_extractor):
     for number in range(11):
         write_tone(tmp_path / f"{number}.wav", seconds=0.01 if number == 0 else 0.3)
-    items = find_items(str(tmp_path), "audio")
-    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(items))
-    batches = list(iterate_eval(items, AudioLoader(feature_extractor, MAX_FRAMES), 11, ledger))
+    samples = find_samples(str(tmp_path), "audio")
+    ledger = SkippedFiles(tmp_path / "skipped.jsonl", len(samples))
+    batches = list(iterate_eval(samples, AudioLoader(feature_extractor, MAX_FRAMES), 11, ledger))
     assert len(batches[0][0]) == 10
-    assert "one frame" in ledger.reasons[items[0].path]
+    assert "one frame" in ledger.reasons[samples[0].path]
 
 
 # --- labels and folds ---
 
 
 def test_single_labels():
-    items = [Item("a", "dog"), Item("b", "cat"), Item("c", "dog")]
-    labels = Labels(items)
-    assert labels.names == label_names(items) == ["cat", "dog"]
+    samples = [Sample("a", "dog"), Sample("b", "cat"), Sample("c", "dog")]
+    labels = Labels(samples)
+    assert labels.names == label_names(samples) == ["cat", "dog"]
     assert not labels.multi_label
-    encoded = labels.encode(items)
+    encoded = labels.encode(samples)
     assert encoded.tolist() == [1, 0, 1] and encoded.dtype == torch.int64
     with pytest.raises(ValueError, match=r"v \(split validation\): label 'cow' is not among the 2 classes"):
-        labels.encode([Item("v", "cow", split="validation")])
+        labels.encode([Sample("v", "cow", split="validation")])
     with pytest.raises(ValueError, match=r"v \(split test\) has no `label`"):
-        labels.encode([Item("v", split="test")])
+        labels.encode([Sample("v", split="test")])
     with pytest.raises(ValueError, match="has no `label`"):
-        Labels([Item("a"), Item("b")])
+        Labels([Sample("a"), Sample("b")])
 
 
 def test_multi_labels_in_the_order_of_audioset(tmp_path):
@@ -377,56 +373,56 @@ def test_multi_labels_in_the_order_of_audioset(tmp_path):
     order.write_text(
         'index,mid,display_name\n0,/m/09x0r,"Speech"\n1,/m/05zppz,"Male speech, man speaking"\n2,/m/04rlf,"Music"\n'
     )
-    items = [Item("a", labels=("/m/04rlf", "/m/09x0r")), Item("b", labels=("Male speech, man speaking",))]
-    labels = Labels(items, order)
+    samples = [Sample("a", labels=("/m/04rlf", "/m/09x0r")), Sample("b", labels=("Male speech, man speaking",))]
+    labels = Labels(samples, order)
     assert labels.names == ["Speech", "Male speech, man speaking", "Music"] and labels.multi_label
-    assert labels.encode(items).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert labels.encode(samples).tolist() == [[1, 0, 1], [0, 1, 0]]
     with pytest.raises(ValueError, match="'/m/0xyz' is not among the 3 classes"):
-        Labels([Item("a", labels=("/m/0xyz",))], order)
+        Labels([Sample("a", labels=("/m/0xyz",))], order)
     with pytest.raises(ValueError, match="has no `labels`"):
-        Labels([*items, Item("c", label="Music")], order)
+        Labels([*samples, Sample("c", label="Music")], order)
     order.write_text("index,mid,display_name\n0,a,A\n2,b,B\n")
     with pytest.raises(ValueError, match="without gaps"):
-        Labels(items, order)
+        Labels(samples, order)
     order.write_text("index,name\n0,a\n")
     with pytest.raises(ValueError, match="no column display_name, mid"):
-        Labels(items, order)
+        Labels(samples, order)
 
 
 def test_held_out_groups():
-    items = [Item(str(index), group=str(index % 4)) for index in range(8)]
-    rest, held_out = split_by_groups(items, ["3"])
-    assert {item.group for item in rest} == {"0", "1", "2"} and {item.group for item in held_out} == {"3"}
-    with pytest.raises(ValueError, match="no items of group 9; the groups are 0, 1, 2, 3"):
-        split_by_groups(items, ["9"])
+    samples = [Sample(str(index), group=str(index % 4)) for index in range(8)]
+    rest, held_out = split_by_groups(samples, ["3"])
+    assert {sample.group for sample in rest} == {"0", "1", "2"} and {sample.group for sample in held_out} == {"3"}
+    with pytest.raises(ValueError, match="no samples of group 9; the groups are 0, 1, 2, 3"):
+        split_by_groups(samples, ["9"])
 
 
 @settings(max_examples=50, deadline=None)
 @given(groups=st.lists(st.integers(0, 12), min_size=20, max_size=80), num_folds=st.integers(2, 4))
 def test_group_folds(groups, num_folds):
     groups = [*groups, 0, 1, 2, 3]
-    items = [Item(str(number), group=str(group)) for number, group in enumerate(groups)]
-    folds = group_folds(items, num_folds)
+    samples = [Sample(str(number), group=str(group)) for number, group in enumerate(groups)]
+    folds = group_folds(samples, num_folds)
     assert set(folds) == set(range(num_folds))
     assert all(len(set(folds[np.array(groups) == group])) == 1 for group in set(groups))
-    np.testing.assert_array_equal(folds, assign_folds(items, num_folds))
+    np.testing.assert_array_equal(folds, assign_folds(samples, num_folds))
 
 
 def test_folds_by_column_and_by_label():
-    items = [Item(str(number), "dog", fold=str(number % 11)) for number in range(22)]
-    assert assign_folds(items).tolist() == [number % 11 for number in range(22)]
-    items = [Item(str(number), "cat" if number % 4 else "dog") for number in range(40)]
-    folds = assign_folds(items, 5)
-    dogs = np.array([item.label == "dog" for item in items])
+    samples = [Sample(str(number), "dog", fold=str(number % 11)) for number in range(22)]
+    assert assign_folds(samples).tolist() == [number % 11 for number in range(22)]
+    samples = [Sample(str(number), "cat" if number % 4 else "dog") for number in range(40)]
+    folds = assign_folds(samples, 5)
+    dogs = np.array([sample.label == "dog" for sample in samples])
     assert np.bincount(folds[dogs]).tolist() == [2] * 5 and np.bincount(folds[~dogs]).tolist() == [6] * 5
 
 
 def test_fold_errors():
     with pytest.raises(ValueError, match="b has no fold, others have"):
-        assign_folds([Item("a", fold="1"), Item("b")])
-    with pytest.raises(ValueError, match="all items are of fold 1"):
-        assign_folds([Item("a", fold="1")])
+        assign_folds([Sample("a", fold="1"), Sample("b")])
+    with pytest.raises(ValueError, match="all samples are of fold 1"):
+        assign_folds([Sample("a", fold="1")])
     with pytest.raises(ValueError, match="b has no group, others have"):
-        group_folds([Item("a", group="1"), Item("b")], 2)
+        group_folds([Sample("a", group="1"), Sample("b")], 2)
     with pytest.raises(ValueError, match="3 folds of 2 groups"):
-        group_folds([Item("a", group="1"), Item("b", group="2")], 3)
+        group_folds([Sample("a", group="1"), Sample("b", group="2")], 3)

@@ -1,4 +1,4 @@
-"""Tests of training/items.py: what is found in folders and Hub sets, and what is refused."""
+"""Tests of data/finding.py: what is found in folders and Hub sets, and what is refused."""
 
 import csv
 import os
@@ -8,10 +8,12 @@ import datasets
 import pytest
 from helpers.sounds import write_tone, write_tones
 
+from bridle_hf.common.errors import MediaError
 from bridle_hf.data.batches import DrawDataset, GlobalBatches, make_loader
-from bridle_hf.data.decoding import HubRow, Item, MediaError, read_audio
-from bridle_hf.data.finding import find_items
+from bridle_hf.data.decoding import read_audio
+from bridle_hf.data.finding import find_samples
 from bridle_hf.data.loaders import AudioLoader
+from bridle_hf.data.sample import HubRow, Sample
 from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor
 
 
@@ -26,10 +28,10 @@ def write_metadata(folder, columns, *rows):
 
 
 def test_class_folders(tmp_path):
-    items = find_items(write_tones(tmp_path), "audio")
-    assert len(items) == 20
-    assert [item.path for item in items] == sorted(item.path for item in items)
-    assert {(item.label, item.split, item.labels) for item in items} == {
+    samples = find_samples(write_tones(tmp_path), "audio")
+    assert len(samples) == 20
+    assert [sample.path for sample in samples] == sorted(sample.path for sample in samples)
+    assert {(sample.label, sample.split, sample.labels) for sample in samples} == {
         ("class_0", None, None),
         ("class_1", None, None),
     }
@@ -40,12 +42,12 @@ def test_split_folders_under_their_usual_names(tmp_path):
         write_tone(tmp_path / folder / "A.WAV", format="WAV")
     (tmp_path / "README.txt").write_text("not audio")
     (tmp_path / "train" / "dog" / "._A.wav").write_text("a resource fork")
-    items = find_items(str(tmp_path), "audio")
-    found = sorted((item.split, item.label) for item in items)
+    samples = find_samples(str(tmp_path), "audio")
+    found = sorted((sample.split, sample.label) for sample in samples)
     assert found == [("test", "dog"), ("train", "cat"), ("train", "dog"), ("validation", "dog")]
-    assert len(find_items(str(tmp_path), "audio", split="valid")) == 1
-    with pytest.raises(ValueError, match=r"no items of split 'balanced'.*'test', 'train', 'validation'"):
-        find_items(str(tmp_path), "audio", split="balanced")
+    assert len(find_samples(str(tmp_path), "audio", split="valid")) == 1
+    with pytest.raises(ValueError, match=r"no samples of split 'balanced'.*'test', 'train', 'validation'"):
+        find_samples(str(tmp_path), "audio", split="balanced")
 
 
 def test_links_and_hidden_folders(tmp_path):
@@ -56,7 +58,7 @@ def test_links_and_hidden_folders(tmp_path):
     links = {"cat": "../elsewhere", "dog/up": "..", "dog/self": ".", "../elsewhere/back": "../data"}
     for link, target in links.items():
         (data / link).symlink_to(target)
-    assert [Path(item.path).relative_to(data).as_posix() for item in find_items(str(data), "audio")] == [
+    assert [Path(sample.path).relative_to(data).as_posix() for sample in find_samples(str(data), "audio")] == [
         "cat/b.wav",
         "dog/a.wav",
     ]
@@ -66,31 +68,31 @@ def test_names_that_are_not_utf8(tmp_path):
     write_tone(tmp_path / "a.wav")
     os.link(os.fsencode(tmp_path) + b"/a.wav", os.fsencode(tmp_path) + b"/\xe9t\xe9.wav")
     with pytest.raises(ValueError, match=r"the name of .*udce9.* is not UTF-8: rename it"):
-        find_items(str(tmp_path), "audio")
+        find_samples(str(tmp_path), "audio")
     (tmp_path / "metadata.csv").write_bytes("file_name,label\na.wav,é\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"metadata\.csv: is no CSV in UTF-8"):
-        find_items(str(tmp_path), "audio")
+        find_samples(str(tmp_path), "audio")
 
 
 def test_flat_folder_has_no_labels(tmp_path):
     write_tone(tmp_path / "b.wav")
     write_tone(tmp_path / "a.flac")
-    assert find_items(str(tmp_path), "audio") == [Item(str(tmp_path / "a.flac")), Item(str(tmp_path / "b.wav"))]
+    assert find_samples(str(tmp_path), "audio") == [Sample(str(tmp_path / "a.flac")), Sample(str(tmp_path / "b.wav"))]
 
 
 def test_split_folders_beside_others_are_refused(tmp_path):
     write_tone(tmp_path / "train" / "a.wav")
     write_tone(tmp_path / "dog" / "a.wav")
     with pytest.raises(ValueError, match=r"named like splits \(train\) stand beside others \(dog\)"):
-        find_items(str(tmp_path), "audio")
+        find_samples(str(tmp_path), "audio")
 
 
 def test_folder_without_audio(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match=r"no audio files found; .* metadata.csv, \*.tar, \*.parquet and .wav .flac"):
-        find_items(str(tmp_path), "audio")
+        find_samples(str(tmp_path), "audio")
     with pytest.raises(ValueError, match="modality 'smell'"):
-        find_items(str(tmp_path), "smell")
+        find_samples(str(tmp_path), "smell")
 
 
 def test_metadata(tmp_path):
@@ -98,16 +100,16 @@ def test_metadata(tmp_path):
     folder = write_metadata(
         tmp_path, columns, ("b.wav", "dog", "dev", "2", "x", "C"), ("a.wav", "", "train", "1", "y", "D")
     )
-    first, second = find_items(folder, "audio")
-    assert first == Item(str(tmp_path / "a.wav"), None, None, "train", "1", "y")
-    assert second == Item(str(tmp_path / "b.wav"), "dog", None, "validation", "2", "x")
-    chosen = find_items(folder, "audio", split="train", label_column="key", group_column="fold")
-    assert [(item.label, item.group) for item in chosen] == [("D", "1")]
+    first, second = find_samples(folder, "audio")
+    assert first == Sample(str(tmp_path / "a.wav"), None, None, "train", "1", "y")
+    assert second == Sample(str(tmp_path / "b.wav"), "dog", None, "validation", "2", "x")
+    chosen = find_samples(folder, "audio", split="train", label_column="key", group_column="fold")
+    assert [(sample.label, sample.group) for sample in chosen] == [("D", "1")]
 
 
 def test_multi_label_metadata(tmp_path):
     folder = write_metadata(tmp_path, ("file_name", "labels"), ("a.wav", "Speech; Music"), ("b.wav", ""))
-    assert [item.labels for item in find_items(folder, "audio")] == [("Speech", "Music"), None]
+    assert [sample.labels for sample in find_samples(folder, "audio")] == [("Speech", "Music"), None]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +125,12 @@ def test_multi_label_metadata(tmp_path):
 )
 def test_bad_metadata(tmp_path, columns, row, options, message):
     with pytest.raises(ValueError, match=message):
-        find_items(write_metadata(tmp_path, columns, row), "audio", **options)
+        find_samples(write_metadata(tmp_path, columns, row), "audio", **options)
 
 
 def test_other_columns_need_metadata(tmp_path):
     with pytest.raises(ValueError, match=r"needs a metadata\.csv"):
-        find_items(write_tones(tmp_path), "audio", label_column="key")
+        find_samples(write_tones(tmp_path), "audio", label_column="key")
 
 
 @pytest.fixture
@@ -147,17 +149,17 @@ def parquet(tmp_path):
 
 
 def test_rows_of_a_hub_set(parquet):
-    items = find_items(parquet, "audio")
-    assert [(item.split, item.label) for item in items] == [
+    samples = find_samples(parquet, "audio")
+    assert [(sample.split, sample.label) for sample in samples] == [
         ("train", "dog"),
         ("train", "cat"),
         ("train", "dog"),
         ("test", "cat"),
     ]
-    assert items[1].path == f"{parquet}/train/1"
-    waveform, rate = read_audio(items[0].media())
+    assert samples[1].path == f"{parquet}/train/1"
+    waveform, rate = read_audio(samples[0].media())
     assert waveform.shape == (1, 4800) and rate == 16000
-    train = find_items(parquet, "audio", split="train")
+    train = find_samples(parquet, "audio", split="train")
     dataset = DrawDataset(train, AudioLoader(BridleFeatureExtractor(), MAX_FRAMES), seed=0)
     batch = next(iter(make_loader(dataset, GlobalBatches(3), num_workers=1)))
     assert sorted(batch["index"].tolist()) == [0, 1, 2]
@@ -172,14 +174,14 @@ def test_empty_cell_of_a_hub_set_is_a_bad_file():
         with pytest.raises(MediaError, match=f"row {index}: column audio is empty"):
             HubRow(dataset, "audio", index).media()
         with pytest.raises(MediaError, match=f"set/{index}: column audio is empty"):
-            Item(f"set/{index}", source=HubRow(dataset, "audio", index)).media()
+            Sample(f"set/{index}", source=HubRow(dataset, "audio", index)).media()
     assert HubRow(dataset, "audio", 2).media() == "a.wav"
 
 
 def test_hub_errors(parquet, tmp_path):
     with pytest.raises(ValueError, match=r"is not a folder, and datasets\.load_dataset"):
-        find_items(str(tmp_path / "nowhere"), "audio")
+        find_samples(str(tmp_path / "nowhere"), "audio")
     with pytest.raises(ValueError, match="split='balanced'"):
-        find_items(parquet, "audio", split="balanced")
+        find_samples(parquet, "audio", split="balanced")
     with pytest.raises(ValueError, match="no column 'key' for the labels"):
-        find_items(parquet, "audio", label_column="key")
+        find_samples(parquet, "audio", label_column="key")

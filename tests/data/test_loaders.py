@@ -1,4 +1,4 @@
-"""Tests of training/reading.py and training/media.py on images and films: small real files."""
+"""Tests of data/decoding.py and data/loaders.py on images and videos: small real files."""
 
 import io
 import struct
@@ -13,23 +13,18 @@ import pytest
 import soundfile
 import torch
 from av.stream import Disposition
-from helpers.films import numbers, picture, shade, write_film
+from helpers.videos import numbers, picture, shade, write_video
 from PIL import Image
 
 from bridle_hf import BridleConfig, make_image_processor
+from bridle_hf.common.errors import MediaError
 from bridle_hf.data import decoding as reading
 from bridle_hf.data.batches import DrawDataset
-from bridle_hf.data.decoding import Item, MediaError, read_image, read_video
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.loaders import (
-    ImageLoader,
-    VideoLoader,
-    load_processor,
-    make_item_loader,
-    make_processor,
-    segment_indices,
-    stride_indices,
-)
+from bridle_hf.data.decoding import read_image, read_video
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.loaders import ImageLoader, VideoLoader, segment_indices, stride_indices
+from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
 
 
 SIZES = {"patch_size": 8, "tubelet_size": 2, "num_frames": 4}
@@ -150,61 +145,61 @@ def test_the_pictures_of_a_camera(tmp_path):
 @pytest.mark.parametrize("extension", ["mp4", "mkv", "ts", "webm", "avi"])
 def test_frames_of_any_container(tmp_path, extension):
     codec = {"webm": "libvpx-vp9", "avi": "mpeg4"}.get(extension, "libx264")
-    film = write_film(tmp_path / f"film.{extension}", codec=codec)
-    frames = read_video(film)
+    video = write_video(tmp_path / f"video.{extension}", codec=codec)
+    frames = read_video(video)
     assert frames.shape == (20, 48, 64, 3) and frames.dtype == np.uint8
     assert numbers(frames) == list(range(20))
     choice = np.array([[13, 19], [2, 7], [7, 2]])
-    clips = read_video(film, choose=lambda total, rate: choice)
+    clips = read_video(video, choose=lambda total, rate: choice)
     assert clips.shape == (3, 2, 48, 64, 3)
     assert numbers(clips.reshape(6, 48, 64, 3)) == choice.ravel().tolist()
-    with open(film, "rb") as file:
+    with open(video, "rb") as file:
         assert numbers(read_video(file.read(), choose=lambda total, rate: np.array([total - 1]))) == [19]
 
 
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     decoded = []
-    following = reading._Film._next
-    monkeypatch.setattr(reading._Film, "_next", lambda film: decoded.append(1) or following(film))
-    film = write_film(tmp_path / "film.mp4", 200)
-    assert numbers(read_video(film, choose=lambda total, rate: np.array([103, 104, 190]))) == [3, 4, 15]
+    following = reading._Video._next
+    monkeypatch.setattr(reading._Video, "_next", lambda video: decoded.append(1) or following(video))
+    video = write_video(tmp_path / "video.mp4", 200)
+    assert numbers(read_video(video, choose=lambda total, rate: np.array([103, 104, 190]))) == [3, 4, 15]
     assert len(decoded) <= 12  # two runs from the key frame before, five apart
 
 
 def test_varying_rate_goes_by_timestamps(tmp_path):
     stamps = [0, 100, 200, 300, 1000, 1100, 1200, 2000, 2500, 2600]
-    film = write_film(tmp_path / "film.mkv", 10, pts=stamps)
-    frames = numbers(read_video(film))
+    video = write_video(tmp_path / "video.mkv", 10, pts=stamps)
+    frames = numbers(read_video(video))
     assert len(frames) == 27  # at the 10 frames per second of its header
     for index, number in enumerate(frames):
         assert abs(stamps[number] - 100 * index) == min(abs(stamp - 100 * index) for stamp in stamps)
 
 
 def test_rotation(tmp_path):
-    upright = read_video(write_film(tmp_path / "upright.mp4", 4))
+    upright = read_video(write_video(tmp_path / "upright.mp4", 4))
     for degrees in (90, 180, -90):
-        turned = read_video(write_film(tmp_path / f"{degrees}.mp4", 4, rotation=degrees))
+        turned = read_video(write_video(tmp_path / f"{degrees}.mp4", 4, rotation=degrees))
         np.testing.assert_array_equal(turned, np.rot90(upright, degrees // 90, axes=(1, 2)))
     with pytest.raises(MediaError, match="turned by 45 degrees"):
-        read_video(write_film(tmp_path / "45.mp4", 4, rotation=45))
+        read_video(write_video(tmp_path / "45.mp4", 4, rotation=45))
 
 
 def test_the_matrix_that_a_phone_writes_turns_clockwise(tmp_path):
-    with open(write_film(tmp_path / "film.mp4", 4), "rb") as file:
+    with open(write_video(tmp_path / "video.mp4", 4), "rb") as file:
         content = bytearray(file.read())
     matrix = content.index(b"tkhd") + 44
     content[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 48 << 16, 0, 1 << 30)
-    upright = read_video(str(tmp_path / "film.mp4"))
+    upright = read_video(str(tmp_path / "video.mp4"))
     np.testing.assert_array_equal(read_video(bytes(content)), np.rot90(upright, -1, axes=(1, 2)))
 
 
 @pytest.mark.parametrize("extension", ["mp4", "mkv"])
 def test_sound_is_ignored_however_long(tmp_path, extension):
-    film = write_film(tmp_path / f"film.{extension}", sound_seconds=5.0)
-    assert numbers(read_video(film)) == list(range(20))
+    video = write_video(tmp_path / f"video.{extension}", sound_seconds=5.0)
+    assert numbers(read_video(video)) == list(range(20))
 
 
-def write_changing_film(path, sizes):
+def write_changing_video(path, sizes):
     """Motion JPEG: every frame is a picture of its own size."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=10)
@@ -220,25 +215,25 @@ def write_changing_film(path, sizes):
 
 
 def test_a_stream_that_changes_size(tmp_path):
-    film = write_changing_film(tmp_path / "film.mkv", [(64, 48)] * 3 + [(96, 96)] * 3)
-    frames = read_video(film)
+    video = write_changing_video(tmp_path / "video.mkv", [(64, 48)] * 3 + [(96, 96)] * 3)
+    frames = read_video(video)
     assert frames.shape == (6, 48, 64, 3)
     assert numbers(frames) == list(range(6))
-    assert read_video(film, choose=lambda total, rate: np.array([4, 1])).shape == (2, 48, 64, 3)
+    assert read_video(video, choose=lambda total, rate: np.array([4, 1])).shape == (2, 48, 64, 3)
 
 
-def write_film_with_cover(path, with_video):
-    """Sound with a cover picture, as music players keep it, and perhaps a film."""
+def write_video_with_cover(path, with_video):
+    """Sound with a cover picture, as music players keep it, and perhaps a video."""
     with av.open(str(path), "w") as container:
         sound = container.add_stream("aac", rate=16000)
-        film = container.add_stream("libx264", rate=10) if with_video else None
+        video = container.add_stream("libx264", rate=10) if with_video else None
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt, cover.disposition = 320, 240, "yuvj420p", Disposition.attached_pic
         if with_video:
-            film.width, film.height, film.pix_fmt = 64, 48, "yuv420p"
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
             for index in range(5):
-                container.mux(film.encode(av.VideoFrame.from_ndarray(picture(index), format="rgb24")))
-            container.mux(film.encode(None))
+                container.mux(video.encode(av.VideoFrame.from_ndarray(picture(index), format="rgb24")))
+            container.mux(video.encode(None))
         samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         samples.rate = 16000
         container.mux(sound.encode(samples))
@@ -251,23 +246,23 @@ def write_film_with_cover(path, with_video):
     return str(path)
 
 
-def test_cover_pictures_are_no_films(tmp_path):
-    assert read_video(write_film_with_cover(tmp_path / "film.mp4", True)).shape == (5, 48, 64, 3)
+def test_cover_pictures_are_no_videos(tmp_path):
+    assert read_video(write_video_with_cover(tmp_path / "video.mp4", True)).shape == (5, 48, 64, 3)
     with pytest.raises(MediaError, match="holds no video"):
-        read_video(write_film_with_cover(tmp_path / "song.mp4", False))
+        read_video(write_video_with_cover(tmp_path / "song.mp4", False))
 
 
-def test_bad_films(tmp_path):
-    with open(write_film(tmp_path / "film.mp4", 100, movflags="faststart"), "rb") as file:
+def test_bad_videos(tmp_path):
+    with open(write_video(tmp_path / "video.mp4", 100, movflags="faststart"), "rb") as file:
         content = file.read()
     cases = {
         str(tmp_path / "missing.mp4"): "no such file",
         content[: len(content) // 2]: "cannot be decoded|truncated",
         content[: len(content) // 2] + bytes(500) + content[len(content) // 2 + 500 :]: "cannot be decoded|corrupt",
         b"": "cannot be decoded",
-        b"not a film": "cannot be decoded",
+        b"not a video": "cannot be decoded",
         # H.264 with reordered frames has no way to say so in this container.
-        write_film(tmp_path / "reordered.avi"): "timestamps missing or out of order",
+        write_video(tmp_path / "reordered.avi"): "timestamps missing or out of order",
     }
     for media, message in cases.items():
         with pytest.raises(MediaError, match=message):
@@ -277,24 +272,24 @@ def test_bad_films(tmp_path):
 
 
 def test_a_codec_that_nobody_knows_and_a_broken_tag(tmp_path):
-    with open(write_film(tmp_path / "film.mp4", 10), "rb") as file:
+    with open(write_video(tmp_path / "video.mp4", 10), "rb") as file:
         content = file.read()
     assert content.count(b"avc1") >= 1
     with pytest.raises(MediaError, match="codec that libav does not know"):
         read_video(content.replace(b"avc1", b"zzz1"))
-    with open(write_film(tmp_path / "film.mkv", 10), "rb") as file:
+    with open(write_video(tmp_path / "video.mkv", 10), "rb") as file:
         content = file.read()
     broken = content.replace(b"00:00:0", b"00:0x:0")
     assert broken != content
     np.testing.assert_array_equal(read_video(broken), read_video(content))
 
 
-def test_a_film_that_ends_before_its_header_says(tmp_path, monkeypatch):
-    film = write_film(tmp_path / "film.mp4", 40)
-    monkeypatch.setattr(reading._Film, "_seconds", lambda self: 6.0)
-    assert numbers(read_video(film, choose=lambda total, rate: np.array([39, 41]))) == [14, 14]  # badly rounded
+def test_a_video_that_ends_before_its_header_says(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "video.mp4", 40)
+    monkeypatch.setattr(reading._Video, "_seconds", lambda self: 6.0)
+    assert numbers(read_video(video, choose=lambda total, rate: np.array([39, 41]))) == [14, 14]  # badly rounded
     with pytest.raises(MediaError, match=r"truncated: it ends 2\.0 s before a frame that it should have"):
-        read_video(film, choose=lambda total, rate: np.array([59]))
+        read_video(video, choose=lambda total, rate: np.array([59]))
 
 
 # --- which frames ---
@@ -314,12 +309,12 @@ def test_indices():
 
 @pytest.fixture
 def images(tmp_path):
-    return [Item(write_image(tmp_path / f"{index}.png", photo(seed=index))) for index in range(6)]
+    return [Sample(write_image(tmp_path / f"{index}.png", photo(seed=index))) for index in range(6)]
 
 
 @pytest.fixture
-def film(tmp_path):
-    return Item(write_film(tmp_path / "film.mp4", 20))
+def video(tmp_path):
+    return Sample(write_video(tmp_path / "video.mp4", 20))
 
 
 def test_evaluation_is_what_the_processor_does(images):
@@ -330,21 +325,21 @@ def test_evaluation_is_what_the_processor_does(images):
 
 
 def test_images_of_the_right_size_are_only_normalised(tmp_path):
-    item = Item(write_image(tmp_path / "digit.png", photo(32, 32, 1)))
+    sample = Sample(write_image(tmp_path / "digit.png", photo(32, 32, 1)))
     load = ImageLoader(processor("image", 32, num_channels=1))
-    expected = load.image_processor(Image.open(item.path), return_tensors="pt")["pixel_values"][0]
+    expected = load.image_processor(Image.open(sample.path), return_tensors="pt")["pixel_values"][0]
     assert expected.shape == (1, 32, 32)
-    torch.testing.assert_close(load(item)["pixel_values"], expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(load(item, np.random.default_rng(0))["pixel_values"], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(load(sample)["pixel_values"], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(load(sample, np.random.default_rng(0))["pixel_values"], expected, rtol=0, atol=1e-6)
 
 
-def test_random_views_depend_on_the_draw_alone(images, film):
-    for load, items in (
+def test_random_views_depend_on_the_draw_alone(images, video):
+    for load, samples in (
         (ImageLoader(processor("image"), augment=True), images),
-        (VideoLoader(processor("video"), 4, 2, augment=True), [film]),
+        (VideoLoader(processor("video"), 4, 2, augment=True), [video]),
     ):
-        dataset = DrawDataset(items, load, seed=3)
-        name = "pixel_values" if items is images else "pixel_values_videos"
+        dataset = DrawDataset(samples, load, seed=3)
+        name = "pixel_values" if samples is images else "pixel_values_videos"
         first = dataset[5][name]
         state = torch.get_rng_state()
         torch.manual_seed(7)
@@ -352,14 +347,14 @@ def test_random_views_depend_on_the_draw_alone(images, film):
         torch.testing.assert_close(dataset[5][name], first, rtol=0, atol=0)
         assert torch.equal(torch.get_rng_state(), before)  # and disturb nobody else's
         torch.set_rng_state(state)
-        assert not torch.equal(dataset[5 + len(items)][name], first)
+        assert not torch.equal(dataset[5 + len(samples)][name], first)
 
 
 def test_random_crop_and_flip(tmp_path):
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 64, 3))
-    item = Item(write_image(tmp_path / "ramp.png", ramp))
+    sample = Sample(write_image(tmp_path / "ramp.png", ramp))
     load = ImageLoader(processor("image"), augment=True, min_crop=0.3)
-    views = [load(item, np.random.default_rng(seed))["pixel_values"] for seed in range(40)]
+    views = [load(sample, np.random.default_rng(seed))["pixel_values"] for seed in range(40)]
     assert {view.shape for view in views} == {(3, 32, 32)}
     slopes = [float(view[0, 0, -1] - view[0, 0, 0]) for view in views]
     assert 8 <= sum(slope < 0 for slope in slopes) <= 32
@@ -367,78 +362,78 @@ def test_random_crop_and_flip(tmp_path):
     straight = ImageLoader(processor("image"), augment=True, min_crop=0.3, flip=False)
     assert all(
         view[0, 0, -1] > view[0, 0, 0]
-        for view in (straight(item, np.random.default_rng(seed))["pixel_values"] for seed in range(20))
+        for view in (straight(sample, np.random.default_rng(seed))["pixel_values"] for seed in range(20))
     )
 
 
 def test_frames_of_a_clip_are_cropped_alike(tmp_path):
-    still = Item(write_changing_film(tmp_path / "still.mkv", [(64, 48)]))
+    still = Sample(write_changing_video(tmp_path / "still.mkv", [(64, 48)]))
     load = VideoLoader(processor("video"), 4, 1, augment=True)  # one frame, repeated
     views = load(still, np.random.default_rng(0))["pixel_values_videos"]
     assert views.shape == (4, 3, 32, 32)
     assert torch.equal(views[0], views[3])
 
 
-def test_clips(film):
+def test_clips(video):
     load = VideoLoader(processor("video", (48, 64)), 4, 2)
 
     def indices(clip):
         middle = clip[:, :, 24, 32].mean(dim=1) * 127.5 + 127.5
         return [round((float(value) - shade(0)) / 8) for value in middle]
 
-    assert indices(load(film)["pixel_values_videos"]) == [7, 9, 11, 13]
-    starts = {indices(load(film, np.random.default_rng(seed))["pixel_values_videos"])[0] for seed in range(60)}
+    assert indices(load(video)["pixel_values_videos"]) == [7, 9, 11, 13]
+    starts = {indices(load(video, np.random.default_rng(seed))["pixel_values_videos"])[0] for seed in range(60)}
     assert starts == set(range(14))
     segments = VideoLoader(processor("video", (48, 64)), 4, sampling="segments")
-    assert indices(segments(film)["pixel_values_videos"]) == [2, 7, 12, 17]
-    assert load(film)["pixel_values_videos"].shape == (4, 3, 48, 64)
+    assert indices(segments(video)["pixel_values_videos"]) == [2, 7, 12, 17]
+    assert load(video)["pixel_values_videos"].shape == (4, 3, 48, 64)
 
 
-def test_short_films(film):
+def test_short_videos(video):
     load = VideoLoader(processor("video"), 8, 4)
-    repeated = load(film)["pixel_values_videos"]
+    repeated = load(video)["pixel_values_videos"]
     assert torch.equal(repeated[5], repeated[7]) and not torch.equal(repeated[3], repeated[4])
     for sampling, num_frames, stride in (("stride", 8, 4), ("segments", 22, 1)):
         load = VideoLoader(processor("video"), num_frames, stride, sampling=sampling, short="skip")
-        with pytest.raises(MediaError, match=r"film.mp4: has 20 frames where a clip needs (29|22)"):
-            load(film)
+        with pytest.raises(MediaError, match=r"video.mp4: has 20 frames where a clip needs (29|22)"):
+            load(video)
     for wrong in ({"num_frames": 0}, {"sampling": "random"}, {"short": "loop"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VideoLoader(processor("video"), **wrong)
 
 
-def test_the_cache_changes_nothing(images, film, monkeypatch):
-    for make, items, reader in (
+def test_the_cache_changes_nothing(images, video, monkeypatch):
+    for make, samples, reader in (
         (lambda size: ImageLoader(processor("image"), augment=True, cache_bytes=size), images, "read_image"),
-        (lambda size: VideoLoader(processor("video"), 4, 5, augment=True, cache_bytes=size), [film], "read_video"),
+        (lambda size: VideoLoader(processor("video"), 4, 5, augment=True, cache_bytes=size), [video], "read_video"),
     ):
         plain, cached = make(0), make(10**6)
         for seed in (0, 1):
-            for item in items:
-                (name, expected), *_ = plain(item, np.random.default_rng(seed)).items()
-                assert torch.equal(cached(item, np.random.default_rng(seed))[name], expected)
+            for sample in samples:
+                (name, expected), *_ = plain(sample, np.random.default_rng(seed)).items()
+                assert torch.equal(cached(sample, np.random.default_rng(seed))[name], expected)
         with monkeypatch.context() as patch:
             patch.setattr(f"bridle_hf.data.loaders.{reader}", lambda *args: pytest.fail("read again"))
-            cached(items[0], np.random.default_rng(2))
+            cached(samples[0], np.random.default_rng(2))
 
 
-def test_long_films_are_not_cached(tmp_path):
+def test_long_videos_are_not_cached(tmp_path):
     load = VideoLoader(processor("video"), 4, 2, cache_bytes=10**9)
-    load(Item(write_film(tmp_path / "long.mp4", 60)))
+    load(Sample(write_video(tmp_path / "long.mp4", 60)))
     assert not load._cache
 
 
-def test_views(film):
+def test_views(video):
     load = VideoLoader(processor("video"), 4, 2)
-    views = load.views(film)
+    views = load.views(video)
     assert views.shape == (15, 4, 3, 32, 32)
     # The middle crop of the middle clip is the one of plain evaluation.
-    torch.testing.assert_close(views[7], load(film)["pixel_values_videos"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(views[7], load(video)["pixel_values_videos"], rtol=0, atol=1e-6)
     shades = views[1::3, 0, :, 16, 16].mean(dim=1) * 127.5 + 127.5
     assert [round((float(value) - shade(0)) / 8) for value in shades] == [0, 3, 7, 10, 13]
     # The white patch lies in the left crop, and not in the right one.
     assert views[0, 0, 0, 0, 0] > 0.9 and views[2, 0, 0, 0, 4] < 0
-    assert load.views(film, num_clips=1, num_crops=1).shape == (1, 4, 3, 32, 32)
+    assert load.views(video, num_clips=1, num_crops=1).shape == (1, 4, 3, 32, 32)
 
 
 # --- what scripts use: any modality ---
@@ -456,12 +451,12 @@ def test_processors_and_loaders_of_any_modality(modality, tmp_path):
     loaded = load_processor(str(tmp_path), config)
     assert type(loaded) is type(made)
     assert all(np.array_equal(getattr(loaded, name), value) for name, value in fields.items())
-    item = {
-        "audio": lambda: Item(write_sound(tmp_path / "sound.wav")),
-        "image": lambda: Item(write_image(tmp_path / "image.png", photo())),
-        "video": lambda: Item(write_film(tmp_path / "film.mp4")),
+    sample = {
+        "audio": lambda: Sample(write_sound(tmp_path / "sound.wav")),
+        "image": lambda: Sample(write_image(tmp_path / "image.png", photo())),
+        "video": lambda: Sample(write_video(tmp_path / "video.mp4")),
     }[modality]()
-    sample = make_item_loader(config, loaded, augment=True, cache_bytes=10**6)(item, np.random.default_rng(0))
+    sample = make_sample_loader(config, loaded, augment=True, cache_bytes=10**6)(sample, np.random.default_rng(0))
     shape = {"audio": (64, 32), "image": (3, 32, 32), "video": (4, 3, 32, 32)}[modality]
     assert next(iter(sample.values())).shape == shape
 
@@ -472,7 +467,7 @@ def write_sound(path):
 
 
 def test_options_of_loaders():
-    load = make_item_loader(config_of("video"), processor("video"), {"stride": 2, "short": "skip", "min_crop": 1})
+    load = make_sample_loader(config_of("video"), processor("video"), {"stride": 2, "short": "skip", "min_crop": 1})
     assert (load.num_frames, load.stride, load.short) == (4, 2, "skip")
     for options, message in (
         ({"num_frames": 8}, "loader.num_frames is not a field"),  # the model decides
@@ -484,9 +479,9 @@ def test_options_of_loaders():
         ({"sampling": "all"}, "sampling 'all': stride or segments"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_item_loader(config_of("video"), processor("video"), options)
+            make_sample_loader(config_of("video"), processor("video"), options)
     with pytest.raises(ValueError, match=r"loader\.stride is not a field"):
-        make_item_loader(config_of("audio"), make_processor(config_of("audio")), {"stride": 2})
+        make_sample_loader(config_of("audio"), make_processor(config_of("audio")), {"stride": 2})
 
 
 def test_fields_of_processors():
@@ -502,20 +497,20 @@ def test_fields_of_processors():
             make_processor(config_of(modality), fields)
 
 
-def test_items_of_folders_and_of_hub_sets(images, tmp_path):
+def test_samples_of_folders_and_of_hub_sets(images, tmp_path):
     (tmp_path / "folder" / "a").mkdir(parents=True)
-    for item in images[:2]:
-        Path(item.path).rename(tmp_path / "folder" / "a" / Path(item.path).name.upper())
-    write_film(tmp_path / "folder" / "b" / "film.mov", 4)
-    assert [item.label for item in find_items(str(tmp_path / "folder"), "image")] == ["a", "a"]
-    assert [item.label for item in find_items(str(tmp_path / "folder"), "video")] == ["b"]
+    for sample in images[:2]:
+        Path(sample.path).rename(tmp_path / "folder" / "a" / Path(sample.path).name.upper())
+    write_video(tmp_path / "folder" / "b" / "video.mov", 4)
+    assert [sample.label for sample in find_samples(str(tmp_path / "folder"), "image")] == ["a", "a"]
+    assert [sample.label for sample in find_samples(str(tmp_path / "folder"), "video")] == ["b"]
 
     content = Path(images[2].path).read_bytes()
     rows = datasets.Dataset.from_dict({"picture": [{"bytes": content, "path": None}], "label": ["x"]})
     rows = rows.cast_column("picture", datasets.Image(decode=False))
     (tmp_path / "set").mkdir()
     rows.to_parquet(tmp_path / "set" / "train.parquet")
-    (item,) = find_items(str(tmp_path / "set"), "image")
-    assert (item.label, item.split) == ("x", "train")
+    (sample,) = find_samples(str(tmp_path / "set"), "image")
+    assert (sample.label, sample.split) == ("x", "train")
     load = ImageLoader(processor("image"))
-    assert torch.equal(load(item)["pixel_values"], load(images[2])["pixel_values"])
+    assert torch.equal(load(sample)["pixel_values"], load(images[2])["pixel_values"])

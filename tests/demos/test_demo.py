@@ -1,4 +1,4 @@
-"""The demo's whole way, on a few notes, digits or films and steps."""
+"""The demo's whole way, on a few notes, digits or videos and steps."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests of training/demo_data.py on a handful of notes and films, and all of the digits."""
+"""Tests of demos/data.py on a handful of notes and videos, and all of the digits."""
 
 import csv
 from collections import Counter
@@ -9,8 +9,8 @@ import pytest
 import soundfile
 
 from bridle_hf.data.decoding import read_image, read_video
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.labels import group_folds
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.folds import group_folds
 from bridle_hf.demos import data as demo_data
 from bridle_hf.demos.data import CLIP_PIXELS, DIRECTIONS, make_digits, make_moving_digits, render_notes
 
@@ -51,12 +51,12 @@ def test_waveforms_sound_at_their_pitch(notes):
 
 
 def test_both_tasks_can_be_chosen(notes):
-    instruments = find_items(notes, "audio")
-    assert {item.group for item in instruments} == {"2", "3", "4", "5"}
+    instruments = find_samples(notes, "audio")
+    assert {sample.group for sample in instruments} == {"2", "3", "4", "5"}
     assert len(set(group_folds(instruments, 4))) == 4
-    pitches = find_items(notes, "audio", label_column="pitch_class", group_column="program")
-    assert {item.label for item in pitches} == {"C", "A", "B"}
-    assert {item.group for item in pitches} == {"0", "40", "73"}
+    pitches = find_samples(notes, "audio", label_column="pitch_class", group_column="program")
+    assert {sample.label for sample in pitches} == {"C", "A", "B"}
+    assert {sample.group for sample in pitches} == {"0", "40", "73"}
 
 
 def test_a_note_does_not_depend_on_the_others(notes, tmp_path):

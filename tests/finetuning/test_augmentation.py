@@ -1,16 +1,18 @@
-"""Tests of training/augmentation.py."""
+"""Tests of finetuning/augmentation.py."""
 
 import numpy as np
 import pytest
 import torch
-from helpers.pixels import pixel_config, write_item
+from helpers.pixels import pixel_config, write_sample
 from helpers.sounds import RATE
 from PIL import Image, ImageEnhance, ImageOps
 
-from bridle_hf.common.arguments import FinetuneArguments
-from bridle_hf.data.decoding import Item, MediaError
-from bridle_hf.data.loaders import AudioLoader, make_item_loader, make_processor
+from bridle_hf.common.errors import MediaError
+from bridle_hf.data.loaders import AudioLoader
+from bridle_hf.data.modalities import make_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning import augmentation
+from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import (
     AudioTrainingLoader,
     PixelTrainingLoader,
@@ -61,27 +63,27 @@ def test_spec_augment_hides_one_stripe_each_way(rng):
 class LoaderOfArrays(AudioLoader):
     """Three recordings in memory, the third of them broken; a frame holds a whole waveform of 8 samples."""
 
-    def _decode(self, item, rng):
-        if item.path == "broken":
+    def _decode(self, sample, rng):
+        if sample.path == "broken":
             raise MediaError("broken", "cannot be decoded")
-        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[item.path].astype(np.float32), RATE, True
+        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[sample.path].astype(np.float32), RATE, True
 
     def features(self, waveform, sampling_rate):
         return torch.tensor(waveform)
 
 
-def loader_and_items(**options):
-    items = [Item("a", label="x"), Item("b", label="y"), Item("broken", label="y")]
-    targets = {item.path: torch.tensor("xy".index(item.label)) for item in items}
+def loader_and_samples(**options):
+    samples = [Sample("a", label="x"), Sample("b", label="y"), Sample("broken", label="y")]
+    targets = {sample.path: torch.tensor("xy".index(sample.label)) for sample in samples}
     args = FinetuneArguments(model="", data="", **options)
-    return AudioTrainingLoader(LoaderOfArrays(None, 1), items, targets, 2, args), items
+    return AudioTrainingLoader(LoaderOfArrays(None, 1), samples, targets, 2, args), samples
 
 
 def test_mixup_mixes_targets_as_waveforms(rng):
-    load, items = loader_and_items(mixup_probability=1.0)
+    load, samples = loader_and_samples(mixup_probability=1.0)
     weights = []
     for _ in range(200):
-        sample = load(items[1], rng)
+        sample = load(samples[1], rng)
         assert sample["labels"].dtype == torch.float32 and sample["labels"].sum() == pytest.approx(1)
         weights.append(float(sample["labels"][1]))
         if 0 < weights[-1] < 1:  # with "a", whose waveform minus its mean is silence
@@ -94,16 +96,16 @@ def test_mixup_mixes_targets_as_waveforms(rng):
 
 
 def test_mixup_with_broken_files(rng):
-    load, items = loader_and_items(mixup_probability=1.0)
+    load, samples = loader_and_samples(mixup_probability=1.0)
     with pytest.raises(MediaError, match="broken"):
-        load(items[2], rng)
+        load(samples[2], rng)
     for _ in range(50):  # one partner in three is broken, and left out
-        assert load(items[0], rng)["labels"].sum() == pytest.approx(1)
+        assert load(samples[0], rng)["labels"].sum() == pytest.approx(1)
 
 
 def test_without_mixup_labels_are_numbers(rng):
-    load, items = loader_and_items()
-    assert load(items[1], rng)["labels"].tolist() == 1
+    load, samples = loader_and_samples()
+    assert load(samples[1], rng)["labels"].tolist() == 1
 
 
 # --- RandAugment ---
@@ -203,20 +205,20 @@ def test_cutmix(rng):
 
 @pytest.fixture
 def two_images(tmp_path, rng):
-    return [Item(write_item(tmp_path / f"{name}.png", name, rng), label=name) for name in ("dark", "bright")]
+    return [Sample(write_sample(tmp_path / f"{name}.png", name, rng), label=name) for name in ("dark", "bright")]
 
 
-def pixel_loader(items, augment=False, **options):
+def pixel_loader(samples, augment=False, **options):
     config = pixel_config("image")
-    load = make_item_loader(config, make_processor(config), augment=augment)
-    targets = {item.path: torch.tensor(number) for number, item in enumerate(items)}
-    return PixelTrainingLoader(load, items, targets, 2, FinetuneArguments(model="", data="", **options))
+    load = make_sample_loader(config, make_processor(config), augment=augment)
+    targets = {sample.path: torch.tensor(number) for number, sample in enumerate(samples)}
+    return PixelTrainingLoader(load, samples, targets, 2, FinetuneArguments(model="", data="", **options))
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixed_pixels_have_mixed_targets(two_images, rng, kind):
     load = pixel_loader(two_images, **{f"{kind}_probability": 0.5, "mixup_alpha": 1.0})
-    plain = [load.load(item)["pixel_values"] for item in two_images]
+    plain = [load.load(sample)["pixel_values"] for sample in two_images]
     weights = []
     for _ in range(200):
         sample = load(two_images[0], rng)

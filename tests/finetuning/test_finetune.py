@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.pixels import save_pixel_encoder, write_item, write_pixels
+from helpers.pixels import save_pixel_encoder, write_pixels, write_sample
 from helpers.sounds import RATE, save_encoder, sound, tiny_config, write_sounds
 from helpers.tiny_run import run_script
 from safetensors.torch import load_file
@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoModelForVideoClassification, pipeline
 
 from bridle_hf import BridleConfig, BridleForAudioClassification
-from bridle_hf.common.arguments import FinetuneArguments
-from bridle_hf.data.decoding import Item
-from bridle_hf.data.loaders import VideoLoader, load_processor, make_item_loader, make_processor
+from bridle_hf.data.loaders import VideoLoader
+from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning import finetune
-from bridle_hf.finetuning.task import split_items
+from bridle_hf.finetuning.arguments import FinetuneArguments
+from bridle_hf.finetuning.task import split_samples
 from bridle_hf.finetuning.trainer import EpochDraws, TrainingDraws, balanced_weights, parameter_groups
 
 
@@ -97,20 +98,20 @@ def test_balanced_sampling():
     rows = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     assert balanced_weights(rows).tolist() == pytest.approx([1 / 2, 1 / 2 + 1 / 3, 1 / 3, 1 / 3])
 
-    items = [Item(str(index)) for index in range(100)]
-    draws = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    samples = [Sample(str(index)) for index in range(100)]
+    draws = TrainingDraws(samples, load=None, seed=0, draws_per_epoch=50, weights=weights)
     drawn = np.array([draws.index_of(draw) for draw in range(2000)])
     assert (drawn >= 90).mean() == pytest.approx(0.5, abs=0.05)
-    again = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50, weights=weights)
+    again = TrainingDraws(samples, load=None, seed=0, draws_per_epoch=50, weights=weights)
     assert [again.index_of(draw) for draw in (1999, 3, 700)] == drawn[[1999, 3, 700]].tolist(), "of the draw alone"
-    unweighted = TrainingDraws(items, load=None, seed=0, draws_per_epoch=50)
+    unweighted = TrainingDraws(samples, load=None, seed=0, draws_per_epoch=50)
     assert sorted(unweighted.index_of(draw) for draw in range(100)) == list(range(100))
 
 
-def test_several_samples_of_an_item_come_in_a_row():
-    items = [Item(str(index)) for index in range(5)]
-    once = TrainingDraws(items, None, seed=0, draws_per_epoch=5)
-    thrice = TrainingDraws(items, lambda item, rng: {"drawn": rng.random()}, 0, 15, samples_per_item=3)
+def test_several_samples_of_an_sample_come_in_a_row():
+    samples = [Sample(str(index)) for index in range(5)]
+    once = TrainingDraws(samples, None, seed=0, draws_per_epoch=5)
+    thrice = TrainingDraws(samples, lambda sample, rng: {"drawn": rng.random()}, 0, 15, draws_per_sample=3)
     assert [thrice.index_of(draw) for draw in range(30)] == [once.index_of(draw // 3) for draw in range(30)]
     assert len({thrice[draw]["drawn"] for draw in range(3)}) == 3, "each with its own random numbers"
 
@@ -125,43 +126,45 @@ def test_epochs_go_on_where_the_last_one_ended():
 # --- what is held out ---
 
 
-def items_of(**columns):
+def samples_of(**columns):
     size = len(next(iter(columns.values())))
-    return [Item(str(i), **{name: values[i] for name, values in columns.items()}) for i in range(size)]
+    return [Sample(str(i), **{name: values[i] for name, values in columns.items()}) for i in range(size)]
 
 
-def split(items, **options):
-    train, evaluation, test, where = split_items(items, FinetuneArguments(model="", data="DATA", **options), seed=0)
-    return *("".join(item.path for item in part) for part in (train, evaluation, test)), where
+def split(samples, **options):
+    train, evaluation, test, where = split_samples(
+        samples, FinetuneArguments(model="", data="DATA", **options), seed=0
+    )
+    return *("".join(sample.path for sample in part) for part in (train, evaluation, test)), where
 
 
 def test_splits():
-    items = items_of(split=["train", "validation", "test", None])
-    assert split(items) == ("03", "1", "2", "split validation")
-    assert split(items, eval_split="test") == ("03", "2", "", "split test")
-    assert split(items_of(split=["train", "test"])) == ("0", "1", "", "split test")
+    samples = samples_of(split=["train", "validation", "test", None])
+    assert split(samples) == ("03", "1", "2", "split validation")
+    assert split(samples, eval_split="test") == ("03", "2", "", "split test")
+    assert split(samples_of(split=["train", "test"])) == ("0", "1", "", "split test")
     with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: none\); give --eval_split"):
-        split(items_of(label=["a", "b"]))
+        split(samples_of(label=["a", "b"]))
     with pytest.raises(ValueError, match=r"nothing to evaluate on \(its splits: \['test', 'train'\]\)"):
-        split(items_of(split=["train", "test"]), eval_split="validation")
-    with pytest.raises(ValueError, match="no items of split 'train'"):
-        split(items_of(split=["test", "test"]))
+        split(samples_of(split=["train", "test"]), eval_split="validation")
+    with pytest.raises(ValueError, match="no samples of split 'train'"):
+        split(samples_of(split=["test", "test"]))
 
 
 def test_folds_groups_and_fractions():
-    items = items_of(fold=["1", "2", "1", "3"], group=["a", "b", "a", "b"])
-    assert split(items, eval_fold=["1"]) == ("13", "02", "", "fold 1")
-    assert split(items, eval_group=["b"]) == ("02", "13", "", "group b")
-    train, held_out, _, _ = split(items, validation_fraction=0.5)
+    samples = samples_of(fold=["1", "2", "1", "3"], group=["a", "b", "a", "b"])
+    assert split(samples, eval_fold=["1"]) == ("13", "02", "", "fold 1")
+    assert split(samples, eval_group=["b"]) == ("02", "13", "", "group b")
+    train, held_out, _, _ = split(samples, validation_fraction=0.5)
     assert {train, held_out} == {"02", "13"}, "whole groups"
-    train, held_out, _, _ = split(items_of(label=["a", "b"] * 4), validation_fraction=0.25)
+    train, held_out, _, _ = split(samples_of(label=["a", "b"] * 4), validation_fraction=0.25)
     assert len(held_out) == 2 and sum(map(int, held_out)) % 2 == 1, "one of each label"
-    train, held_out, _, _ = split(items_of(labels=[("a",), ("a", "b")] * 4), validation_fraction=0.25)
+    train, held_out, _, _ = split(samples_of(labels=[("a",), ("a", "b")] * 4), validation_fraction=0.25)
     assert (len(train), len(held_out)) == (6, 2)
-    with pytest.raises(ValueError, match="--eval_fold: no items of fold 9; the folds are"):
-        split(items, eval_fold=["9"])
+    with pytest.raises(ValueError, match="--eval_fold: no samples of fold 9; the folds are"):
+        split(samples, eval_fold=["9"])
     with pytest.raises(ValueError, match="--eval_fold and --eval_group both say what to evaluate on"):
-        split(items, eval_fold=["1"], eval_group=["a"])
+        split(samples, eval_fold=["1"], eval_group=["a"])
 
 
 # --- the whole way ---
@@ -174,7 +177,7 @@ def test_single_label_to_pipeline(run, sounds, rng):
     )  # fmt: skip
     results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
     assert results["evaluation"]["accuracy"] == max(entry["accuracy"] for entry in results["history"]) > 0.9
-    assert results["items"] == {"train": 12, "evaluation": 12, "test": 0} and results["evaluated_on"] == "group 1"
+    assert results["samples"] == {"train": 12, "evaluation": 12, "test": 0} and results["evaluated_on"] == "group 1"
     assert arguments["arguments"]["layer_decay"] == 0.9 and arguments["arguments"]["label_smoothing_factor"] == 0.1
     assert arguments["seed"] == 0 and arguments["versions"]["torch"] == torch.__version__
     assert f"{results['evaluation']['accuracy']:.2f}"[:3] in (out / "README.md").read_text()
@@ -188,7 +191,7 @@ def test_single_label_to_pipeline(run, sounds, rng):
 
 @pytest.fixture(params=["image", "video"])
 def pixels(request, tmp_path):
-    """(modality, encoder, data) of images and of films."""
+    """(modality, encoder, data) of images and of videos."""
     modality = request.param
     return modality, save_pixel_encoder(tmp_path / "pixels", modality), write_pixels(tmp_path / "set", modality)
 
@@ -197,15 +200,17 @@ def test_pixels_to_pipeline(run, pixels, tmp_path, rng):
     modality, model, data = pixels
     options = {"model": model, "data": data, "eval_group": ["1"], "cache_mb": 10, "loader.min_crop": 0.5}
     if modality == "video":
-        options |= {"eval_clips": 2, "eval_crops": 3, "samples_per_item": 2, "loader.stride": 1}
+        options |= {"eval_clips": 2, "eval_crops": 3, "draws_per_sample": 2, "loader.stride": 1}
     out = run(**options, augment="true", rand_augment=2, random_erasing=0.25, mixup_probability=0.2, mixup_alpha=0.8,
               cutmix_probability=0.2, label_smoothing_factor=0.1, layer_decay=0.9)  # fmt: skip
     results, arguments = (json.loads((out / name).read_text()) for name in ("results.json", "run.json"))
-    assert results["evaluation"]["accuracy"] > 0.85 and results["views_per_item"] == (6 if modality == "video" else 1)
+    assert results["evaluation"]["accuracy"] > 0.85 and results["views_per_sample"] == (
+        6 if modality == "video" else 1
+    )
     assert list(arguments["results"]) == [f"{modality} classification"]
     classify = pipeline(f"{modality}-classification", model=str(out))
     for name in ("dark", "bright"):
-        found = classify(write_item(tmp_path / f"new.{'png' if modality == 'image' else 'mp4'}", name, rng))
+        found = classify(write_sample(tmp_path / f"new.{'png' if modality == 'image' else 'mp4'}", name, rng))
         assert found[0]["label"] == name and len(found) == 2
     if modality == "video":
         check_views(out, data, results["evaluation"])
@@ -218,7 +223,7 @@ def check_views(out, data, measured):
     losses, hits = [], []
     for label, name in enumerate(("bright", "dark")):
         for index in (1, 3, 5, 7):
-            views = load.views(Item(f"{data}/{name}_{index}.mp4"), 2, 3)
+            views = load.views(Sample(f"{data}/{name}_{index}.mp4"), 2, 3)
             with torch.no_grad():
                 logits = model(views).logits
             losses.append(torch.nn.functional.cross_entropy(logits, torch.full((6,), label), label_smoothing=0.1))
@@ -290,7 +295,7 @@ def test_two_processes_give_what_one_gives(run, encoder, sounds, tmp_path):
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first if "k_proj.bias" not in name)
     results = [json.loads((folder / "results.json").read_text()) for folder in (one, tmp_path / "two")]
     assert results[0]["evaluation"]["accuracy"] == results[1]["evaluation"]["accuracy"]
-    assert results[0]["items"] == results[1]["items"] == {"train": 12, "evaluation": 11, "test": 0}
+    assert results[0]["samples"] == results[1]["samples"] == {"train": 12, "evaluation": 11, "test": 0}
     assert results[0]["skipped_files"] == results[1]["skipped_files"] == 1
     assert len((tmp_path / "two" / "skipped.jsonl").read_text().splitlines()) == 1
 
@@ -311,7 +316,7 @@ def test_bad_files_are_skipped_and_listed(run, sounds):
     out = run(eval_group=["1"], num_train_epochs=1)
     skipped = [json.loads(line)["path"] for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert sorted(finetune.Path(path).name for path in skipped) == ["noise_0.wav", "tone_1.wav"]
-    assert json.loads((out / "results.json").read_text())["items"]["evaluation"] == 11
+    assert json.loads((out / "results.json").read_text())["samples"]["evaluation"] == 11
 
 
 def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path):
@@ -345,7 +350,7 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
         lines = error[error.index("error: ") :].splitlines()  # after the progress bars of saved models
         assert len(lines) == 1 and message in lines[0]
 
-    fails("no items of group 7", eval_group=["7"])
+    fails("no samples of group 7", eval_group=["7"])
     fails("both say what to evaluate on", validation_fraction=0.5)
     fails("--mel_mask must be at most 32", mel_mask=33)
     fails("--freeze_encoder leaves nothing for", freeze_encoder="true", layer_decay=0.5)
@@ -369,7 +374,7 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
     metadata.write_text("\n".join([rows[0], *rows[1:-1], rows[-1].replace(",tone,", ",whistle,")]))
     fails("label 'whistle' is not among the 2 classes")
     metadata.write_text("\n".join([rows[0], rows[1].replace(",noise,", ",,"), *rows[2:]]))
-    fails("has no `label`: every item needs one here")
+    fails("has no `label`: every sample needs one here")
     metadata.write_text("\n".join(row for row in rows if ",tone," not in row))
     fails("have one class only (noise)")
 
@@ -386,7 +391,7 @@ def test_label_smoothing_is_refused_for_several_labels(tmp_path):
     labels = SimpleNamespace(multi_label=True)
     args = FinetuneArguments(model="", data="")
     training_args = finetune.FinetuneTrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per item"):
+    with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per sample"):
         finetune.check_arguments(args, training_args, tiny_config(), SimpleNamespace(labels=labels))
 
 
@@ -402,7 +407,7 @@ def test_recipes_parse(recipe, tmp_path):
     config = BridleConfig(modality=recipe.name.split("_")[0])
     task = SimpleNamespace(labels=SimpleNamespace(multi_label=False, names=[]), kind="single_label")
     finetune.check_arguments(args, training_args, config, task)
-    make_item_loader(config, make_processor(config), args.loader, args.augment)
+    make_sample_loader(config, make_processor(config), args.loader, args.augment)
 
 
 def test_overwrite_removes_what_a_run_left_and_nothing_else(run, tmp_path):
@@ -421,7 +426,7 @@ def test_validation_and_test_split(run, sounds, tmp_path):
     metadata.write_text("\n".join([f"{header},split", *rows]))
     out = run(num_train_epochs=1)
     results = json.loads((out / "results.json").read_text())
-    assert results["items"] == {"train": 8, "evaluation": 8, "test": 8}
+    assert results["samples"] == {"train": 8, "evaluation": 8, "test": 8}
     (state,) = (out / "checkpoints").glob("*/trainer_state.json")
     assert json.loads(state.read_text())["best_metric"] == results["evaluation"]["accuracy"], "not the lowest loss"
     assert results["evaluated_on"] == "split validation" and 0 <= results["test"]["accuracy"] <= 1

@@ -101,9 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_batch(self, id):
         objects = json.loads(self.body)["objects"]
-        for item in objects:
-            actions = {"upload": f"/lfs/{item['oid']}", "verify": f"/lfs/{item['oid']}/verify"}
-            item["actions"] = {name: {"href": self.server.endpoint + path} for name, path in actions.items()}
+        for sample in objects:
+            actions = {"upload": f"/lfs/{sample['oid']}", "verify": f"/lfs/{sample['oid']}/verify"}
+            sample["actions"] = {name: {"href": self.server.endpoint + path} for name, path in actions.items()}
         self._reply(200, {"transfer": "basic", "objects": objects})
 
     def _lfs_upload(self, oid):

@@ -1,8 +1,8 @@
 """Runs of pretraining that are killed and resumed, in forks of this process: `python killed_runs.py FOLDER MOMENTS`.
 
-MOMENTS is JSON: lists of kills, each either ["room.module:attribute", n], at the n-th call of a function, or seconds. After
-the kills of a list the run is resumed once more and must finish. What it leaves in FOLDER/<number>/ is for the caller
-to compare with FOLDER/undisturbed_<schedule>/.
+MOMENTS is JSON: lists of kills, each either ["room.module:attribute", n], at the n-th call of a function, or seconds.
+After the kills of a list the run is resumed once more and must finish. What it leaves in FOLDER/<number>/ is for the
+caller to compare with FOLDER/undisturbed_<schedule>/.
 """
 
 import functools

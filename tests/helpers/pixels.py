@@ -1,4 +1,4 @@
-"""Labelled sets of tiny images and films that a tiny model can tell apart in a few steps, and such a model on disk."""
+"""Labelled sets of tiny images and videos that a tiny model can tell apart in a few steps, and such a model."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 from bridle_hf import BridleConfig, BridleForPreTraining, make_image_processor
 
 
-# Grey images; films are always in colour.
+# Grey images; videos are always in colour.
 PIXELS = {
     "image": {"modality": "image", "image_size": 16, "patch_size": 8, "num_channels": 1},
     "video": {"modality": "video", "image_size": 32, "patch_size": 16, "num_frames": 4},
@@ -23,13 +23,13 @@ def pixel_config(modality: str, **fields) -> BridleConfig:
 
 
 def frames_of(name: str, rng: np.random.Generator, num_frames: int = 8) -> np.ndarray:
-    """A "dark" or "bright" film (frames, 32, 48) uint8."""
+    """A "dark" or "bright" video (frames, 32, 48) uint8."""
     middle = {"dark": 60, "bright": 190}[name]
     return rng.normal(middle, 20, (num_frames, 32, 48)).clip(0, 255).astype(np.uint8)
 
 
-def write_item(path: Path, name: str, rng: np.random.Generator) -> str:
-    """One image (.png) or film (.mp4) of that name."""
+def write_sample(path: Path, name: str, rng: np.random.Generator) -> str:
+    """One image (.png) or video (.mp4) of that name."""
     if path.suffix == ".png":
         Image.fromarray(frames_of(name, rng, 1)[0]).save(path)
         return str(path)
@@ -43,14 +43,14 @@ def write_item(path: Path, name: str, rng: np.random.Generator) -> str:
 
 
 def write_pixels(folder: Path, modality: str, per_class: int = 8) -> str:
-    """`folder` with images or films of both names; columns `label` and `group`, 0 or 1."""
+    """`folder` with images or videos of both names; columns `label` and `group`, 0 or 1."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     rows = [("file_name", "label", "group")]
     for name in ("bright", "dark"):
         for index in range(per_class):
             path = f"{name}_{index}.{'png' if modality == 'image' else 'mp4'}"
-            write_item(folder / path, name, rng)
+            write_sample(folder / path, name, rng)
             rows.append((path, name, index % 2))
     with open(folder / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)

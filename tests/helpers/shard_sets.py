@@ -31,14 +31,14 @@ def digest(media: str | bytes) -> int:
     return int.from_bytes(hashlib.sha256(media).digest()[:7])
 
 
-def load_digest(item, rng) -> dict[str, torch.Tensor]:
-    """Stands in for a loader: what the item's bytes are."""
-    return {"digest": torch.tensor(digest(item.media()))}
+def load_digest(sample, rng) -> dict[str, torch.Tensor]:
+    """Stands in for a loader: what the sample's bytes are."""
+    return {"digest": torch.tensor(digest(sample.media()))}
 
 
-def digests(items) -> list[int]:
-    """Of all items, sorted."""
-    return sorted(digest(item.media()) for item in items)
+def digests(samples) -> list[int]:
+    """Of all samples, sorted."""
+    return sorted(digest(sample.media()) for sample in samples)
 
 
 class _Handler(SimpleHTTPRequestHandler):

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridle_hf import teacher_hidden_states
+from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.encoder_bridle import BridleDropPath
-from bridle_hf.interleaving.interleaving import MAX_SKIPPED_IN_A_ROW, Interleaving, NonFiniteError
+from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import random_mask
 from bridle_hf.patching_bridle import patch_attention_mask

@@ -15,8 +15,9 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
-from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, main, measure_peak, visible_patches
+from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, visible_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.pretraining.cost import main
 
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}

@@ -18,18 +18,14 @@ from hypothesis import strategies as st
 from test_flops import make_batch, make_configs
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
+from bridle_hf.common.files import write_json
+from bridle_hf.common.output_folder import git_revision
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.monitoring.flops import ScheduleFlops
-from bridle_hf.monitoring.monitor import (
-    MetricsLog,
-    Monitor,
-    check_tracker,
-    git_revision,
-    read_metrics,
-    start_tracker,
-    write_json,
-)
+from bridle_hf.monitoring.metrics_log import MetricsLog, read_metrics
+from bridle_hf.monitoring.monitor import Monitor
+from bridle_hf.monitoring.trackers import check_tracker, start_tracker
 
 
 POSITION = {"phase": 0, "kind": "joint", "iteration": 1}

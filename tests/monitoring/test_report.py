@@ -13,16 +13,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bridle_hf.monitoring.report import (
-    find_phases,
-    plot_losses,
-    plot_probes,
-    plot_training,
-    plot_usage,
-    read_metrics,
-    step_rows,
-    write_report,
-)
+from bridle_hf.monitoring.curves import find_phases, plot_losses, plot_probes, plot_training, plot_usage, step_rows
+from bridle_hf.monitoring.report import read_metrics, write_report
 
 
 HOSTILE = '</title><script>alert("x")</script><img src="http://example.com/x.png" onerror=alert(1)>&amp;{{ 7 * 7 }}'
@@ -134,7 +126,7 @@ def test_report_holds_every_picture(finished):
 
 def test_report_says_what_was_done(finished):
     _, page = finished
-    assert "A BRIDLE audio encoder and its tokenizer, trained in turns on notes (5,366 items)." in page.text
+    assert "A BRIDLE audio encoder and its tokenizer, trained in turns on notes (5,366 samples)." in page.text
     assert "160 of 700 optimizer steps done, 10,240 samples in 16 s of training (640 samples/s; 2.0%" in page.text
     assert "0 encoder 0 60 of 60" in page.text and "2 encoder 1 60 of 600" in page.text
     assert "BRIDLE 0.672 untrained encoder 0.512 majority -" in page.text and "4 folds." in page.text

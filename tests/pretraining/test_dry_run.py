@@ -13,7 +13,7 @@ from helpers.tiny_run import PHASES, pretrain, rows, run_script, weights, write_
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bridle_hf.common.arguments import ArgumentError
+from bridle_hf.common.errors import ArgumentError
 from bridle_hf.pretraining.dry_run import PeakMemory
 
 

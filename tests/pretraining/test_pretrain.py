@@ -20,7 +20,7 @@ from helpers.tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
-from bridle_hf.common.arguments import ArgumentError
+from bridle_hf.common.errors import ArgumentError
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +247,8 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
         ("phases", [[step, 2], [forward, 14], ["pretraining.checkpointing:_sha256", 2]]),
         # A save that is all but renamed; the start of the second phase; its k-means.
-        ("phases", [["pretraining.checkpointing:os.replace", 3], ["interleaving.interleaving:Interleaving.enter_phase", 1],
-                    ["quantization_bridle:kmeans", 1]]),
+        ("phases", [["pretraining.checkpointing:os.replace", 3],
+                    ["interleaving.interleaving:Interleaving.enter_phase", 1], ["quantization_bridle:kmeans", 1]]),
         # Within the second phase; between a row of metrics and its checkpoint; after the last checkpoint.
         ("phases", [[step, 10], ["pretraining.run:Run._save", 1], ["pretraining.run:Run.finish", 1]]),
         ("joint", [[step, 7]]),
@@ -301,7 +301,7 @@ def test_errors_of_data_and_arguments_are_one_line_before_the_first_step(data, t
     (tmp_path / "empty").mkdir()
     assert "no audio files found" in refusal(capsys, recipe, str(tmp_path / "empty"), out)
     cases = {
-        ("--exclude_groups", "choir"): "no item is of group choir",
+        ("--exclude_groups", "choir"): "no sample is of group choir",
         ("--tokenizer.codebook_size", "16"): "tokenizer.codebook_size is 16, but encoder.codebook_size is 8",
         ("--tokenizer.max_length", "96"): "tokenizer.patch_grid",
         ("--tokenizer.teacher_layers", "[0, 3]"): "tokenizer.teacher_layers",
@@ -312,7 +312,7 @@ def test_errors_of_data_and_arguments_are_one_line_before_the_first_step(data, t
         ("--processor.max_length", "64"): "those of the encoder",
         ("--processor.mean", "low"): "processor.mean",
         ("--phases.0.stepz", "8"): "phases[0]: unknown key 'stepz'; did you mean 'steps'?",
-        ("--split", "validation"): "no items of split",
+        ("--split", "validation"): "no samples of split",
     }
     for options, expected in cases.items():
         assert expected in refusal(capsys, recipe, data, out, *options)

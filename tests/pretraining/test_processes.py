@@ -310,7 +310,7 @@ def test_configs_load(path):
 def test_the_first_fsdp_is_refused(folder, monkeypatch, capsys):
     from helpers.tiny_run import pretrain
 
-    from bridle_hf.common.arguments import ArgumentError
+    from bridle_hf.common.errors import ArgumentError
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")

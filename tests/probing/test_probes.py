@@ -1,4 +1,4 @@
-"""Tests of training/probes.py, training/metrics.py and training/probe.py."""
+"""Tests of probing/probes.py, probing/metrics.py and training/probe.py."""
 
 import json
 import subprocess
@@ -14,21 +14,13 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
 
 from bridle_hf import BridleModel, BridleTokenizerConfig, BridleTokenizerModel
-from bridle_hf.data.decoding import Item
+from bridle_hf.data.sample import Sample
 from bridle_hf.pretraining.evaluation import check_probes
 from bridle_hf.probing import probe
+from bridle_hf.probing.explained_variance import codes_explained_variance
+from bridle_hf.probing.features import collect_features, extract_features, input_features, untrained_encoder
 from bridle_hf.probing.metrics import TOP5, ClassificationMetric, mean_average_precision
-from bridle_hf.probing.probes import (
-    codes_explained_variance,
-    collect_features,
-    extract_features,
-    format_probes,
-    input_features,
-    knn_probe,
-    linear_probe,
-    majority,
-    untrained_encoder,
-)
+from bridle_hf.probing.probes import format_probes, knn_probe, linear_probe, majority
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,10 +37,10 @@ def rng():
     return np.random.default_rng(0)
 
 
-def clusters(rng, items=120, classes=3, dim=6, noise=0.3):
-    labels = np.arange(items) % classes
+def clusters(rng, samples=120, classes=3, dim=6, noise=0.3):
+    labels = np.arange(samples) % classes
     centres = rng.normal(size=(classes, dim))
-    return centres[labels] + noise * rng.normal(size=(items, dim)), labels, np.arange(items) // classes % 4
+    return centres[labels] + noise * rng.normal(size=(samples, dim)), labels, np.arange(samples) // classes % 4
 
 
 # --- metrics ---
@@ -59,7 +51,7 @@ def test_average_precision_by_hand():
     targets = np.array([[1, 0, 0], [0, 1, 0], [1, 0, 0]])
     scores = np.array([[0.9, 0.8, 0.1], [0.5, 0.7, 0.2], [0.4, 0.1, 0.3]])
     assert mean_average_precision(targets, scores) == pytest.approx(((1 + 2 / 3) / 2 + 1 / 2) / 2)
-    with pytest.raises(ValueError, match="no positive among 3 items of 3 classes"):
+    with pytest.raises(ValueError, match="no positive among 3 samples of 3 classes"):
         mean_average_precision(0 * targets, scores)
 
 
@@ -132,7 +124,7 @@ def test_pixels_beside_their_encoder(pixels, rng):
     flat = inputs.flatten(1).numpy()
     if pixels == "image":  # 256 numbers: as they are
         np.testing.assert_array_equal(control, flat)
-    else:  # 12,288 of 20 items: two components
+    else:  # 12,288 of 20 samples: two components
         left, strengths, _ = np.linalg.svd(flat - flat.mean(axis=0), full_matrices=False)
         np.testing.assert_allclose(np.abs(control), np.abs(left[:, :2] * strengths[:2]), rtol=1e-2, atol=1)
 
@@ -202,10 +194,10 @@ def test_probes_refuse_what_does_not_fit(rng):
 
 
 def test_what_cannot_be_probed_on_is_known_before_a_run():
-    check_probes([Item("a"), Item("b")], 10)  # no labels, no probes
-    check_probes([Item(name, label=name, group=name) for name in "ab"], 10)
+    check_probes([Sample("a"), Sample("b")], 10)  # no labels, no probes
+    check_probes([Sample(name, label=name, group=name) for name in "ab"], 10)
     with pytest.raises(ValueError, match="b has no group"):
-        check_probes([Item("a", label="a", group="1"), Item("b", label="b")], 10)
+        check_probes([Sample("a", label="a", group="1"), Sample("b", label="b")], 10)
 
 
 # --- codes ---
@@ -265,7 +257,7 @@ def test_script_prints_a_table_and_json(saved_encoder, sounds):
     names = [(row["features"], row["pooling"]) for row in result["probes"]]
     assert names[0] == ("encoder", "mean") and names[-1] == ("majority", "")
     assert {name for name, _ in names} == {"encoder", "untrained encoder", "log-mel regression", "majority"}
-    assert result["folds"] == 2 and result["classes"] == 2 and result["items"] == 24
+    assert result["folds"] == 2 and result["classes"] == 2 and result["samples"] == 24
     assert "\n".join(table).endswith(format_probes(result["probes"]))
     by_name = {(row["features"], row["pooling"]): row for row in result["probes"]}
     assert by_name["log-mel regression", "mean"]["linear"] > 0.9  # a tone and noise
@@ -322,4 +314,4 @@ def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, monkeypatch
     BridleTokenizerModel(config).save_pretrained(tmp_path / "tokenizer")
     fails("holds a 'bridle_tokenizer': give", model=tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="has a column `fold`"):
-        probe.make_folds([Item("a", fold="1"), Item("b", fold="2")], 2)
+        probe.make_folds([Sample("a", fold="1"), Sample("b", fold="2")], 2)

@@ -1,10 +1,10 @@
 """Shards: tar files in the WebDataset convention, parquet files with the bytes inside; local, or by any fsspec URL.
 
-    find_shards ─► [shard] ─► read_entries (an index.jsonl, or a scan of each shard) ─► [Entry] ─► items
+    find_shards ─► [shard] ─► read_entries (an index.jsonl, or a scan of each shard) ─► [Entry] ─► samples
                                                        Entry.source.media() ─► bytes, in any order
 
 No shard is streamed: an entry knows where its bytes lie, and whoever computes a draw reads just them
-(training/shard_sources.py).
+(data/shards/sources.py).
 
 Nothing is ever unpickled: members of a tar other than the media and .json, .cls, .txt are not looked at.
 """
@@ -22,10 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
-from bridle_hf.data.decoding import Source, one_line
+from bridle_hf.common.errors import one_line
+from bridle_hf.data.order import WINDOW
+from bridle_hf.data.sample import Source
 from bridle_hf.data.shards.sources import (
     MAX_ROW_GROUP_BYTES,
-    WINDOW,
     ParquetCell,
     TarMember,
     Unreadable,

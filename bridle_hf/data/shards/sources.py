@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from bridle_hf.data.decoding import MediaError, one_line
+from bridle_hf.common.errors import MediaError, one_line
+from bridle_hf.data.order import WINDOW
 
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 16  # shards, or row groups of them, that are read at a time: see `DrawDataset`
 MAX_OPEN = 2 * WINDOW
 MAX_ROW_GROUP_BYTES = 512 << 20  # of the row groups that a process holds
 RETRY_SECONDS = (1, 2, 4, 8, 16)  # between attempts to reach a remote shard

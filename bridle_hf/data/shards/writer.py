@@ -3,7 +3,7 @@
     python training/shard.py --data DIR --modality audio --output_dir OUT --num_workers 8
 
 Writes OUT/<split>-000000.tar (or .parquet) and so on ("data-..." where there are no splits), OUT/index.jsonl, which
-spares a run the scan of the shards, and OUT/skipped.jsonl with the files left out because they cannot be read. Items
+spares a run the scan of the shards, and OUT/skipped.jsonl with the files left out because they cannot be read. Samples
 are mixed, so that any few shards in a row are a fair sample of all; bytes are copied as they are. The same input gives
 the same bytes, whoever writes them: `--resume` makes just the shards that are missing.
 
@@ -22,22 +22,26 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from bridle_hf.common.arguments import ArgumentError, parse_arguments
-from bridle_hf.data.batches import Places, SkippedFiles, TooManyBadFiles
-from bridle_hf.data.decoding import Item, MediaError, read_audio, read_image, read_video, reason_of
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.loaders import MODALITIES
+from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.errors import ArgumentError, MediaError, TooManyBadFiles, reason_of
+from bridle_hf.common.files import write_text
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.decoding import read_audio, read_image, read_video
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.modalities import MODALITIES
+from bridle_hf.data.order import Places
+from bridle_hf.data.sample import Sample
+from bridle_hf.data.shards.arguments import ShardArguments
 from bridle_hf.data.shards.entries import INDEX_NAME, Entry, index_line, scan
 from bridle_hf.data.shards.sources import Unreadable
-from bridle_hf.monitoring.monitor import write_text
 
 
 COLUMNS = ("label", "labels", "split", "fold", "group")
@@ -54,35 +58,12 @@ SIGNATURES = {
 }  # fmt: skip
 
 
-@dataclass
-class ShardArguments:
-    """Arguments of `training/shard.py`."""
-
-    data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
-    output_dir: str = field(metadata={"help": "folder to write; must be empty without --resume"})
-    modality: Literal["audio", "image", "video"] = field(default="audio", metadata={"help": "what the data is"})
-    format: Literal["tar", "parquet"] = field(default="tar", metadata={"help": "of the shards"})
-    shard_size_mb: int = field(default=256, metadata={"help": "bytes of media in a shard, at most, MiB"})
-    items_per_shard: int | None = field(default=None, metadata={"help": "items in a shard, whatever their size"})
-    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
-    label_column: str = field(default="label", metadata={"help": "column that is kept as the label"})
-    group_column: str = field(default="group", metadata={"help": "column that is kept as the group"})
-    num_workers: int = field(default=0, metadata={"help": "processes that write; 0: this one"})
-    resume: bool = field(default=False, metadata={"help": "make the shards that are missing in output_dir"})
-
-    def __post_init__(self):
-        for name, least in {"shard_size_mb": 1, "items_per_shard": 1, "num_workers": 0}.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= 1e9:
-                raise ValueError(f"--{name} is {value}: expected {least} to 1e9")
-
-
 @dataclass(frozen=True)
-class Sample:
-    """An item on its way into a shard: its key and its columns there, `file_name` and those of `COLUMNS` it has."""
+class Member:
+    """A sample on its way into a shard: its key and its columns there, `file_name` and those of `COLUMNS` it has."""
 
     key: str
-    item: Item
+    sample: Sample
     row: dict[str, Any]
 
 
@@ -93,17 +74,17 @@ class Plan:
     name: str
     modality: str
     columns: tuple[str, ...]
-    samples: tuple[Sample, ...]
+    members: tuple[Member, ...]
 
 
 def main() -> None:
     (args,) = parse_arguments(ShardArguments)
     out = Path(args.output_dir)
     try:
-        items = find_items(args.data, args.modality, args.split, args.label_column, args.group_column)
-        plans = make_plans(args, items)
+        samples = find_samples(args.data, args.modality, args.split, args.label_column, args.group_column)
+        plans = make_plans(args, samples)
         prepare_folder(out, args, plans)
-        entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(items)))
+        entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))
         write_text(out / INDEX_NAME, "".join(map(index_line, entries)))
     except (ValueError, TooManyBadFiles) as error:
         raise ArgumentError(str(error)) from error
@@ -111,7 +92,7 @@ def main() -> None:
         raise ArgumentError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     except BrokenProcessPool as error:
         raise SystemExit("error: a worker died, of memory most likely; go on with --resume, fewer workers") from error
-    print(f"{len(entries)} of {len(items)} items in {len(plans)} shards in {out}")
+    print(f"{len(entries)} of {len(samples)} samples in {len(plans)} shards in {out}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,54 +100,56 @@ def main() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_plans(args: ShardArguments, items: Sequence[Item]) -> list[Plan]:
-    """Shards of each split, their items mixed; what cannot be read is found later, and changes no other shard."""
-    order = mixed_order(items)
-    rows = [_row_of(item, args.data) for item in items]
+def make_plans(args: ShardArguments, samples: Sequence[Sample]) -> list[Plan]:
+    """Shards of each split, their samples mixed; what cannot be read is found later, and changes no other shard."""
+    order = mixed_order(samples)
+    rows = [_row_of(sample, args.data) for sample in samples]
     columns = ("file_name", *(name for name in COLUMNS if any(name in row for row in rows)))
     plans, key = [], 0
-    for split in sorted({item.split or "data" for item in items}):
+    for split in sorted({sample.split or "data" for sample in samples}):
         if not re.fullmatch(r"\w[\w.-]*", split):
             raise ValueError(f"split {split!r} of the data cannot begin the name of a file: give it another name")
-        members = [number for number in order if (items[number].split or "data") == split]
-        for number, shard in enumerate(_chunks(args, items, members)):
-            samples = tuple(Sample(f"{key + i:09d}", items[m], rows[m]) for i, m in enumerate(shard))
-            name = f"{split}-{number:06d}.{args.format}"
-            plans.append(Plan(name, args.modality, columns, samples))
+        numbers = [number for number in order if (samples[number].split or "data") == split]
+        for place, shard in enumerate(_chunks(args, samples, numbers)):
+            members = tuple(Member(f"{key + i:09d}", samples[m], rows[m]) for i, m in enumerate(shard))
+            name = f"{split}-{place:06d}.{args.format}"
+            plans.append(Plan(name, args.modality, columns, members))
             key += len(shard)
     return plans
 
 
-def mixed_order(items: Sequence[Item]) -> np.ndarray:
-    """A fixed permutation, (items,) int64, of items that lie in shards one that reads from few at a time."""
-    places, rng = Places.of(items), np.random.default_rng(0)
-    return rng.permutation(len(items)) if places is None else places.order(rng)
+def mixed_order(samples: Sequence[Sample]) -> np.ndarray:
+    """A fixed permutation, (samples,) int64, of samples that lie in shards one that reads from few at a time."""
+    places, rng = Places.of(samples), np.random.default_rng(0)
+    return rng.permutation(len(samples)) if places is None else places.order(rng)
 
 
-def _row_of(item: Item, data: str) -> dict[str, Any]:
-    # However the folder is spelled, as "./notes": items of a folder are named by its plain path.
-    name = item.path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
+def _row_of(sample: Sample, data: str) -> dict[str, Any]:
+    # However the folder is spelled, as "./notes": samples of a folder are named by its plain path.
+    name = sample.path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
     row = {"file_name": name}
-    row |= {name: value for name in COLUMNS if (value := getattr(item, name)) is not None}
-    return row | {"labels": list(item.labels)} if item.labels else row
+    row |= {name: value for name in COLUMNS if (value := getattr(sample, name)) is not None}
+    return row | {"labels": list(sample.labels)} if sample.labels else row
 
 
-def _chunks(args: ShardArguments, items: Sequence[Item], members: Sequence[int]) -> Iterator[list[int]]:
+def _chunks(args: ShardArguments, samples: Sequence[Sample], numbers: Sequence[int]) -> Iterator[list[int]]:
     chunk, size = [], 0
-    for member in members:
-        added = 0 if args.items_per_shard else _num_bytes(items[member])
-        full = len(chunk) == args.items_per_shard if args.items_per_shard else size + added > args.shard_size_mb << 20
+    for number in numbers:
+        added = 0 if args.samples_per_shard else _num_bytes(samples[number])
+        full = (
+            len(chunk) == args.samples_per_shard if args.samples_per_shard else size + added > args.shard_size_mb << 20
+        )
         if chunk and full:
             yield chunk
             chunk, size = [], 0
-        chunk.append(member)
+        chunk.append(number)
         size += added
     yield chunk
 
 
-def _num_bytes(item: Item) -> int:
+def _num_bytes(sample: Sample) -> int:
     try:
-        media = item.media()
+        media = sample.media()
         return os.stat(media).st_size if isinstance(media, str) else len(media)
     except (MediaError, OSError):
         return 0  # whoever writes its shard reports it
@@ -178,7 +161,7 @@ def prepare_folder(out: Path, args: ShardArguments, plans: Sequence[Plan]) -> No
     Raises:
         ValueError: it does not.
     """
-    samples = "\n".join(repr((plan.name, plan.columns, s.key, s.row)) for plan in plans for s in plan.samples)
+    samples = "\n".join(repr((plan.name, plan.columns, s.key, s.row)) for plan in plans for s in plan.members)
     ours = {"modality": args.modality, "shards": len(plans), "plan": hashlib.sha256(samples.encode()).hexdigest()}
     path = out / "plan.json"
     if out.exists() and any(out.iterdir()):
@@ -239,11 +222,11 @@ def finish_shard(out: Path, plan: Plan) -> tuple[list[Entry], list[tuple[str, st
             os.fsync(file.fileno())
         os.replace(part, path)
         entries = _entries_of(path, plan) or []
-    elif len(entries) < len(plan.samples):
+    elif len(entries) < len(plan.members):
         for _ in readable(plan, skipped):  # to tell again what was left out of it, and why
             pass
-    if len(entries) + len(skipped) != len(plan.samples):
-        raise ValueError(f"{path} holds {len(entries)} items, not what the data has for it now: delete it to go on")
+    if len(entries) + len(skipped) != len(plan.members):
+        raise ValueError(f"{path} holds {len(entries)} samples, not what the data has for it now: delete it to go on")
     return entries, skipped
 
 
@@ -256,23 +239,23 @@ def _entries_of(path: Path, plan: Plan) -> list[Entry] | None:
     return None if any(isinstance(entry.source, Unreadable) for entry in entries) else entries
 
 
-def readable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Sample, bytes, str]]:
+def readable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Member, bytes, str]]:
     """Each sample that can be decoded, with its bytes and its extension; others are added to `skipped`."""
-    for sample in plan.samples:
-        item = sample.item
+    for member in plan.members:
+        sample = member.sample
         try:
-            media = item.media()
+            media = sample.media()
             if isinstance(media, str):
                 extension, media = Path(media).suffix.lower(), Path(media).read_bytes()
             else:
-                extension = Path(item.path).suffix.lower()
+                extension = Path(sample.path).suffix.lower()
             if extension not in MODALITIES[plan.modality].extensions:
-                extension = _extension_of(media, item.path)
-            decode(media, item.path, plan.modality)
+                extension = _extension_of(media, sample.path)
+            decode(media, sample.path, plan.modality)
         except (OSError, ValueError) as error:
-            skipped.append((item.path, reason_of(error)))
+            skipped.append((sample.path, reason_of(error)))
         else:
-            yield sample, media, extension
+            yield member, media, extension
 
 
 def _extension_of(media: bytes, path: str) -> str:
@@ -283,7 +266,7 @@ def _extension_of(media: bytes, path: str) -> str:
 
 
 def decode(media: bytes, name: str, modality: str) -> None:
-    """Raise `MediaError` if it cannot be trained on; recordings and images are decoded whole, of films both ends."""
+    """Raise `MediaError` if it cannot be trained on; recordings and images are decoded whole, of videos both ends."""
     if modality == "audio":
         read_audio(media, name)
     elif modality == "video":
@@ -292,19 +275,19 @@ def decode(media: bytes, name: str, modality: str) -> None:
         read_image(media, name)
 
 
-def write_tar(path: Path, plan: Plan, samples: Iterator[tuple[Sample, bytes, str]]) -> None:
+def write_tar(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes, str]]) -> None:
     """A tar of the samples; nothing in it depends on when, where or by whom it was written."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample, media, extension in samples:
-            text = json.dumps(sample.row, ensure_ascii=False).encode()
+        for member, media, extension in members:
+            text = json.dumps(member.row, ensure_ascii=False).encode()
             # The label first: if the shard is cut later, the media have theirs.
             for suffix, content in ((".json", text), (extension, media)):
-                member = tarfile.TarInfo(sample.key + suffix)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                entry = tarfile.TarInfo(member.key + suffix)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
 
 
-def write_parquet(path: Path, plan: Plan, samples: Iterator[tuple[Sample, bytes, str]]) -> None:
+def write_parquet(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes, str]]) -> None:
     """A parquet file of the samples that `datasets` reads, too; the media are in the column named by the modality."""
     import datasets
     import pyarrow
@@ -317,8 +300,8 @@ def write_parquet(path: Path, plan: Plan, samples: Iterator[tuple[Sample, bytes,
     stored = {"compression": "none", "use_dictionary": list(plan.columns), "write_page_checksum": True}
     with parquet.ParquetWriter(path, schema, **stored) as writer:
         rows, size = [], 0
-        for sample, media, extension in samples:
-            rows.append({plan.modality: {"bytes": media, "path": sample.key + extension}, **sample.row})
+        for member, media, extension in members:
+            rows.append({plan.modality: {"bytes": media, "path": member.key + extension}, **member.row})
             size += len(media)
             if size >= ROW_GROUP_BYTES:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))

@@ -15,9 +15,9 @@ from helpers.shard_sets import digest, digests, make_shards
 from helpers.sounds import write_tone, write_tones
 from helpers.tiny_run import ROOT
 
-from bridle_hf.common.arguments import ArgumentError
-from bridle_hf.data.batches import Places
-from bridle_hf.data.finding import find_items
+from bridle_hf.common.errors import ArgumentError
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.order import Places
 from bridle_hf.data.shards import writer as shard
 from bridle_hf.data.shards.entries import INDEX_NAME
 
@@ -43,7 +43,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_the_same_bytes_from_any_number_of_workers(data, tmp_path, kind):
-    options = ("--format", kind, "--items_per_shard", "4")
+    options = ("--format", kind, "--samples_per_shard", "4")
     one = hashes(make_shards(data, tmp_path / "one", *options))
     data.rename(tmp_path / "moved")
     two = hashes(make_shards(tmp_path / "moved", tmp_path / "two", *options, "--num_workers", "2"))
@@ -55,15 +55,15 @@ def test_the_same_bytes_from_any_number_of_workers(data, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_nothing_is_lost_but_what_is_broken(data, tmp_path, kind):
-    out = make_shards(data, tmp_path / "out", "--format", kind, "--items_per_shard", "4")
-    files = {digest(item.path): item for item in find_items(str(data), "audio") if Path(item.path).exists()}
+    out = make_shards(data, tmp_path / "out", "--format", kind, "--samples_per_shard", "4")
+    files = {digest(sample.path): sample for sample in find_samples(str(data), "audio") if Path(sample.path).exists()}
     for index in (True, False):
-        items = find_items(out, "audio")
-        assert len(items) == 18
-        for item in items:
-            file = files[digest(item.media())]
+        samples = find_samples(out, "audio")
+        assert len(samples) == 18
+        for sample in samples:
+            file = files[digest(sample.media())]
             for name in ("label", "labels", "split", "fold", "group"):
-                assert getattr(item, name) == getattr(file, name)
+                assert getattr(sample, name) == getattr(file, name)
         if index:
             (Path(out) / INDEX_NAME).unlink()
     skipped = [json.loads(line) for line in (Path(out) / "skipped.jsonl").read_text().splitlines()]
@@ -84,17 +84,17 @@ def test_however_the_folder_is_spelled(tmp_path, monkeypatch):
 def test_a_full_disk(tmp_path):
     tones = write_tones(tmp_path / "tones", 4)
     out = tmp_path / "out"
-    expected = hashes(make_shards(tones, out, "--items_per_shard", "2"))
+    expected = hashes(make_shards(tones, out, "--samples_per_shard", "2"))
     (out / "data-000001.tar").unlink()
     (out / ".data-000001.tar.part").symlink_to("/dev/full")
     with pytest.raises(ArgumentError, match=r"No space left on device; mend this \(output_dir is .*out\), and"):
-        make_shards(tones, out, "--items_per_shard", "2", "--resume")
+        make_shards(tones, out, "--samples_per_shard", "2", "--resume")
     (out / ".data-000001.tar.part").unlink()
-    assert hashes(make_shards(tones, out, "--items_per_shard", "2", "--resume")) == expected
+    assert hashes(make_shards(tones, out, "--samples_per_shard", "2", "--resume")) == expected
 
 
 def test_resuming_makes_what_is_missing_or_broken(data, tmp_path):
-    options = ("--items_per_shard", "4")
+    options = ("--samples_per_shard", "4")
     out = Path(make_shards(data, tmp_path / "out", *options))
     expected, untouched = hashes(out), (out / "train-000000.tar").stat().st_mtime_ns
     (out / "train-000001.tar").unlink()
@@ -110,7 +110,7 @@ def test_resuming_makes_what_is_missing_or_broken(data, tmp_path):
 
 def test_killed_and_resumed(tmp_path):
     tones = write_tones(tmp_path / "tones", 60)
-    options = ["--items_per_shard", "2", "--num_workers", "2"]
+    options = ["--samples_per_shard", "2", "--num_workers", "2"]
     expected = hashes(make_shards(tones, tmp_path / "whole", *options))
     out = tmp_path / "out"
     command = [
@@ -139,19 +139,19 @@ def test_sizes(tmp_path):
         write_tone(folder / f"{number}.wav", seconds=rng.uniform(1, 20))
     out = Path(make_shards(folder, tmp_path / "out", "--shard_size_mb", "1"))
     by_shard: dict[str, int] = {}
-    for item in find_items(str(out), "audio"):
-        by_shard[item.place[0]] = by_shard.get(item.place[0], 0) + len(item.media())
+    for sample in find_samples(str(out), "audio"):
+        by_shard[sample.place[0]] = by_shard.get(sample.place[0], 0) + len(sample.media())
     total = sum(path.stat().st_size for path in folder.iterdir())
     assert max(by_shard.values()) <= 1 << 20 and len(by_shard) <= 2 * total / (1 << 20)
-    assert digests(find_items(str(out), "audio")) == digests(find_items(str(folder), "audio"))
+    assert digests(find_samples(str(out), "audio")) == digests(find_samples(str(folder), "audio"))
 
 
 def test_of_shards_and_of_hub_sets(tmp_path):
     """Bytes without a name, and shards of shards, from few of them at a time."""
     tones = write_tones(tmp_path / "tones", 40)
-    first = make_shards(tones, tmp_path / "first", "--items_per_shard", "1")
-    order = shard.mixed_order(find_items(first, "audio"))
-    assert Places.of(find_items(first, "audio")) is not None and sorted(order) == list(range(40))
+    first = make_shards(tones, tmp_path / "first", "--samples_per_shard", "1")
+    order = shard.mixed_order(find_samples(first, "audio"))
+    assert Places.of(find_samples(first, "audio")) is not None and sorted(order) == list(range(40))
     second = make_shards(first, tmp_path / "second", "--format", "parquet")
     rows = datasets.Dataset.from_dict(
         {"audio": [{"bytes": path.read_bytes(), "path": None} for path in Path(tones).rglob("*.wav")]}
@@ -160,19 +160,21 @@ def test_of_shards_and_of_hub_sets(tmp_path):
     rows.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "hub" / "data" / "train-0.parquet")
     third = make_shards(tmp_path / "hub", tmp_path / "third")
     for made in (second, third):
-        items = find_items(made, "audio")
-        assert digests(items) == digests(find_items(tones, "audio"))
-    assert all(item.path.endswith(".wav") for item in items) and {item.split for item in items} == {"train"}
+        samples = find_samples(made, "audio")
+        assert digests(samples) == digests(find_samples(tones, "audio"))
+    assert all(sample.path.endswith(".wav") for sample in samples) and {sample.split for sample in samples} == {
+        "train"
+    }
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--items_per_shard", "0"), "--items_per_shard is 0: expected 1 to 1e9"),
+        (("--samples_per_shard", "0"), "--samples_per_shard is 0: expected 1 to 1e9"),
         (("--num_workers", "-1"), "--num_workers is -1"),
         (("--format", "zip"), "format"),
         (("--shard_size", "3"), "unknown argument '--shard_size'; did you mean 'shard_size_mb'"),
-        (("--split", "test"), "no items of split 'test'"),
+        (("--split", "test"), "no samples of split 'test'"),
         (("--modality", "image"), "no image files found"),
         (("--resume",), "was begun with other data or arguments"),
         ((), "is not empty: give --resume"),
@@ -192,7 +194,7 @@ def test_too_many_bad_files(tmp_path):
     for path in sorted(tones.rglob("*.wav"))[:3]:
         path.write_bytes(b"")
     with pytest.raises(ArgumentError, match="3 of 20 files cannot be read"):
-        make_shards(tones, tmp_path / "out", "--items_per_shard", "5")
+        make_shards(tones, tmp_path / "out", "--samples_per_shard", "5")
     assert not (tmp_path / "out" / INDEX_NAME).exists()
 
 
@@ -201,7 +203,7 @@ def test_data_that_changed_meanwhile(tmp_path):
     bad = sorted(tones.rglob("*.wav"))[0]
     content = bad.read_bytes()
     bad.write_bytes(b"")
-    out = make_shards(tones, tmp_path / "out", "--items_per_shard", "20")
+    out = make_shards(tones, tmp_path / "out", "--samples_per_shard", "20")
     bad.write_bytes(content)
-    with pytest.raises(ArgumentError, match=r"data-000000\.tar holds 19 items, not what the data has for it now"):
-        make_shards(tones, Path(out), "--items_per_shard", "20", "--resume")
+    with pytest.raises(ArgumentError, match=r"data-000000\.tar holds 19 samples, not what the data has for it now"):
+        make_shards(tones, Path(out), "--samples_per_shard", "20", "--resume")

@@ -1,4 +1,4 @@
-"""Tests of training/shards.py: shards of any origin hold what the files did, in an order that nothing can disturb."""
+"""Tests of data/shards/entries.py: shards hold what the files did, in an order that nothing can disturb."""
 
 import io
 import json
@@ -13,30 +13,25 @@ import pyarrow
 import pytest
 import torch
 import webdataset
-from helpers.films import write_film
 from helpers.shard_sets import digest, digests, load_digest, make_shards, served
 from helpers.sounds import write_tones
 from helpers.tiny_run import pretrain, run_script, weights, write_recipe, write_recordings
+from helpers.videos import write_video
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
 from bridle_hf import BridleConfig
-from bridle_hf.data.batches import (
-    DrawDataset,
-    GlobalBatches,
-    Places,
-    SkippedFiles,
-    TooManyBadFiles,
-    iterate_eval,
-    make_loader,
-)
-from bridle_hf.data.decoding import Item, MediaError
-from bridle_hf.data.finding import find_items
-from bridle_hf.data.loaders import MODALITIES, make_item_loader, make_processor
+from bridle_hf.common.errors import MediaError, TooManyBadFiles
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import DrawDataset, GlobalBatches, iterate_eval, make_loader
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.modalities import MODALITIES, make_processor, make_sample_loader
+from bridle_hf.data.order import WINDOW, Places
+from bridle_hf.data.sample import Sample
 from bridle_hf.data.shards import sources as shard_sources
-from bridle_hf.data.shards.sources import WINDOW, TarMember, Unreadable
+from bridle_hf.data.shards.sources import TarMember, Unreadable
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def sets(tones, tmp_path_factory):
     """The tones in 20 shards, of each format; parquet with one row in a row group."""
     folder = tmp_path_factory.mktemp("sets")
     return {
-        kind: make_shards(tones, folder / kind, "--format", kind, "--items_per_shard", "2")
+        kind: make_shards(tones, folder / kind, "--format", kind, "--samples_per_shard", "2")
         for kind in ("tar", "parquet")
     }
 
@@ -89,12 +84,12 @@ def write_tar(path: Path, *members: tuple[str, bytes]) -> str:
 # --- the same samples in the same order, whoever reads them ---
 
 
-def drawn(items, steps, world_size=1, num_workers=0, start_batch=0):
+def drawn(samples, steps, world_size=1, num_workers=0, start_batch=0):
     """What each step of a run reads, put together from its processes: (steps, 8) digests."""
     ranks = []
     for rank in range(world_size):
         batches = GlobalBatches(8, rank, world_size, start_batch)
-        stream = iter(make_loader(DrawDataset(items, load_digest, seed=7), batches, num_workers=num_workers))
+        stream = iter(make_loader(DrawDataset(samples, load_digest, seed=7), batches, num_workers=num_workers))
         ranks.append(torch.stack([next(stream)["digest"] for _ in range(steps)]))
     return torch.cat(ranks, dim=1)
 
@@ -102,21 +97,21 @@ def drawn(items, steps, world_size=1, num_workers=0, start_batch=0):
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_an_epoch_of_shards_is_an_epoch_of_the_folder(tones, sets, kind):
-    files, items = find_items(tones, "audio"), find_items(sets[kind], "audio")
-    assert Places.of(items) is not None  # of more shards than are read at a time
-    assert len(items) == len({item.path for item in items}) == 40
-    expected = drawn(items, 10)
+    files, samples = find_samples(tones, "audio"), find_samples(sets[kind], "audio")
+    assert Places.of(samples) is not None  # of more shards than are read at a time
+    assert len(samples) == len({sample.path for sample in samples}) == 40
+    expected = drawn(samples, 10)
     for world_size, num_workers in ((1, 1), (1, 2), (1, 4), (2, 0), (2, 2)):
-        assert torch.equal(drawn(items, 10, world_size, num_workers), expected), (world_size, num_workers)
+        assert torch.equal(drawn(samples, 10, world_size, num_workers), expected), (world_size, num_workers)
     for epoch in (expected[:5], expected[5:], drawn(files, 5)):
         assert sorted(epoch.flatten().tolist()) == digests(files)
     assert not torch.equal(expected[:5], expected[5:])
-    assert torch.equal(drawn(items, 4, 2, start_batch=6), expected[6:])
+    assert torch.equal(drawn(samples, 4, 2, start_batch=6), expected[6:])
 
 
 def test_the_order_of_files_is_any_permutation(tones):
     """Checkpoints count on it."""
-    dataset = DrawDataset(find_items(tones, "audio"), load_digest, seed=3)
+    dataset = DrawDataset(find_samples(tones, "audio"), load_digest, seed=3)
     for epoch in range(2):
         rng = np.random.default_rng(np.random.SeedSequence((3, epoch), spawn_key=(1,)))
         order = [dataset.index_of(draw) for draw in range(40 * epoch, 40 * epoch + 40)]
@@ -129,13 +124,13 @@ def test_the_order_of_files_is_any_permutation(tones):
 )
 def test_few_parts_are_read_at_a_time(sizes, seed):
     places = [(f"shard {s}", part) for s, parts in enumerate(sizes) for part, n in enumerate(parts) for _ in range(n)]
-    items = [Item(str(n), source=FakeSource(place)) for n, place in enumerate(places)]
-    known = Places.of(items)
+    samples = [Sample(str(n), source=FakeSource(place)) for n, place in enumerate(places)]
+    known = Places.of(samples)
     if known is None:
         assert len(set(places)) <= WINDOW
         return
     order = known.order(np.random.default_rng(seed)).tolist()
-    assert sorted(order) == list(range(len(items)))
+    assert sorted(order) == list(range(len(samples)))
     spans = {}
     for time, index in enumerate(order):
         spans.setdefault(places[index], [time, time])[1] = time
@@ -148,25 +143,25 @@ class FakeSource:
         self.place = place
 
 
-def test_shards_and_files_give_the_same_items(tones, sets, tmp_path):
-    files = {digest(item.path): item for item in find_items(tones, "audio")}
+def test_shards_and_files_give_the_same_samples(tones, sets, tmp_path):
+    files = {digest(sample.path): sample for sample in find_samples(tones, "audio")}
     for kind, folder in sets.items():
-        indexed = find_items(folder, "audio")
+        indexed = find_samples(folder, "audio")
         plain = without_index(folder, tmp_path / kind)
-        scanned = find_items(str(plain), "audio")
-        assert [item.source for item in find_items(str(Path(folder) / "index.jsonl"), "audio")] == [
-            item.source for item in indexed
+        scanned = find_samples(str(plain), "audio")
+        assert [sample.source for sample in find_samples(str(Path(folder) / "index.jsonl"), "audio")] == [
+            sample.source for sample in indexed
         ]
-        for item, other in zip(indexed, scanned, strict=True):
-            assert item.label == other.label == files[digest(item.media())].label
-            assert item.media() == other.media()
-            assert Path(item.path).name == Path(other.path).name
-            assert pickle.loads(pickle.dumps(item)).media() == item.media()  # as a spawned worker has it
+        for sample, other in zip(indexed, scanned, strict=True):
+            assert sample.label == other.label == files[digest(sample.media())].label
+            assert sample.media() == other.media()
+            assert Path(sample.path).name == Path(other.path).name
+            assert pickle.loads(pickle.dumps(sample)).media() == sample.media()  # as a spawned worker has it
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_images_and_films(tmp_path, modality, kind):
+def test_images_and_videos(tmp_path, modality, kind):
     folder = tmp_path / "files"
     for number in range(4):
         (folder / "a").mkdir(parents=True, exist_ok=True)
@@ -174,14 +169,14 @@ def test_images_and_films(tmp_path, modality, kind):
             pixels = np.random.default_rng(number).integers(0, 255, (20, 24, 3), np.uint8)
             Image.fromarray(pixels).save(folder / "a" / f"{number}.png")
         else:
-            write_film(folder / "a" / f"{number}.mp4", 6 + number)
+            write_video(folder / "a" / f"{number}.mp4", 6 + number)
     out = make_shards(folder, tmp_path / "shards", "--modality", modality, "--format", kind)
     config = BridleConfig(modality=modality, image_size=16, patch_size=8, num_frames=4)
-    load = make_item_loader(config, make_processor(config), {"stride": 1} if modality == "video" else {})
+    load = make_sample_loader(config, make_processor(config), {"stride": 1} if modality == "video" else {})
 
     def batches(data):
         ledger = SkippedFiles(tmp_path / "skipped.jsonl", 4)
-        ((_, batch),) = iterate_eval(find_items(str(data), modality), load, 4, ledger)
+        ((_, batch),) = iterate_eval(find_samples(str(data), modality), load, 4, ledger)
         (values,) = (value for name, value in batch.items() if name.startswith("pixel_values"))
         return sorted(values, key=lambda value: value.double().sum().item())
 
@@ -189,8 +184,8 @@ def test_images_and_films(tmp_path, modality, kind):
 
 
 def test_pretraining_from_shards(tmp_path):
-    data = make_shards(write_recordings(tmp_path / "data"), tmp_path / "shards", "--items_per_shard", "1")
-    assert Places.of(find_items(data, "audio")) is not None
+    data = make_shards(write_recordings(tmp_path / "data"), tmp_path / "shards", "--samples_per_shard", "1")
+    assert Places.of(find_samples(data, "audio")) is not None
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "joint", "steps": 4, "learning_rate": 1e-3}])
     for workers in ("1", "2"):
         pretrain(recipe, data, tmp_path / workers, "--num_workers", workers)
@@ -200,7 +195,7 @@ def test_pretraining_from_shards(tmp_path):
 
 @pytest.mark.slow
 def test_pretraining_from_shards_in_two_processes(tmp_path):
-    data = make_shards(write_recordings(tmp_path / "data"), tmp_path / "shards", "--items_per_shard", "1")
+    data = make_shards(write_recordings(tmp_path / "data"), tmp_path / "shards", "--samples_per_shard", "1")
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "joint", "steps": 6, "learning_rate": 1e-3}])
     pretrain(recipe, data, tmp_path / "one")
     code = "from bridle_hf.pretraining.command import main; main()"
@@ -218,9 +213,9 @@ def test_pretraining_from_shards_in_two_processes(tmp_path):
 def test_webdataset_reads_our_tars(tones, sets):
     paths = sorted(map(str, Path(sets["tar"]).glob("*.tar")))
     found = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
-    items = find_items(sets["tar"], "audio")
-    assert [sample["wav"] for sample in found] == [item.media() for item in items]
-    assert [json.loads(sample["json"])["label"] for sample in found] == [item.label for item in items]
+    samples = find_samples(sets["tar"], "audio")
+    assert [sample["wav"] for sample in found] == [sample.media() for sample in samples]
+    assert [json.loads(sample["json"])["label"] for sample in found] == [sample.label for sample in samples]
     names = {json.loads(sample["json"])["file_name"] for sample in found}
     assert names == {str(path.relative_to(tones)) for path in Path(tones).rglob("*.wav")}
 
@@ -234,11 +229,11 @@ def test_we_read_tars_of_webdataset(tmp_path, tones, writes):
             sample = {"__key__": f"part.d/{number:03d}", "wav": path.read_bytes(), writes: label[writes]}
             # A pickle in a shard is somebody's program: never opened.
             writer.write(sample | {"pyd": b"", "seg.wav": b"a part of the key", "pickle": b"cbuiltins\neval\n."})
-    items = find_items(str(tmp_path / "val-0.tar"), "audio")
-    assert [item.media() for item in items] == [path.read_bytes() for path in paths]
-    assert [item.label for item in items] == [str(number % 3) for number in range(40)]
-    assert items[7].path == f"{tmp_path}/val-0.tar/part.d/007.wav" and items[7].split == "validation"
-    assert [item.fold for item in items[:2]] == (["0", "1"] if writes == "json" else [None, None])
+    samples = find_samples(str(tmp_path / "val-0.tar"), "audio")
+    assert [sample.media() for sample in samples] == [path.read_bytes() for path in paths]
+    assert [sample.label for sample in samples] == [str(number % 3) for number in range(40)]
+    assert samples[7].path == f"{tmp_path}/val-0.tar/part.d/007.wav" and samples[7].split == "validation"
+    assert [sample.fold for sample in samples[:2]] == (["0", "1"] if writes == "json" else [None, None])
 
 
 def test_plain_tars(tmp_path):
@@ -250,10 +245,10 @@ def test_plain_tars(tmp_path):
         link = tarfile.TarInfo("z.wav")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    *items, last = find_items(str(path), "audio")
-    assert [item.media() for item in items] == [b"0", b"1", b"2", b"3", b"4"]
-    assert [item.path.removeprefix(f"{path}/") for item in items[:4]] == names[:4]
-    assert len({item.path for item in items}) == 5
+    *samples, last = find_samples(str(path), "audio")
+    assert [sample.media() for sample in samples] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [sample.path.removeprefix(f"{path}/") for sample in samples[:4]] == names[:4]
+    assert len({sample.path for sample in samples}) == 5
     with pytest.raises(MediaError, match=r"z\.wav: is a link"):
         last.media()
 
@@ -262,26 +257,26 @@ def test_tars_of_macos(tmp_path):
     """Resource forks stand between the files of a sample, in folders whose names have dots."""
     names = ["./v1.0", "./v1.0/._0.wav", "./v1.0/0.wav", "./v1.0/._0.json", "./v1.0/0.json", "./v1.0/no extension"]
     path = write_tar(tmp_path / "a.tar", *((name, b'{"label": "dog"}') for name in names))
-    (item,) = find_items(path, "audio")
-    assert (item.path, item.label) == (f"{path}/./v1.0/0.wav", "dog")
+    (sample,) = find_samples(path, "audio")
+    assert (sample.path, sample.label) == (f"{path}/./v1.0/0.wav", "dog")
 
 
 def test_large_members(tmp_path, monkeypatch):
     content = np.random.default_rng(0).bytes(10_000)
     for most in (999, 1000, 10_000):
         monkeypatch.setattr(shard_sources, "_MAX_READ", most)
-        (item,) = find_items(write_tar(tmp_path / f"{most}.tar", ("1.wav", content)), "audio")
-        assert item.media() == content
+        (sample,) = find_samples(write_tar(tmp_path / f"{most}.tar", ("1.wav", content)), "audio")
+        assert sample.media() == content
 
 
 def test_names_that_look_like_patterns(tmp_path):
     for name in ("1", "[1]"):
         write_tar(tmp_path / f"{name}.tar", (f"{name}.wav", b"."))
-    assert [item.path for item in find_items(f"{tmp_path}/[1].tar", "audio")] == [f"{tmp_path}/[1].tar/[1].wav"]
+    assert [sample.path for sample in find_samples(f"{tmp_path}/[1].tar", "audio")] == [f"{tmp_path}/[1].tar/[1].wav"]
     (tmp_path / "a{1}").mkdir()
     path = write_tar(tmp_path / "a{1}" / "x.tar", ("1.wav", b"."))
     for data in (path, f"{tmp_path}/a{{1}}"):
-        assert [item.path for item in find_items(data, "audio")] == [f"{path}/1.wav"]
+        assert [sample.path for sample in find_samples(data, "audio")] == [f"{path}/1.wav"]
 
 
 def test_labels_of_many_kinds(tmp_path):
@@ -293,24 +288,24 @@ def test_labels_of_many_kinds(tmp_path):
     ]
     members += [("8.json", b"{"), ("8.wav", b"."), ("9.cls", b"\xff"), ("9.wav", b".")]
     path = write_tar(tmp_path / "a.tar", *members)
-    *items, eight, nine = find_items(path, "audio")
-    assert [item.labels for item in items] == [("a", "b"), ("a", "c"), ("5",), None, None]
-    for item, reason in ((eight, "its .json is not JSON"), (nine, "its .cls is not UTF-8")):
+    *samples, eight, nine = find_samples(path, "audio")
+    assert [sample.labels for sample in samples] == [("a", "b"), ("a", "c"), ("5",), None, None]
+    for sample, reason in ((eight, "its .json is not JSON"), (nine, "its .cls is not UTF-8")):
         with pytest.raises(MediaError, match=reason):
-            item.media()
+            sample.media()
     with pytest.raises(ValueError, match=r"no column 'key' for the labels; the columns are \['labels'\]"):
-        find_items(path, "audio", label_column="key")
+        find_samples(path, "audio", label_column="key")
     with pytest.raises(ValueError, match=r"a\.tar: holds no image"):
-        find_items(path, "image")
+        find_samples(path, "image")
 
 
 def test_datasets_reads_our_parquet(tones, sets):
     rows = datasets.load_dataset("parquet", data_files=f"{sets['parquet']}/*.parquet", split="train")
     assert isinstance(rows.features["audio"], datasets.Audio)
     rows = rows.cast_column("audio", datasets.Audio(decode=False))
-    items = find_items(sets["parquet"], "audio")
-    assert [row["audio"]["bytes"] for row in rows] == [item.media() for item in items]
-    assert [row["label"] for row in rows] == [item.label for item in items]
+    samples = find_samples(sets["parquet"], "audio")
+    assert [row["audio"]["bytes"] for row in rows] == [sample.media() for sample in samples]
+    assert [row["label"] for row in rows] == [sample.label for sample in samples]
     assert {row["file_name"] for row in rows} == {str(path.relative_to(tones)) for path in Path(tones).rglob("*.wav")}
 
 
@@ -324,11 +319,11 @@ def test_we_read_parquet_of_others(tmp_path, tones, typed):
         rows.cast_column("kind", datasets.ClassLabel(names=["0", "1"])).to_parquet(path, batch_size=7)
     else:
         parquet.write_table(pyarrow.table({"recording": media, "kind": labels}), path, row_group_size=7)
-    items = find_items(str(path), "audio", label_column="kind")
-    assert [item.media() for item in items] == media
-    assert [item.label for item in items] == [str(label) for label in labels]
-    assert {item.split for item in items} == {"test"}
-    assert len({item.place for item in items}) == 6
+    samples = find_samples(str(path), "audio", label_column="kind")
+    assert [sample.media() for sample in samples] == media
+    assert [sample.label for sample in samples] == [str(label) for label in labels]
+    assert {sample.split for sample in samples} == {"test"}
+    assert len({sample.place for sample in samples}) == 6
 
 
 def test_two_pictures_lists_of_labels_and_unknown_ones(tmp_path):
@@ -344,23 +339,27 @@ def test_two_pictures_lists_of_labels_and_unknown_ones(tmp_path):
     folder.mkdir(parents=True)
     (folder / path.name).write_bytes(path.read_bytes())
     for data in (path, folder.parent):  # as a shard, and by way of `datasets`
-        items = find_items(str(data), "image")
-        assert [item.label for item in items] == ["b", None, None]
-        assert {item.media() for item in items} == {b"image"}
-        items = find_items(str(data), "image", label_column="tags")
-        assert [(item.label, item.labels) for item in items] == [(None, ("a",)), (None, None), (None, ("a", "b"))]
+        samples = find_samples(str(data), "image")
+        assert [sample.label for sample in samples] == ["b", None, None]
+        assert {sample.media() for sample in samples} == {b"image"}
+        samples = find_samples(str(data), "image", label_column="tags")
+        assert [(sample.label, sample.labels) for sample in samples] == [
+            (None, ("a",)),
+            (None, None),
+            (None, ("a", "b")),
+        ]
 
 
 def test_empty_cells_and_ambiguous_columns(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"audio": [b"x", None], "more": [b"", b""]}), path)
-    first, second = find_items(str(path), "audio")
+    first, second = find_samples(str(path), "audio")
     assert first.media() == b"x"
     with pytest.raises(MediaError, match=r"a\.parquet/1: column audio holds no bytes"):
         second.media()
     parquet.write_table(pyarrow.table({"one": [b"x"], "more": [b""]}), path)
     with pytest.raises(ValueError, match=r"expected one audio column, found \['one', 'more'\]"):
-        find_items(str(path), "audio")
+        find_samples(str(path), "audio")
 
 
 # --- by URL ---
@@ -378,35 +377,35 @@ def bucket(sets):
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_urls_of_every_kind(bucket, sets, tones, kind):
-    local = find_items(sets[kind], "audio")
+    local = find_samples(sets[kind], "audio")
     memory = fsspec.filesystem("memory")
     for indexed in (True, False):
         if not indexed:
             memory.rm(f"/bucket/{kind}/index.jsonl")
         for name in ("", "/", "/*." + kind, "/data-0000{00..19}." + kind):
-            items = find_items(f"{bucket}/{kind}{name}", "audio")
-            assert [item.label for item in items] == [item.label for item in local]
-            assert items[3].path == f"{bucket}/{kind}/{local[3].path.removeprefix(sets[kind] + '/')}"
-        assert [item.media() for item in items] == [item.media() for item in local]
-        single = find_items(f"{bucket}/{kind}/data-000003.{kind}", "audio")
-        assert [item.media() for item in single] == [item.media() for item in local[6:8]]
-    assert torch.equal(drawn(items, 5, 1, 2), drawn(local, 5))  # where shards are changes nothing
+            samples = find_samples(f"{bucket}/{kind}{name}", "audio")
+            assert [sample.label for sample in samples] == [sample.label for sample in local]
+            assert samples[3].path == f"{bucket}/{kind}/{local[3].path.removeprefix(sets[kind] + '/')}"
+        assert [sample.media() for sample in samples] == [sample.media() for sample in local]
+        single = find_samples(f"{bucket}/{kind}/data-000003.{kind}", "audio")
+        assert [sample.media() for sample in single] == [sample.media() for sample in local[6:8]]
+    assert torch.equal(drawn(samples, 5, 1, 2), drawn(local, 5))  # where shards are changes nothing
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_http(sets, kind, copies):
-    local = find_items(sets[kind], "audio")
+    local = find_samples(sets[kind], "audio")
     with served(sets[kind]) as (url, asked):
-        items = find_items(f"{url}/index.jsonl", "audio")
+        samples = find_samples(f"{url}/index.jsonl", "audio")
         assert not any(path.endswith(kind) for path in asked)
-        found = drawn(items, 5, 1, 2)
+        found = drawn(samples, 5, 1, 2)
         assert torch.equal(found, drawn(local, 5))
         assert sorted(path for path in asked if path.endswith(kind)) == [
             f"/data-{number:06d}.{kind}" for number in range(20)
         ]  # once each, by two workers
-        assert len(find_items(f"{url}/data-0000{{00..19}}.{kind}", "audio")) == 40
+        assert len(find_samples(f"{url}/data-0000{{00..19}}.{kind}", "audio")) == 40
         with pytest.raises(ValueError, match=rf"data-000020\.{kind}: no such shard"):
-            find_items(f"{url}/data-0000{{00..20}}.{kind}", "audio")
+            find_samples(f"{url}/data-0000{{00..20}}.{kind}", "audio")
     assert len(list(copies.glob("*.shard"))) == 20
     assert not list(copies.glob("*.part"))
 
@@ -414,39 +413,41 @@ def test_http(sets, kind, copies):
 def test_a_server_that_redirects(sets, copies):
     """To a signed address that is new each time, as the Hub and its like do."""
     with served(sets["tar"], redirects=True) as (url, asked):
-        items = find_items(f"{url}/data-0000{{00..02}}.tar", "audio")
-        media = [item.media() for item in items]
+        samples = find_samples(f"{url}/data-0000{{00..02}}.tar", "audio")
+        media = [sample.media() for sample in samples]
         forget()
-        assert [item.media() for item in items] == media
+        assert [sample.media() for sample in samples] == media
         assert len([path for path in asked if ".tar?" in path]) == 3
         # A machine that went down may leave half a copy.
         for path in copies.glob("*.shard"):
             path.write_bytes(path.read_bytes()[:700])
         forget()
-        assert [item.media() for item in items] == media
+        assert [sample.media() for sample in samples] == media
     assert len(list(copies.glob("*.shard"))) == 3
 
 
 def test_http_without_an_index(sets, tmp_path):
     for kind in sets:
         with served(without_index(sets[kind], tmp_path / kind)) as (url, _):
-            items = find_items(f"{url}/data-0000{{00..19}}.{kind}", "audio")
-            assert [item.media() for item in items] == [item.media() for item in find_items(sets[kind], "audio")]
-            assert find_items(url, "audio") == items  # by the server's listing
+            samples = find_samples(f"{url}/data-0000{{00..19}}.{kind}", "audio")
+            assert [sample.media() for sample in samples] == [
+                sample.media() for sample in find_samples(sets[kind], "audio")
+            ]
+            assert find_samples(url, "audio") == samples  # by the server's listing
 
 
 def test_copies_make_room_for_each_other(bucket, copies, monkeypatch):
-    items = find_items(f"{bucket}/tar", "audio")
+    samples = find_samples(f"{bucket}/tar", "audio")
     size = 30_000  # a shard has some 23 KB
     monkeypatch.setenv("BRIDLE_SHARD_CACHE_GB", str(3 * size / 1e9))
-    expected = [item.media() for item in items]
+    expected = [sample.media() for sample in samples]
     assert 1 < len(list(copies.glob("*.shard"))) <= 3
     forget()
-    assert [item.media() for item in reversed(items)] == expected[::-1]
+    assert [sample.media() for sample in reversed(samples)] == expected[::-1]
 
 
 def test_the_network_fails_for_a_while(bucket, monkeypatch, tmp_path):
-    items = find_items(f"{bucket}/tar", "audio")
+    samples = find_samples(f"{bucket}/tar", "audio")
     memory = type(fsspec.filesystem("memory"))
     failures, get_file = [TimeoutError("slow"), OSError("reset")], memory.get_file
 
@@ -456,14 +457,14 @@ def test_the_network_fails_for_a_while(bucket, monkeypatch, tmp_path):
         return get_file(self, *args, **options)
 
     monkeypatch.setattr(memory, "get_file", flaky)
-    assert items[0].media() == find_items(f"{bucket}/tar", "audio")[0].media() and not failures
+    assert samples[0].media() == find_samples(f"{bucket}/tar", "audio")[0].media() and not failures
     # Not a bad file: what a run sees must not depend on it. The run ends, and can be resumed.
     failures += [OSError("reset")] * 9
     with pytest.raises(ConnectionError, match=r"data-000001\.tar: cannot be copied: OSError: reset"):
-        DrawDataset([items[2]], load_digest, seed=0)[0]
+        DrawDataset([samples[2]], load_digest, seed=0)[0]
     fsspec.filesystem("memory").rm("/bucket/tar/data-000002.tar")
     with pytest.raises(MediaError, match=r"data-000002\.tar/000000004\.wav: cannot be read"):
-        items[4].media()
+        samples[4].media()
 
 
 # --- broken shards ---
@@ -472,11 +473,11 @@ def test_the_network_fails_for_a_while(bucket, monkeypatch, tmp_path):
 def survivors(path: str) -> tuple[list[int], list[str]]:
     """Digests of what can be read of a shard, and the reasons for what cannot."""
     found, reasons = [], []
-    for item in find_items(path, "audio"):
+    for sample in find_samples(path, "audio"):
         try:
-            found.append(digest(item.media()))
+            found.append(digest(sample.media()))
         except MediaError as error:
-            assert error.path == item.path
+            assert error.path == sample.path
             reasons.append(error.reason)
     return found, reasons
 
@@ -486,13 +487,13 @@ def test_truncated_tar(tones, tmp_path, indexed):
     out = Path(make_shards(tones, tmp_path / "out"))
     (path,) = out.glob("*.tar")
     whole, _ = survivors(str(out))
-    items, content = find_items(str(out), "audio"), path.read_bytes()
+    samples, content = find_samples(str(out), "audio"), path.read_bytes()
     if not indexed:
         (out / "index.jsonl").unlink()
     cuts = {
-        "within a sample": (items[30].source.offset + 100, 30),
-        "within a header": (items[30].source.offset - 1200, 29 if not indexed else 30),  # a label may lie behind
-        "behind the last": (items[39].source.offset + 9728, 39 if not indexed else 40),
+        "within a sample": (samples[30].source.offset + 100, 30),
+        "within a header": (samples[30].source.offset - 1200, 29 if not indexed else 30),  # a label may lie behind
+        "behind the last": (samples[39].source.offset + 9728, 39 if not indexed else 40),
     }
     for cut, left in cuts.values():
         path.write_bytes(content[:cut])
@@ -503,7 +504,7 @@ def test_truncated_tar(tones, tmp_path, indexed):
     path.write_bytes(content[:2000])
     ledger = SkippedFiles(tmp_path / "skipped.jsonl", 40 if indexed else 1)
     with pytest.raises(TooManyBadFiles, match="cannot be read"):
-        list(iterate_eval(find_items(str(out), "audio"), load_digest, 8, ledger))
+        list(iterate_eval(find_samples(str(out), "audio"), load_digest, 8, ledger))
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -512,7 +513,7 @@ def test_flipped_header_in_a_tar(tones, tmp_path, indexed):
     (path,) = out.glob("*.tar")
     whole, _ = survivors(str(out))
     content = bytearray(path.read_bytes())
-    content[find_items(str(out), "audio")[12].source.offset - 512 + 3] ^= 4
+    content[find_samples(str(out), "audio")[12].source.offset - 512 + 3] ^= 4
     path.write_bytes(content)
     if not indexed:
         (out / "index.jsonl").unlink()
@@ -520,27 +521,27 @@ def test_flipped_header_in_a_tar(tones, tmp_path, indexed):
     assert found == whole[:12] + whole[13:]
     assert len(reasons) == 1 and "no tar header at byte" in reasons[0]
     ledger = SkippedFiles(tmp_path / "skipped.jsonl", 40)
-    items = find_items(str(out), "audio")
-    assert len([None for _ in iterate_eval(items, load_digest, 1, ledger)]) == 39
-    assert list(ledger.reasons) == [items[12].path]
-    assert items[12].label == items[11 if not indexed else 12].label  # something, so that it counts somewhere
+    samples = find_samples(str(out), "audio")
+    assert len([None for _ in iterate_eval(samples, load_digest, 1, ledger)]) == 39
+    assert list(ledger.reasons) == [samples[12].path]
+    assert samples[12].label == samples[11 if not indexed else 12].label  # something, so that it counts somewhere
 
 
 def test_index_of_another_shard(tones, tmp_path):
-    out = Path(make_shards(tones, tmp_path / "out", "--items_per_shard", "20"))
+    out = Path(make_shards(tones, tmp_path / "out", "--samples_per_shard", "20"))
     first, second = sorted(out.glob("*.tar"))
     first.write_bytes(write_and_read(tmp_path, [("a.wav", b"12"), ("b.wav", b"3" * 20000)]))
     found, reasons = survivors(str(out))
     assert len(found) == 20 and len(reasons) == 20
     second.unlink()
     with pytest.raises(ValueError, match=r"data-000001\.tar: no such shard, but index\.jsonl lists it"):
-        find_items(str(out), "audio")
+        find_samples(str(out), "audio")
     with pytest.raises(ValueError, match=r"data-000001\.tar: no such shard"):
-        find_items(str(out / "index.jsonl"), "audio")
-    assert len(find_items(str(out / "*.tar"), "audio")) == 20
+        find_samples(str(out / "index.jsonl"), "audio")
+    assert len(find_samples(str(out / "*.tar"), "audio")) == 20
     (out / "index.jsonl").write_text('{"shard": "a"}\n')
     with pytest.raises(ValueError, match=r"index\.jsonl, line 1: not a line of an index"):
-        find_items(str(out), "audio")
+        find_samples(str(out), "audio")
 
 
 def write_and_read(folder: Path, members) -> bytes:
@@ -550,7 +551,7 @@ def write_and_read(folder: Path, members) -> bytes:
 def test_broken_parquet(tones, tmp_path):
     out = Path(make_shards(tones, tmp_path / "out", "--format", "parquet"))
     (path,) = out.glob("*.parquet")
-    media = [item.media() for item in find_items(str(out), "audio")]
+    media = [sample.media() for sample in find_samples(str(out), "audio")]
     parquet.write_table(  # several row groups, with checksums
         parquet.read_table(path), path, row_group_size=5, compression="none", write_page_checksum=True
     )
@@ -565,7 +566,7 @@ def test_broken_parquet(tones, tmp_path):
     assert len(reasons) == 5 and "row group 2 cannot be read" in reasons[0]
     path.write_bytes(content[:-1000])
     with pytest.raises(ValueError, match=r"data-000000\.parquet: not a whole parquet file"):
-        find_items(str(out), "audio")
+        find_samples(str(out), "audio")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -588,15 +589,15 @@ def test_fuzzed_shards(tmp_path, kind, data):
     path.write_bytes(content[start : data.draw(st.integers(0, len(content)))])
     forget()
     try:
-        items = find_items(str(path), "audio")
+        samples = find_samples(str(path), "audio")
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return
-    for item in items:
+    for sample in samples:
         try:
-            found = item.media()
+            found = sample.media()
         except MediaError as error:
-            assert error.path == item.path and "\n" not in error.reason
+            assert error.path == sample.path and "\n" not in error.reason
         else:
             assert isinstance(found, bytes)
 
@@ -629,33 +630,33 @@ def test_what_is_no_shard(tmp_path, data, message):
         (tmp_path / name).write_bytes(b"This is a text. " * 100)
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(ValueError, match=message) as raised:
-        find_items(data.format(tmp_path), "audio")
+        find_samples(data.format(tmp_path), "audio")
     assert "\n" not in str(raised.value)
 
 
 def test_files_come_before_shards(tones, sets, tmp_path):
     mixed = Path(write_tones(tmp_path / "mixed", 3))
     write_tar(mixed / "a.tar", ("b.wav", b""))
-    assert len(find_items(str(mixed), "audio")) == 3
+    assert len(find_samples(str(mixed), "audio")) == 3
     folder = tmp_path / "named.tar"
     write_tones(folder, 2)
-    assert len(find_items(str(folder), "audio")) == 2
+    assert len(find_samples(str(folder), "audio")) == 2
 
 
 def test_shards_of_each_process_of_a_machine(sets):
     """More shards than may be open, in turns."""
-    items = find_items(sets["tar"], "audio")
+    samples = find_samples(sets["tar"], "audio")
     most, shard_sources._open_tars.most = shard_sources._open_tars.most, 3
     try:
-        assert digests(items) == sorted(digests(items[::2]) + digests(items[1::2]))
+        assert digests(samples) == sorted(digests(samples[::2]) + digests(samples[1::2]))
         assert len(shard_sources._open_tars.values) == 3
     finally:
         shard_sources._open_tars.most = most
 
 
 def test_sources(sets):
-    item = find_items(sets["tar"], "audio")[0]
-    assert item.source == TarMember(f"{sets['tar']}/data-000000.tar", 1536, len(item.media()))
+    sample = find_samples(sets["tar"], "audio")[0]
+    assert sample.source == TarMember(f"{sets['tar']}/data-000000.tar", 1536, len(sample.media()))
     with pytest.raises(MediaError, match="gone"):
         Unreadable("a.tar", "gone").media()
     assert set(MODALITIES) == {"audio", "image", "video"}

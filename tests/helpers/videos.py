@@ -1,4 +1,4 @@
-"""Small films, written with PyAV: every frame shows its own number as a shade of grey."""
+"""Small videos, written with PyAV: every frame shows its own number as a shade of grey."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -29,7 +29,7 @@ def numbers(frames: np.ndarray) -> list[int]:
     return np.rint((middle - 20) / SHADES).astype(int).tolist()
 
 
-def write_film(
+def write_video(
     path: Path,
     num_frames: int = 20,
     size: tuple[int, int] = (64, 48),
@@ -41,7 +41,7 @@ def write_film(
     options: dict[str, str] | None = None,
     **muxer: str,
 ) -> str:
-    """A film of `num_frames`, key frames 5 apart.
+    """A video of `num_frames`, key frames 5 apart.
 
     Args:
         pts: of each frame, in milliseconds, for a varying rate.

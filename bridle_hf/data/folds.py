@@ -1,0 +1,77 @@
+"""Splits, folds and groups: which samples are held out together."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from bridle_hf.data.labels import _labels_of
+from bridle_hf.data.sample import Sample
+
+
+def split_by_groups(samples: Sequence[Sample], held_out: Iterable[str]) -> tuple[list[Sample], list[Sample]]:
+    """(samples of other groups, samples of the `held_out` groups). ValueError for a group that no sample has."""
+    held_out = set(held_out)
+    found = {sample.group for sample in samples}
+    if not held_out <= found:
+        unknown, known = sorted(held_out - found), sorted(map(str, found))
+        raise ValueError(f"no samples of group {', '.join(unknown)}; the groups are {', '.join(known[:20])}")
+    rest = [sample for sample in samples if sample.group not in held_out]
+    return rest, [sample for sample in samples if sample.group in held_out]
+
+
+def assign_folds(samples: Sequence[Sample], num_folds: int | None = None) -> np.ndarray:
+    """Fold number of each sample, (samples,) int64 from 0, the same on every call.
+
+    By the column `fold` where the samples have it (`num_folds` does not apply: there are as many as it names), else
+    group-disjoint where they have `group`, else with each label spread evenly. If `num_folds` is not given: 5, or as
+    many as there are groups.
+
+    Raises:
+        ValueError: only some samples have a fold or group, or there are fewer than 2 folds or groups to be had.
+    """
+    groups = {sample.group for sample in samples} - {None}
+    num_folds = num_folds or min(5, len(groups) or 5)
+    if any(sample.fold is not None for sample in samples):
+        names = sorted({_required(sample, "fold") for sample in samples}, key=lambda name: (len(name), name))
+        if len(names) < 2:
+            raise ValueError(f"all samples are of fold {names[0]}: needs at least 2 folds")
+        return np.array([names.index(sample.fold) for sample in samples])
+    if groups:
+        return group_folds(samples, num_folds)
+    by_label = sorted(range(len(samples)), key=lambda index: (_labels_of(samples[index]), index))
+    folds = np.empty(len(samples), dtype=np.int64)
+    rng = np.random.default_rng(0)
+    for start in range(
+        0, len(samples), num_folds
+    ):  # a run of `num_folds` alike goes to as many folds, in random order
+        run = by_label[start : start + num_folds]
+        folds[run] = rng.permutation(num_folds)[: len(run)]
+    return folds
+
+
+def group_folds(samples: Sequence[Sample], num_folds: int) -> np.ndarray:
+    """Fold number of each sample, (samples,) int64 from 0, no group in two folds: the largest group left goes to the
+    smallest fold.
+
+    Raises:
+        ValueError: a sample without group, or fewer groups than folds.
+    """
+    sizes = Counter(_required(sample, "group") for sample in samples)
+    if not 2 <= num_folds <= len(sizes):
+        raise ValueError(f"{num_folds} folds of {len(sizes)} groups: needs at least 2 folds, and a group for each")
+    filled = [0] * num_folds
+    fold_of = {}
+    for group, size in sorted(sizes.items(), key=lambda pair: (-pair[1], pair[0])):
+        fold_of[group] = filled.index(min(filled))
+        filled[fold_of[group]] += size
+    return np.array([fold_of[sample.group] for sample in samples])
+
+
+def _required(sample: Sample, attribute: str) -> str:
+    value = getattr(sample, attribute)
+    if value is None:
+        raise ValueError(
+            f"{sample.path} has no {attribute}, others have: fill the column for every sample, or for none"
+        )
+    return value

@@ -1,0 +1,52 @@
+"""Masked samples: a loader that draws a mask with each sample."""
+
+import math
+
+import numpy as np
+import torch
+
+from bridle_hf import BridleConfig
+from bridle_hf.data.loaders import Load
+from bridle_hf.data.sample import Sample
+from bridle_hf.masking_bridle import make_mask
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
+
+
+class MaskedLoader:
+    """A loader whose samples carry `bool_masked_pos` (patches,), drawn for each sample from a mix of masks.
+
+    Only real patches are hidden, so that a padded clip has its share of visible ones.
+
+    Args:
+        load: loader of a modality.
+        config: `BridleConfig` of the encoder; gives patches and `mask_ratio`.
+        masks: weight by kind of mask, such as {"random": 1, "mel_band": 3}; empty: the config's `mask_type` alone.
+
+    Raises:
+        ValueError: a kind of mask that is unknown or does not fit the grid, or weights that are not.
+    """
+
+    def __init__(self, load: Load, config: BridleConfig, masks: dict[str, float]):
+        self.load, self.config = load, config
+        masks = masks or {config.mask_type: 1.0}
+        for kind, weight in masks.items():
+            make_mask(kind, config.patch_grid, config.mask_ratio)
+            if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(f"masks: the weight of '{kind}' is {weight!r}, expected a number of 0 or more")
+        total = sum(masks.values())
+        if total <= 0:
+            raise ValueError("masks: all weights are 0")
+        self.kinds, self.shares = list(masks), [weight / total for weight in masks.values()]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        loaded = self.load(sample, rng)
+        values = loaded[INPUT_NAMES[self.config.modality]][None]
+        grid = patchify(values, self.config)[1]
+        steps = grid[0]
+        if "attention_mask" in sample:
+            real = patch_attention_mask(loaded["attention_mask"][None], self.config)
+            steps = int(real.sum()) // math.prod(grid[1:])
+        kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        mask = make_mask(kind, (steps, *grid[1:]), self.config.mask_ratio, generator, padded_grid=grid)
+        return {**loaded, "bool_masked_pos": mask}

@@ -1,0 +1,130 @@
+"""Modalities: the table of what each brings to the data, and what makes loaders and processors by it."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
+
+from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
+from bridle_hf.common.arguments import check_name
+from bridle_hf.common.errors import one_line
+from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader
+
+
+@dataclass(frozen=True)
+class Modality:
+    """What a modality brings."""
+
+    extensions: tuple[str, ...]  # of the files to look for
+    loader: type  # reads a sample into model input
+    sizes: Callable[[BridleConfig], dict[str, int]]  # arguments of the loader that the model decides
+    auto_processor: type  # opens a saved processor
+
+
+MODALITIES = {
+    "audio": Modality(
+        (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
+        AudioLoader,
+        lambda config: {"max_frames": config.max_length},
+        AutoFeatureExtractor,
+    ),
+    "image": Modality(
+        (
+            ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+            ".avif", ".mpo", ".tga",
+        ),
+        ImageLoader,
+        lambda config: {},
+        AutoImageProcessor,
+    ),
+    "video": Modality(
+        (
+            ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".wmv", ".flv",
+            ".3gp", ".ogv",
+        ),
+        VideoLoader,
+        lambda config: {"num_frames": config.num_frames},
+        AutoImageProcessor,
+    ),
+}  # fmt: skip
+
+
+def make_sample_loader(
+    config: BridleConfig,
+    processor: Any,
+    options: Mapping[str, Any] | None = None,
+    augment: bool = False,
+    cache_bytes: int = 0,
+) -> AudioLoader | ImageLoader | VideoLoader:
+    """The loader that reads samples into a model's input.
+
+    Args:
+        config: of the model; gives the modality and the sizes.
+        processor: of the model.
+        options: further arguments of the modality's loader by name, as {"stride": 2, "flip": False}; audio has none.
+        augment: random views in training.
+        cache_bytes: memory for decoded inputs, per process that loads.
+
+    Raises:
+        ValueError: an option that the loader does not have, or of a wrong type or value.
+    """
+    modality = MODALITIES[config.modality]
+    sizes, options = modality.sizes(config), options or {}
+    _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
+    given = {*sizes, "augment", "cache_bytes"}
+    defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
+    for name, value in options.items():
+        check_name("loader", name, defaults)
+        default = defaults[name]
+        kinds = int | float if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            raise ValueError(f"loader.{name} is {value!r}: expected a value like {default!r}")
+    return modality.loader(processor, **sizes, **options, augment=augment, cache_bytes=cache_bytes)
+
+
+def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None) -> Any:
+    """The processor of a new model.
+
+    Args:
+        config: of the encoder.
+        fields: arguments of `BridleFeatureExtractor` (audio) or of `make_image_processor` (image, video) by name.
+
+    Raises:
+        ValueError: an unknown field, a wrong value, or sizes other than the model's.
+    """
+    fields, is_audio = fields or {}, config.modality == "audio"
+    make = BridleFeatureExtractor if is_audio else make_image_processor
+    for name, value in fields.items():
+        check_name("processor", name, set(inspect.signature(make).parameters) - {"config", "kwargs"})
+        numbers = [value] if is_audio else value
+        if not isinstance(numbers, list) or not all(isinstance(number, int | float) for number in numbers):
+            expected = "a number, true or false" if is_audio else "a list of numbers, one per channel"
+            raise ValueError(f"processor.{name} is {value!r}: expected {expected}")
+    if not is_audio:
+        return make_image_processor(config, **fields)
+    sizes = {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+    if any(fields.get(name, size) != size for name, size in sizes.items()):
+        raise ValueError("processor: num_mel_bins and max_length must be those of the encoder")
+    return BridleFeatureExtractor(**{**sizes, **fields})
+
+
+def load_config(model: str) -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier.
+
+    Raises:
+        ValueError: none is there, or another kind of model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--model {model}: no model is there, or none that can be read: {one_line(error)}") from error
+    if config.model_type != "bridle":
+        raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
+    return config
+
+
+def load_processor(folder: str, config: BridleConfig) -> Any:
+    """The processor saved beside a model, in a folder or on the Hub."""
+    return MODALITIES[config.modality].auto_processor.from_pretrained(folder)

@@ -1,0 +1,74 @@
+"""Sample: one recording, image or clip before it is read, and where its bytes are."""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from bridle_hf.common.errors import MediaError
+
+
+@dataclass(frozen=True, slots=True)
+class HubRow:
+    """One cell of a `datasets.Dataset` whose media column is kept undecoded: {"bytes": ..., "path": ...}."""
+
+    dataset: Any
+    column: str
+    index: int
+
+    @property
+    def place(self) -> None:
+        return None
+
+    def media(self) -> str | bytes:
+        """The bytes, or the path where the set holds none. MediaError if it holds neither."""
+        cell = self.dataset[self.index][self.column] or {}
+        media = cell.get("bytes") or cell.get("path")
+        if media is None:
+            raise MediaError(f"row {self.index}", f"column {self.column} is empty")
+        return media
+
+
+class Source(Protocol):
+    """Where the bytes of a sample are, when it is not a file of its own: a row of a Hub set, a part of a shard."""
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """The shard and the part of it that are read together; None where any sample is as near as any other."""
+
+    def media(self) -> str | bytes:
+        """The bytes, or the path of a file. MediaError if there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One recording, image or clip, before it is read.
+
+    `path` names it: a file, `<id>/<split>/<row>` for a row of a Hub set, or `<shard>/<name>` within a shard. A set has
+    either `label` or `labels` (multi-label). `split` is `train`, `validation` or `test` wherever the data says so
+    under one of their usual names.
+    """
+
+    path: str
+    label: str | None = None
+    labels: tuple[str, ...] | None = None
+    split: str | None = None
+    fold: str | None = None
+    group: str | None = None
+    source: Source | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def place(self) -> tuple[str, int] | None:
+        """See `Source`; None for a file."""
+        return None if self.source is None else self.source.place
+
+    def media(self) -> str | bytes:
+        """What a reader opens: the path of the file, or the bytes of a row or of a part of a shard.
+
+        Raises:
+            MediaError: There are none.
+        """
+        if self.source is None:
+            return self.path
+        try:
+            return self.source.media()
+        except MediaError as error:
+            raise MediaError(self.path, error.reason) from error

@@ -1,0 +1,27 @@
+"""Arguments of `bridle shard`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ShardArguments:
+    """Arguments of `training/shard.py`."""
+
+    data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
+    output_dir: str = field(metadata={"help": "folder to write; must be empty without --resume"})
+    modality: Literal["audio", "image", "video"] = field(default="audio", metadata={"help": "what the data is"})
+    format: Literal["tar", "parquet"] = field(default="tar", metadata={"help": "of the shards"})
+    shard_size_mb: int = field(default=256, metadata={"help": "bytes of media in a shard, at most, MiB"})
+    samples_per_shard: int | None = field(default=None, metadata={"help": "samples in a shard, whatever their size"})
+    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
+    label_column: str = field(default="label", metadata={"help": "column that is kept as the label"})
+    group_column: str = field(default="group", metadata={"help": "column that is kept as the group"})
+    num_workers: int = field(default=0, metadata={"help": "processes that write; 0: this one"})
+    resume: bool = field(default=False, metadata={"help": "make the shards that are missing in output_dir"})
+
+    def __post_init__(self):
+        for name, least in {"shard_size_mb": 1, "samples_per_shard": 1, "num_workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= 1e9:
+                raise ValueError(f"--{name} is {value}: expected {least} to 1e9")

@@ -1,0 +1,90 @@
+"""Arguments of pretraining."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bridle_hf.common.arguments import Mapping, Sequence, check_ranges
+
+
+@dataclass
+class PretrainArguments:
+    """Arguments of `training/pretrain.py`."""
+
+    data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
+    output_dir: str = field(metadata={"help": "folder to write; must not exist without --resume or --overwrite"})
+    modality: Literal["audio", "image", "video"] = field(default="audio", metadata={"help": "what the data is"})
+
+    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels (for probes alone)"})
+    group_column: str = field(default="group", metadata={"help": "column of the groups"})
+    exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
+    augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
+    cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
+
+    encoder: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
+    tokenizer: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
+    processor: Mapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
+    loader: Mapping = field(
+        default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}
+    )
+    measure_normalization: bool = field(
+        default=False, metadata={"help": "audio: measure mean and std of the log-mel on the data"}
+    )
+    masks: Mapping = field(
+        default_factory=dict, metadata={"help": "weights of the masks drawn from, as {random: 1, mel_band: 3}"}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
+
+    phases: Sequence = field(default=(), metadata={"help": "the schedule: see interleaving.Phase"})
+    steps_scale: float = field(default=1.0, metadata={"help": "factor on the length of every phase"})
+    global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
+    micro_batch_size: int | None = field(
+        default=None, metadata={"help": "samples that one process holds at a time; gradients are accumulated"}
+    )
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
+    weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient norm of each side"})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "autocast"})
+    deterministic: bool = field(default=False, metadata={"help": "deterministic algorithms, at a price in speed"})
+    seed: int = field(default=0, metadata={"help": "of everything that is random"})
+    num_workers: int = field(default=0, metadata={"help": "loader processes per training process"})
+
+    log_every: int = field(default=20, metadata={"help": "steps between lines of metrics.jsonl"})
+    save_every: int = field(
+        default=1000, metadata={"help": "steps between checkpoints; 0: at the end of phases alone"}
+    )
+    keep_last: int = field(default=2, metadata={"help": "newest checkpoints kept"})
+    keep_every: int = field(default=0, metadata={"help": "steps between checkpoints that are kept for good; 0: none"})
+    keep_iterations: bool = field(default=False, metadata={"help": "keep the models of every phase in OUT/iterations"})
+    report_every: int = field(default=200, metadata={"help": "steps between rewrites of report.html; 0: at the end"})
+    probe_every: int = field(default=0, metadata={"help": "steps between probes, if there are labels; 0: none"})
+    probe_samples: int = field(default=2000, metadata={"help": "samples that a probe uses at most"})
+    tracker: Literal["none", "tensorboard", "trackio"] = field(
+        default="tensorboard", metadata={"help": "beside metrics.jsonl"}
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "TFLOP/s that one process could do at most, for the MFU; default: measured"}
+    )
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
+    overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "do a step of each phase, tell what the run would take, and write nothing"}
+    )
+    overfit_one_batch: bool = field(
+        default=False, metadata={"help": "see the first batch at every step: a check that the loss can fall"}
+    )
+
+    def __post_init__(self):
+        ranges = {
+            "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
+            "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
+            "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
+            "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
+            "probe_samples": (1, 1e9), "peak_tflops": (1e-9, 1e9),
+        }  # fmt: skip
+        check_ranges(self, ranges)
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.measure_normalization and self.modality != "audio":
+            raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")

@@ -1,0 +1,30 @@
+"""Arguments of probing."""
+
+from dataclasses import dataclass, field
+
+from bridle_hf.common.arguments import Mapping, check_ranges
+
+
+@dataclass
+class ProbeArguments:
+    """Arguments of `training/probe.py`."""
+
+    model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
+    data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
+    split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
+    label_column: str = field(default="label", metadata={"help": "column of the labels"})
+    group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
+    folds: int | None = field(
+        default=None,
+        metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
+    )
+    loader: Mapping = field(
+        default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
+    )
+    random_init: bool = field(default=False, metadata={"help": "random weights in place of the saved ones"})
+    batch_size: int = field(default=64, metadata={"help": "samples per forward pass"})
+    num_workers: int = field(default=0, metadata={"help": "loader processes"})
+    seed: int = field(default=0, metadata={"help": "of the random weights"})
+
+    def __post_init__(self):
+        check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})

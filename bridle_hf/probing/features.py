@@ -1,0 +1,161 @@
+"""Pooled features of frozen encoders, and of the input itself as a control."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.decomposition import PCA
+
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+
+
+def _mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    weights = real[:, :, None]
+    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def _mean_std(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    mean = _mean(tokens, real, bands)
+    variance = _mean((tokens - mean[:, None]).square(), real, bands)
+    return torch.cat([mean, variance.sqrt()], dim=1)
+
+
+def _band_mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+    """The mean over time, kept per mel band."""
+    tokens, weights = tokens.unflatten(1, (-1, bands)), real.unflatten(1, (-1, bands))[..., None]
+    return ((tokens * weights).sum(dim=1) / weights.sum(dim=1)).flatten(1)
+
+
+# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, tokens per time step -> (batch, features)
+POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+    "mean": _mean,
+    "mean_std": _mean_std,
+    "band_mean": _band_mean,
+}
+
+
+ENCODER_POOLINGS = {
+    "audio": ("mean", "mean_std", "band_mean"),
+    "image": ("mean", "mean_std"),
+    "video": ("mean", "mean_std"),
+}
+
+
+# The regression that every probe is set beside: its name, and how the model's input of that name is pooled. Pixels
+# mean something where they stand, and are taken as they are.
+INPUT_CONTROLS = {
+    "input_values": ("log-mel regression", ("mean", "mean_std")),
+    "pixel_values": ("pixel regression", ()),
+    "pixel_values_videos": ("frame regression", ()),
+}
+
+
+# Pixels of larger pictures than this are averaged first, and of more numbers in all than this, 256 principal
+# components are kept: a regression on hundreds of thousands of numbers would take hours and do no better. Of few
+# samples fewer components: the last ones are noise, which standardisation makes as loud as the first.
+MOST_PIXELS_A_SIDE, MOST_PIXELS, PIXEL_COMPONENTS, SAMPLES_PER_COMPONENT = 32, 1024, 256, 10
+
+
+Features = dict[str, np.ndarray]
+
+
+def extract_features(encoder: Any, batches: Iterable[dict[str, torch.Tensor]], device: Any) -> Features:
+    """Frozen features of a `BridleModel`: its last hidden states, pooled over real patches (not the class token).
+
+    Args:
+        encoder: the model; moved to `device`, run in evaluation mode and left in the mode it was in.
+        batches: model inputs, with `attention_mask` where there is padding.
+
+    Returns:
+        For each pooling that fits the modality: (samples, dim) float32.
+    """
+    return _collect(batches, {"encoder": _encoder_features(encoder, device)})["encoder"]
+
+
+def input_features(batches: Iterable[dict[str, torch.Tensor]]) -> Features:
+    """The control: the input itself, pooled over real frames. For each pooling: (samples, dim) float32; pixels: ""."""
+    return _collect(batches, {"input": _pool_input})["input"]
+
+
+def collect_features(
+    encoders: dict[str, Any], batches: Iterable[dict[str, torch.Tensor]], device: Any = "cpu", with_input: bool = True
+) -> dict[str, Features]:
+    """Features of several encoders, by name, in one pass; with those of the input itself (see `INPUT_CONTROLS`)."""
+    extractors = {name: _encoder_features(encoder, device) for name, encoder in encoders.items()}
+    if with_input:
+        modality = next(iter(encoders.values())).config.modality
+        control, _ = INPUT_CONTROLS[INPUT_NAMES[modality]]
+        extractors[control] = _pool_input
+    return _collect(batches, extractors)
+
+
+def untrained_encoder(encoder: Any, seed: int = 0) -> Any:
+    """A `BridleModel` of the same configuration with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(encoder)(encoder.config)
+
+
+def _collect(
+    batches: Iterable[dict[str, torch.Tensor]], extractors: dict[str, Callable[[dict], dict[str, torch.Tensor]]]
+) -> dict[str, Features]:
+    """One pass over the batches for all extractors: reading is what takes the time."""
+    parts: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in extractors}
+    for batch in batches:
+        for name, extract in extractors.items():
+            for pooling, features in extract(batch).items():
+                parts[name].setdefault(pooling, []).append(features.float().cpu().numpy())
+    return {
+        name: {
+            # Of pixels, which alone are not pooled; an encoder's features stay what they are.
+            pooling: np.concatenate(arrays) if pooling else _principal_components(np.concatenate(arrays))
+            for pooling, arrays in poolings.items()
+        }
+        for name, poolings in parts.items()
+    }
+
+
+def _principal_components(features: np.ndarray) -> np.ndarray:
+    """(samples, dim) as it is, or of many dimensions the principal components.
+
+    They are fitted on all samples, without their labels: if that helps anybody, then the control.
+    """
+    if features.shape[1] <= MOST_PIXELS:
+        return features
+    count = max(min(PIXEL_COMPONENTS, len(features) // SAMPLES_PER_COMPONENT), 1)
+    return PCA(count, svd_solver="randomized", iterated_power=2, random_state=0).fit_transform(features)
+
+
+def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, torch.Tensor]]:
+    config = encoder.config
+    encoder = encoder.to(device)
+
+    @torch.no_grad()
+    def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = {INPUT_NAMES[config.modality], "attention_mask"} & batch.keys()
+        inputs = {name: batch[name].to(device) for name in names}
+        was_training = encoder.training
+        encoder.eval()
+        try:
+            tokens = encoder(**inputs).last_hidden_state[:, int(config.use_class_token) :].float()
+        finally:
+            encoder.train(was_training)
+        mask = inputs.get("attention_mask")
+        real = tokens.new_ones(tokens.shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
+        bands = config.patch_grid[-1]
+        return {name: POOLINGS[name](tokens, real, bands) for name in ENCODER_POOLINGS[config.modality]}
+
+    return extract
+
+
+def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = next(name for name in INPUT_CONTROLS if name in batch)
+    if name != "input_values":
+        pixels, (height, width) = batch[name].float().flatten(1, -3), batch[name].shape[-2:]
+        size = (min(height, MOST_PIXELS_A_SIDE), min(width, MOST_PIXELS_A_SIDE))
+        return {"": torch.nn.functional.adaptive_avg_pool2d(pixels, size).flatten(1)}
+    frames = batch[name].float()
+    mask = batch.get("attention_mask")
+    real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
+    return {pooling: POOLINGS[pooling](frames, real, 1) for pooling in INPUT_CONTROLS[name][1]}
