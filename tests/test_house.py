@@ -14,9 +14,18 @@ from helpers.fresh_process import run_fresh
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
-ROOMS = (
-    "common", "data", "interleaving", "monitoring", "probing", "cards", "finetuning", "pretraining", "demos", "commands",
-)  # fmt: skip
+ROOMS = [
+    "common",
+    "data",
+    "interleaving",
+    "monitoring",
+    "probing",
+    "cards",
+    "finetuning",
+    "pretraining",
+    "demos",
+    "commands",
+]
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 AT_THE_TOP = {"torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names}
@@ -41,7 +50,7 @@ def without_functions(tree: ast.Module) -> ast.Module:
     """The file without what is imported when a function is called."""
 
     class Drop(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802 (the name that ast asks for)
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
             return None
 
     return Drop().visit(tree)

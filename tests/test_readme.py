@@ -1,5 +1,6 @@
-"""What the README shows: its Python runs, its commands parse, and the files and targets that it names exist."""
+"""README and docs: their Python runs, their commands parse, what they name (options, files, links, targets) exists."""
 
+import ast
 import re
 import shlex
 from dataclasses import fields
@@ -8,57 +9,169 @@ from pathlib import Path
 import pytest
 from helpers.saved_folders import make_models, save_all
 
+from bridle_hf.configuration_bridle import MASK_TYPES
+from bridle_hf.data.shards.arguments import ShardArguments
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
+from bridle_hf.pretraining import cost
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.probing.arguments import ProbeArguments
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "training/README.md", "CONTRIBUTING.md", "model_cards/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", "training/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+MOST_LINES = 130
+# The options of each command, and the names of those that are none of a dataclass here.
 OPTIONS = {
-    "pretrain.py": (PretrainArguments,),
-    "finetune.py": (FinetuneArguments, FinetuneTrainingArguments),
-    "probe.py": (ProbeArguments,),
+    "pretrain": (PretrainArguments,),
+    "finetune": (FinetuneArguments, FinetuneTrainingArguments),
+    "probe": (ProbeArguments,),
+    "shard": (ShardArguments,),
+    "flops": (cost.FlopsArguments, PretrainArguments),
 }
+OTHER_OPTIONS = {
+    "card": {"run", "repo_id"},
+    "convert": {"modality"},
+    "demo": {"modality", "output_dir"},
+    "report": set(),
+    "recipes": set(),
+    "info": set(),
+}
+FUNCTIONS = ("pretrain", "finetune", "probe")
+TAKE_A_RECIPE = ("pretrain", "finetune", "flops")
+MODULES = {"bridle_hf.pretraining": "pretrain", "bridle_hf.finetuning": "finetune"}
+# Of launchers and of every command; `--name value` stands for any.
+OF_LAUNCHERS = {"num_processes", "nproc_per_node", "help", "name"}
+PLACEHOLDERS = {"RECIPE", "RECIPE.yaml"}
 
 
-def test_python_snippets_run_in_order(tmp_path, monkeypatch):
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", read(page), re.DOTALL)
+
+
+def names_of(command: str) -> set[str]:
+    """The options of a command, without their dashes."""
+    dataclass_names = {field.name for arguments in OPTIONS.get(command, ()) for field in fields(arguments)}
+    return dataclass_names | OTHER_OPTIONS.get(command, set())
+
+
+def commands(page: str) -> list[tuple[str, list[str]]]:
+    """Every line and every piece of inline code that starts one of our commands: its name and what follows."""
+    text = read(page).replace("\\\n", " ")
+    lines = re.findall(r"^ {4}.*?((?:bridle|accelerate launch|torchrun|python) .*)$", text, re.MULTILINE)
+    lines += re.findall(r"`((?:bridle|accelerate launch|torchrun|python) [^`]+)`", text)
+    lines += re.findall(r"^srun .*?(torchrun .*)' &$", text, re.MULTILINE)
+    found = []
+    for line in lines:
+        words = shlex.split(re.split(r"\)?\s+#|\)$", line)[0].replace("[", "").replace("]", ""))
+        for place, word in enumerate(words):
+            if word == "bridle" and place == 0:
+                found.append((words[1], words[2:]))
+            elif word.startswith("training/") and word.endswith(".py"):
+                assert (ROOT / word).exists(), f"{page}: {word}"
+                found.append((Path(word).stem, words[place + 1 :]))
+            elif words[place - 1] == "-m" and word in MODULES:
+                found.append((MODULES[word], words[place + 1 :]))
+            elif words[place - 1] == "-m":
+                assert ROOT.joinpath(*word.split(".")).with_suffix(".py").exists(), f"{page}: {word}"
+    return found
+
+
+def test_the_readme_fits_on_a_screen():
+    assert len(read("README.md").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reference.md"])
+def test_python_snippets_run_in_order(page, tmp_path, monkeypatch):
+    """On tiny models, saved where the snippets say that theirs are; a checkout's files are the checkout's."""
     save_all(make_models(), tmp_path)
-    (tmp_path / "OUT").mkdir()
-    for kind, name in {"pretraining": "OUT/encoder", "tokenizer": "OUT/tokenizer", "classifier": "CLASSIFIER"}.items():
-        (tmp_path / kind).rename(tmp_path / name)
+    demo = tmp_path / "runs" / "demo_audio"
+    (demo / "pretraining").mkdir(parents=True)
+    for kind, name in {"pretraining": "pretraining/encoder", "tokenizer": "pretraining/tokenizer"}.items():
+        (tmp_path / kind).rename(demo / name)
+    (tmp_path / "classifier").rename(demo / "classifier")
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(snippets) == 5
     names: dict = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
-    codes, features = names["codes"], names["features"]
-    assert codes.shape[:2] == features.shape[:2] and codes.shape[2] == 2
+    for snippet in snippets(page):
+        exec(compile(snippet, page, "exec"), names)
+    if page == "README.md":
+        assert names["embedding"].shape == (1, 32)
+        assert names["codes"].shape[2] == 2 and names["codes"].shape[:2] == names["features"].shape[:2]
+    else:
+        assert names["model"].config.num_attention_heads == 4
+
+
+def test_no_other_page_has_python_that_is_not_run():
+    assert {page for page in PAGES if snippets(page)} == {"README.md", "docs/reference.md"}
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_their_options_and_recipes(page):
-    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
-    for line in re.findall(r"^ {4}(?:accelerate launch|python) training/(.*)$", text, re.MULTILINE):
-        script, *words = shlex.split(line.split("#")[0].replace("[", "").replace("]", ""))
-        assert (ROOT / "training" / script).exists()
-        known = {field.name for arguments in OPTIONS.get(script, ()) for field in fields(arguments)}
+    for command, words in commands(page):
+        assert command in OPTIONS or command in OTHER_OPTIONS, f"{page}: bridle {command}"
         for word in words:
-            if word.endswith(".yaml") and "NAME" not in word:
-                assert (ROOT / word).exists(), f"{page}: {word}"
-            if word.startswith("--") and known:
-                assert word.removeprefix("--").split(".")[0] in known, f"{page}: {word}"
+            if word.startswith("--"):
+                assert word.removeprefix("--").split(".")[0] in names_of(command) | {"help"}, (
+                    f"{page}: {command} {word}"
+                )
+        if command in TAKE_A_RECIPE and words and not words[0].startswith(("-", ".")) and words[0] not in PLACEHOLDERS:
+            assert (ROOT / "bridle_hf" / "recipes" / f"{words[0]}.yaml").exists(), f"{page}: {words[0]}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_in_the_text_are_those_of_a_command(page):
+    known = {name for command in (*OPTIONS, *OTHER_OPTIONS) for name in names_of(command)} | OF_LAUNCHERS
+    for option in re.findall(r"`--(\w+)", read(page)):
+        assert option in known, f"{page}: --{option}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_calls_from_python_have_arguments_of_the_commands(page):
+    for call in re.findall(r"`(bridle_hf\.\w+\([^`]*\))`", read(page)):
+        node = ast.parse(call, mode="eval").body
+        assert isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        assert node.func.attr in FUNCTIONS, f"{page}: {call}"
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        if isinstance(recipe := given.pop("recipe", None), ast.Constant):
+            assert (ROOT / "bridle_hf" / "recipes" / f"{recipe.value}.yaml").exists(), f"{page}: {call}"
+        assert set(given) <= names_of(node.func.attr), f"{page}: {call}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_files_and_targets_exist(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = read(page)
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"(?:^ {4}|`)make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page}: make {target}"
-    for name in re.findall(r"[\w/]+_bridle(?:_\w+)?\.py", text):
-        assert list(ROOT.rglob(name)), f"{page}: {name}"
+    for name in re.findall(
+        r"\b(?:bridle_hf|tests|training|docs|model_cards)/[\w/]+\.(?:py|md|yaml|safetensors)", text
+    ):
+        assert (ROOT / name).exists(), f"{page}: {name}"
+    for name in re.findall(r"`((?:bench_)[\w]+\.py)`", text):
+        assert (ROOT / "tests" / "benchmarks" / name).exists(), f"{page}: {name}"
+
+
+def test_the_guide_lists_every_recipe():
+    table = read("training/README.md").split("## Recipes")[1].split("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
+    assert named == {path.stem for path in (ROOT / "bridle_hf" / "recipes").glob("*.yaml")}
+
+
+def test_the_masks_of_the_readme_are_those_of_the_config():
+    row = re.search(r"^\| masks \| (.*) \|$", read("README.md"), re.MULTILINE)[1]
+    shown = {name: set(kinds.split(", ")) for name, kinds in zip(["audio", "image", "video"], row.split(" | "))}
+    assert shown == {name: set(kinds) for name, kinds in MASK_TYPES.items()}
+
+
+def test_the_results_of_the_readme_are_those_of_the_demos():
+    table = read("README.md").split("## Results")[1].split("\n## ")[0]
+    shown = {number for row in re.findall(r"^\| .*", table, re.MULTILINE) for number in re.findall(r"\d+\.\d", row)}
+    assert len(shown) > 15 and shown <= set(re.findall(r"\d+\.\d", read("docs/demos.md")))
