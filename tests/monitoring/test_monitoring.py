@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from helpers.tiny_run import run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -182,6 +183,17 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
             check_tracker(name)
 
 
+def test_every_tracker_that_accelerate_knows_is_taken_by_name(monkeypatch):
+    monkeypatch.setattr("bridle_hf.monitoring.trackers.get_available_trackers", lambda: list(LOGGER_TYPE_TO_CLASS))
+    assert len(LOGGER_TYPE_TO_CLASS) > 5
+    for name in LOGGER_TYPE_TO_CLASS:
+        check_tracker(name)
+    with pytest.raises(ValueError, match=r"--tracker comet: expected one of none, .*; did you mean 'comet_ml'\?"):
+        check_tracker("comet")
+    with pytest.raises(ValueError, match="--tracker all: expected one of"):
+        check_tracker("all")
+
+
 def test_tensorboard_shows_no_step_twice(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -206,7 +218,7 @@ def test_trackio_works_without_a_network(tmp_path, monkeypatch):
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from bridle_hf.monitoring.monitor import start_tracker
+from bridle_hf.monitoring.trackers import start_tracker
 
 out = Path(sys.argv[1]) / "run"
 for resumed_from in (None, 4):
