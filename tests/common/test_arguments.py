@@ -107,7 +107,7 @@ def test_fine_tuning_recipes_parse(path):
 
 
 def test_the_reference_stands_in_its_recipes():
-    """DESIGN section 3, rows "audio encoder", "audio tokenizer" and "audio joint"; sizes of section 2."""
+    """The reference's scripts, rows "audio encoder", "audio tokenizer" and "audio joint"; and its sizes."""
     base, joint, single = (parse(RECIPES / f"audio_{name}.yaml") for name in ("base", "base_joint", "vq_base"))
     for args in (base, joint, single):
         encoder, tokenizer = make_configs(args)
