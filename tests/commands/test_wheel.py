@@ -35,7 +35,10 @@ def place(tmp_path_factory) -> Path:
     venv.create(place / "env", with_pip=False, symlinks=True)
     (wheel,) = place.glob("*.whl")
     python = str(place / "env" / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", str(wheel)], check=True, capture_output=True)
+    # Without PYTHONPATH: pip would find the checkout there, and have nothing to install.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [*pip, "--python", python, "install", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, env=kept)
     (packages,) = (place / "env" / "lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     write_recordings(place / "data", count=8)
