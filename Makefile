@@ -13,7 +13,7 @@ help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: install-demo ## pretrain, probe and fine-tune on real data, in minutes on a laptop (MODALITY=audio)
-	$(RUN) training/demo.py --modality $(MODALITY) --output_dir $(DEMO_DIR) --overwrite
+	$(RUN) -m bridle_hf.commands demo --modality $(MODALITY) --output_dir $(DEMO_DIR) --overwrite
 
 test: install ## the tests, in parallel, with the coverage of bridle_hf
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" --cov --cov-report=term

@@ -1,13 +1,14 @@
 """Configurations of the BRIDLE encoder (`BridleConfig`) and of its tokenizer (`BridleTokenizerConfig`)."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 
-# What the three modalities differ in, as data: the values that a field left at None takes (paper, appendix; DESIGN
-# of the reference ViT-B). Everything else is common.
+# What the three modalities differ in, as data: the values that a field left at None takes (the reference's ViT-B,
+# paper, appendix). Everything else is common.
 MODALITY_DEFAULTS = {
     "audio": {
         "num_channels": 1,
@@ -60,26 +61,60 @@ MASK_TYPES = {
     "video": ("random", "tube", "block"),
 }
 
+# Beyond these, building a model would take all memory, or for ever.
+MAX_LAYERS, MAX_SIZE = 1000, 2**20
+
 
 @strict
 class BridleEncoderConfig(PreTrainedConfig):
     r"""
-    The fields of the encoder, shared by [`BridleConfig`] and [`BridleTokenizerConfig`]. Fields at `None` take the
-    modality's value (see `MODALITY_DEFAULTS`).
+    The fields of the encoder, shared by [`BridleConfig`] and [`BridleTokenizerConfig`]. Fields that default to `None`
+    take the modality's value (see `MODALITY_DEFAULTS`).
 
     Args:
-        modality (`"audio"`, `"image"` or `"video"`): What the inputs are.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act: Size of the ViT.
-        attention_probs_dropout_prob (`float`): Dropout of the attention weights.
-        drop_path_rate (`float`): Stochastic depth of the last layer; it grows linearly from 0 at the first.
-        patch_size (`int` or pair): Patch in (time frames, mel bins) for audio, (height, width) for image and video.
-        num_mel_bins, max_length (`int`): Audio input: mel bins, and the frames that a full-length clip has.
-        image_size (`int` or pair), num_channels (`int`): Image and video input: (height, width) in pixels; channels.
-        num_frames, tubelet_size (`int`): Video input: frames of a clip; frames that one patch spans.
-        use_class_token (`bool`): Whether a learned token stands before the patches.
-        qkv_bias (`bool`): Bias on the query and value projections; `key_bias`: on the key projection.
-        position_embedding_type (`"sincos"` or `"table"`): Positions computed for any grid, or a fixed table stored in
-            the checkpoint (converted checkpoints whose table is not the one of their grid).
+        modality (`str`, *optional*, defaults to `"audio"`):
+            What the inputs are: `"audio"`, `"image"` or `"video"`.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width of the ViT.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Layers of the ViT.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Attention heads of each layer.
+        intermediate_size (`int`, *optional*, defaults to 3072):
+            Width of the MLP of each layer.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLPs, by its name in transformers.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth of the last layer; it grows linearly from 0 at the first.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of new class and mask tokens. Linear layers start Xavier-uniform.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-06):
+            Added to the variance in the norms (in those of Swin layers it is 1e-5).
+        patch_size (`int` or pair, *optional*, defaults to 16):
+            Patch in (time frames, mel bins) for audio, (height, width) for image and video.
+        num_mel_bins (`int`, *optional*, defaults to 128):
+            Mel bins of audio.
+        max_length (`int`, *optional*, defaults to 1024):
+            Frames that a full-length clip of audio has.
+        image_size (`int` or pair, *optional*, defaults to 224):
+            (height, width) of images and video, in pixels.
+        num_channels (`int`, *optional*, defaults to `None`):
+            Channels of images and video; audio has 1.
+        num_frames (`int`, *optional*, defaults to 16):
+            Frames of a video clip.
+        tubelet_size (`int`, *optional*, defaults to 2):
+            Frames of video that one patch spans.
+        use_class_token (`bool`, *optional*, defaults to `None`):
+            Whether a learned token stands before the patches.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Bias on the query and value projections, and, where `key_bias` is set, too, on the key projection.
+        key_bias (`bool`, *optional*, defaults to `None`):
+            Bias on the key projection.
+        position_embedding_type (`str`, *optional*, defaults to `"sincos"`):
+            `"sincos"`, positions computed for any grid, or `"table"`, a fixed table stored in the checkpoint
+            (converted checkpoints whose table is not the one of their grid).
     """
 
     _auto_class = "AutoConfig"
@@ -117,9 +152,10 @@ class BridleEncoderConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Refuse sizes that cannot be built, naming the field."""
-        for name in ("patch_size", "tubelet_size", "num_channels", "intermediate_size"):
-            if min(_pair(getattr(self, name))) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive")
+        self._check_sizes(
+            "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "patch_size",
+            "tubelet_size", "num_channels", "max_length", "num_mel_bins", "num_frames", "image_size",
+        )  # fmt: skip
         if self.modality == "audio" and self.num_channels != 1:
             raise ValueError(f"`num_channels` is {self.num_channels}; log-mel spectrograms of audio have 1")
         _check_fraction("drop_path_rate", self.drop_path_rate)
@@ -127,14 +163,36 @@ class BridleEncoderConfig(PreTrainedConfig):
         for name, size, patch in zip(self._axis_names, self.input_size, self.patch_shape):
             if size < 1 or size % patch:
                 raise ValueError(f"`{name}` is {size}, which is not a positive multiple of its patch of {patch}")
+        if max(math.prod(self.patch_grid), self.patch_dim) > MAX_SIZE:
+            raise ValueError(
+                f"the input of {self.input_size} has {math.prod(self.patch_grid)} patches of {self.patch_dim} values "
+                f"each; a model takes at most {MAX_SIZE} of either"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, but the config of another kind of model is refused, not read as far as it fits."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"this is the config of a model of type '{kind}', and {cls.__name__} is of '{cls.model_type}': load "
+                "the folder with the class that its config.json names, or with AutoModel"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
         """As in transformers, but `auto_map` names all classes that load the folder, whichever was saved."""
         return {**super().to_dict(), "auto_map": dict(self._auto_map)}
 
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            value, most = getattr(self, name), MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
+            if not all(1 <= size <= most for size in _pair(value)):
+                raise ValueError(f"`{name}` is {value}; it must lie in 1..{most}")
+
     def _check_width(self, size_name: str, heads_name: str) -> None:
         size, heads = getattr(self, size_name), getattr(self, heads_name)
-        if size < 1 or heads < 1 or size % heads:
+        if size % heads:
             raise ValueError(f"`{size_name}` is {size}, which is not a positive multiple of `{heads_name}`={heads}")
         if size % 4 and self.modality != "video":
             raise ValueError(f"`{size_name}` is {size}; 2-D sin-cos positions need a multiple of 4")
@@ -179,18 +237,37 @@ class BridleConfig(BridleEncoderConfig):
     Configuration of [`BridleModel`], [`BridleForPreTraining`] and the classifiers.
 
     Args (beside those of [`BridleEncoderConfig`]):
-        mask_ratio (`float`), mask_type (`str`): Fraction of the patches hidden, and how they are chosen (a name of
-            `masking_bridle.MASKS`), when [`BridleForPreTraining`] is given no `bool_masked_pos`.
-        decoder_type (`"swin"` or `"plain"`), decoder_hidden_size, decoder_num_hidden_layers,
-        decoder_num_attention_heads: The decoder.
-        decoder_intermediate_size (`int`, *optional*): Four times `decoder_hidden_size` if not given.
-        decoder_window_size (pair): Window of the Swin blocks, in patches; `decoder_window_shift`: of the odd blocks.
-        num_codebooks, codebook_size (`int`): Codes that each patch has, and the values that each takes.
-        codebook_loss_weights (`list[float]`, *optional*): Weight of each codebook in the loss; equal if not given.
-        label_smoothing (`float`): Of the classifiers' single-label cross-entropy.
-        patch_dropout (pair of `float`): Fractions of (time or height, mel or width) stripes of patches that the
-            classifiers drop while training (2-D patch dropout; for video of space alone).
-        pooling (`"mean"` or `"cls"`): What `pooler_output` and the classifiers see.
+        mask_ratio (`float`, *optional*, defaults to `None`):
+            Fraction of the patches hidden when [`BridleForPreTraining`] is given no `bool_masked_pos`.
+        mask_type (`str`, *optional*, defaults to `None`):
+            How they are chosen: a name of `masking_bridle.MASKS` that fits the modality.
+        decoder_type (`str`, *optional*, defaults to `None`):
+            `"swin"` or `"plain"`.
+        decoder_hidden_size (`int`, *optional*, defaults to `None`):
+            Width of the decoder.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to `None`):
+            Layers of the decoder.
+        decoder_num_attention_heads (`int`, *optional*, defaults to `None`):
+            Attention heads of each of its layers.
+        decoder_intermediate_size (`int`, *optional*, defaults to `None`):
+            Width of its MLPs; four times `decoder_hidden_size` if not given.
+        decoder_window_size (pair, *optional*, defaults to `(4, 4)`):
+            Window of the Swin layers, in patches.
+        decoder_window_shift (pair, *optional*, defaults to `(2, 0)`):
+            Shift of the window in every second Swin layer.
+        num_codebooks (`int`, *optional*, defaults to 4):
+            Codes that each patch has.
+        codebook_size (`int`, *optional*, defaults to 256):
+            Values that each code takes.
+        codebook_loss_weights (`list[float]`, *optional*, defaults to `None`):
+            Weight of each codebook in the loss; equal if not given.
+        label_smoothing (`float`, *optional*, defaults to 0.0):
+            Of the classifiers' single-label cross-entropy.
+        patch_dropout (pair of `float`, *optional*, defaults to `(0.0, 0.0)`):
+            Fractions of (time or height, mel or width) stripes of patches that the classifiers drop while training
+            (2-D patch dropout; for video of space alone).
+        pooling (`str`, *optional*, defaults to `"mean"`):
+            What `pooler_output` and the classifiers see: `"mean"` of the patches, or `"cls"`, the class token.
 
     Example:
 
@@ -235,8 +312,11 @@ class BridleConfig(BridleEncoderConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self._check_sizes(
+            "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads",
+            "decoder_intermediate_size", "decoder_window_size", "num_codebooks", "codebook_size",
+        )  # fmt: skip
         self._check_width("decoder_hidden_size", "decoder_num_attention_heads")
-        _check_codebooks(self)
         _check_fraction("label_smoothing", self.label_smoothing)
         for rate in self.patch_dropout:
             _check_fraction("patch_dropout", rate)
@@ -263,28 +343,50 @@ class BridleTokenizerConfig(BridleEncoderConfig):
     Configuration of [`BridleTokenizerModel`].
 
     Args (beside those of [`BridleEncoderConfig`]):
-        tokenizer_type (`"random_projection"` or `"self_distilled"`): Frozen random projection of the patches
-            (iteration 0), or a trained encoder that predicts a teacher's features (iterations above 0).
-        code_dim, num_codebooks, codebook_size (`int`): The residual quantizer; `num_codebooks=1` is VQ.
-        codebook_normalization (`"input"`, `"level"` or `"none"`): What is l2-normalised: the latents once; the
-            residual at every level, for lookup and EMA alone (the reference implementation); nothing.
-        unit_norm_codes (`bool`): Re-normalise the codes after each EMA step.
-        ema_decay (`float`): Decay of the codebooks' moving averages.
-        ema_update (`"count"` or `"direction"`): Codes are the ratio of the moving averages of vector sums and counts,
-            or the reference implementation's rule: codes move towards the unit vector of their batch mean (with
+        tokenizer_type (`str`, *optional*, defaults to `"self_distilled"`):
+            `"random_projection"`, a frozen random projection of the patches (iteration 0), or `"self_distilled"`, a
+            trained encoder that predicts a teacher's features (iterations above 0).
+        code_dim (`int`, *optional*, defaults to 256):
+            Width of the codes of the residual quantizer.
+        num_codebooks (`int`, *optional*, defaults to 4):
+            Its codebooks; with 1 it is VQ.
+        codebook_size (`int`, *optional*, defaults to 256):
+            Codes in each of them.
+        codebook_normalization (`str`, *optional*, defaults to `"input"`):
+            What is l2-normalised: `"input"`, the latents once; `"level"`, the residual at every level, for lookup and
+            EMA alone (the reference implementation); or `"none"`.
+        unit_norm_codes (`bool`, *optional*, defaults to `False`):
+            Whether the codes are re-normalised after each EMA step.
+        ema_decay (`float`, *optional*, defaults to 0.99):
+            Decay of the codebooks' moving averages.
+        ema_update (`str`, *optional*, defaults to `"count"`):
+            `"count"`: codes are the ratio of the moving averages of vector sums and counts. `"direction"`: the
+            reference implementation's rule, codes move towards the unit vector of their batch mean (with
             `codebook_normalization="level"`, the residual is then taken from the moved codes).
-        dead_code_threshold (`float`): A code whose moving count falls under this fraction of the expected one is
-            re-seeded from current vectors; 0 switches re-seeding off.
-        num_soft_codes (`int`): How many of the nearest codes are targets, with equal weight.
-        commitment_weight (`float`): `beta` of the codebook loss.
-        normalize_target_patches (`bool`): Normalise each patch on its own before the random projection.
-        add_position_to_projection (`bool`): Add the position to a patch before the random projection (the reference
-            implementation).
-        teacher_layers (`list[int]`, *optional*): Encoder layers that teach the tokenizer, as indices into
-            `hidden_states` (0 is the embedding); the standardised mean of several. `None`: the encoder's output.
-        teacher_hidden_size (`int`, *optional*): Width of the teacher; `hidden_size` if not given.
-        estimator_hidden_size, estimator_num_hidden_layers, estimator_num_attention_heads: The estimator.
-        estimator_intermediate_size (`int`, *optional*): Four times `estimator_hidden_size` if not given.
+        dead_code_threshold (`float`, *optional*, defaults to 0.2):
+            A code whose moving count falls under this fraction of the expected one is re-seeded from current vectors;
+            0 switches re-seeding off.
+        num_soft_codes (`int`, *optional*, defaults to 1):
+            How many of the nearest codes are targets, with equal weight.
+        commitment_weight (`float`, *optional*, defaults to 0.25):
+            `beta` of the codebook loss.
+        normalize_target_patches (`bool`, *optional*, defaults to `True`):
+            Whether each patch is normalised on its own before the random projection.
+        add_position_to_projection (`bool`, *optional*, defaults to `False`):
+            Whether the position is added to a patch before the random projection (the reference implementation).
+        teacher_layers (`list[int]`, *optional*, defaults to `None`):
+            Encoder layers that teach the tokenizer, as indices into `hidden_states` (0 is the embedding); the
+            standardised mean of several. `None`: the encoder's output.
+        teacher_hidden_size (`int`, *optional*, defaults to `None`):
+            Width of the teacher; `hidden_size` if not given.
+        estimator_hidden_size (`int`, *optional*, defaults to `None`):
+            Width of the estimator of the teacher's features.
+        estimator_num_hidden_layers (`int`, *optional*, defaults to `None`):
+            Its layers.
+        estimator_num_attention_heads (`int`, *optional*, defaults to `None`):
+            Attention heads of each of them.
+        estimator_intermediate_size (`int`, *optional*, defaults to `None`):
+            Width of its MLPs; four times `estimator_hidden_size` if not given.
     """
 
     model_type = "bridle_tokenizer"
@@ -323,10 +425,11 @@ class BridleTokenizerConfig(BridleEncoderConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        self._check_sizes(
+            "estimator_hidden_size", "estimator_num_hidden_layers", "estimator_num_attention_heads",
+            "estimator_intermediate_size", "code_dim", "num_codebooks", "codebook_size", "teacher_hidden_size",
+        )  # fmt: skip
         self._check_width("estimator_hidden_size", "estimator_num_attention_heads")
-        _check_codebooks(self)
-        if self.code_dim < 1:
-            raise ValueError(f"`code_dim` is {self.code_dim}; it must be positive")
         _check_fraction("ema_decay", self.ema_decay)
         if not 1 <= self.num_soft_codes <= self.codebook_size:
             raise ValueError(f"`num_soft_codes` is {self.num_soft_codes}; it must lie in 1..{self.codebook_size}")
@@ -335,12 +438,6 @@ class BridleTokenizerConfig(BridleEncoderConfig):
 
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _check_codebooks(config: "BridleConfig | BridleTokenizerConfig") -> None:
-    for name in ("num_codebooks", "codebook_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"`{name}` is {getattr(config, name)}; it must be positive")
 
 
 def _check_fraction(name: str, value: float) -> None:

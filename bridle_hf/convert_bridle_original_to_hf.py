@@ -1,10 +1,10 @@
 """Checkpoints of the BRIDLE authors' code as `BridleForPreTraining` and `BridleTokenizerModel`.
 
-python -m bridle_hf.convert_bridle_original_to_hf checkpoint.pth OUT --modality audio
+bridle convert checkpoint.pth OUT --modality audio
 """
 
-import argparse
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -245,23 +245,28 @@ def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {error}") from error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help='what the reference saved by torch.save: {"model": state_dict}')
-    parser.add_argument("output_dir", type=Path, help="gets encoder/ and tokenizer/")
-    parser.add_argument("--modality", required=True, choices=["audio", "image", "video"])
-    for name in ("num_attention_heads", "decoder_num_attention_heads", "estimator_num_attention_heads"):
-        parser.add_argument(f"--{name}", type=int)
-    args = parser.parse_args()
-    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    heads = {name: value for name, value in vars(args).items() if name.endswith("heads") and value is not None}
-    model, tokenizer = convert_state_dict(checkpoint.get("model", checkpoint), modality=args.modality, **heads)
-    model.save_pretrained(args.output_dir / "encoder")
-    tokenizer.save_pretrained(args.output_dir / "tokenizer")
-    print(f"wrote {args.output_dir / 'encoder'} and {args.output_dir / 'tokenizer'}")
+def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality: str, **heads: int) -> None:
+    """Write OUT/encoder and OUT/tokenizer from a file that the authors' code saved: `{"model": state_dict}`.
+
+    Args:
+        heads: `num_attention_heads` and the like, which shapes cannot tell; see [`convert_state_dict`].
+
+    Raises:
+        ValueError: the file is not such a checkpoint. OSError: it cannot be read.
+    """
+    try:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{checkpoint} is not a file of weights that torch.save wrote") from error
+    saved = saved.get("model", saved) if isinstance(saved, dict) else None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{checkpoint} does not hold a state dict, nor one under the name 'model'")
+    models = convert_state_dict(saved, modality=modality, **heads)
+    for name, model in zip(("encoder", "tokenizer"), models):
+        model.save_pretrained(Path(output_dir) / name)
 
 
-__all__ = ["convert_state_dict"]
+__all__ = ["convert_checkpoint", "convert_state_dict"]
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit("error: write `bridle convert CHECKPOINT OUT --modality audio`")

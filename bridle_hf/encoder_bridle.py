@@ -46,6 +46,11 @@ class BridleAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
+    @property
+    def unseen_bias(self) -> nn.Parameter | None:
+        """Shifts all scores of a query alike, which a softmax does not see."""
+        return self.k_proj.bias
+
     def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -142,6 +147,11 @@ class BridleSwinAttention(nn.Module):
         # Temperature of each head; the attention is divided by it.
         self.tau = nn.Parameter(torch.ones(num_heads))
         self.position_bias = nn.Sequential(nn.Linear(2, 384), nn.ReLU(), nn.Dropout(0.125), nn.Linear(384, num_heads))
+
+    @property
+    def unseen_bias(self) -> nn.Parameter:
+        """Shifts all scores of a head alike, which a softmax does not see."""
+        return self.position_bias[-1].bias
 
     def forward(self, windows: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """

@@ -1,5 +1,6 @@
-"""The BRIDLE encoder, its pretraining head and the classifiers, for audio, image and video (arXiv 2502.02118)."""
+"""Models: the BRIDLE encoder, its pretraining head and the classifiers (audio, image, video; arXiv 2502.02118)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bridle import BridleConfig, BridleEncoderConfig
-from .encoder_bridle import BridleAttention, BridleLayer, BridleSwinAttention, BridleSwinLayer
+from .encoder_bridle import BridleAttention, BridleDropPath, BridleLayer, BridleSwinAttention, BridleSwinLayer
 from .masking_bridle import make_mask, visible_patches
 from .patching_bridle import (
     INPUT_NAMES,
@@ -26,7 +27,7 @@ from .patching_bridle import (
     BridlePositions,
     check_patch_shape,
     patch_attention_mask,
-    patchify,
+    patch_grid_of,
     select_input,
 )
 
@@ -48,10 +49,19 @@ class BridleForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+# The parts of the models, in the order in which they are told of.
+PARTS = ("layers", "embeddings", "decoder", "projection", "estimator")
+
+
 class BridlePreTrainedModel(PreTrainedModel):
     config: BridleEncoderConfig
     config_class = BridleConfig
     base_model_prefix = "bridle"
+    # Of any modality; a model calls it by its own modality's name, see `__init__`.
+    main_input_name = "inputs"
+    # `forward` takes any keyword (for the attention), which `Trainer` would read as "divides its loss by
+    # `num_items_in_batch` itself". Ours are means: it averages them over micro batches and processes.
+    accepts_loss_kwargs = False
     # Set here, not by `register_for_auto_class`: saving then copies the code in a process that runs such a copy, too.
     _auto_class = "AutoModel"
     input_modalities = ("audio", "image", "video")
@@ -69,6 +79,28 @@ class BridlePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.main_input_name = INPUT_NAMES[config.modality]
         self.input_modalities = (config.modality,)
+
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by the part of the model that they belong to, of those of `PARTS` that it has."""
+        raise NotImplementedError
+
+    def freeze_unseen_biases(self) -> None:
+        """Freeze the biases that a softmax does not see: those of keys, and the last of a Swin position bias.
+
+        Their gradient is rounding noise, of which an optimizer such as Adam would make full steps.
+        """
+        for module in self.modules():
+            if isinstance(module, BridleAttention | BridleSwinAttention) and module.unseen_bias is not None:
+                module.unseen_bias.requires_grad_(False)
+
+    def place_in_batch(self, first: int, of: int) -> None:
+        """Tell stochastic depth that the next inputs are samples `first`, `first + 1`, ... of a batch of `of`.
+
+        What is drawn for a sample then does not depend on how the batch is cut.
+        """
+        for module in self.modules():
+            if isinstance(module, BridleDropPath):
+                module.rows = first, of
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,8 +145,11 @@ class BridleModel(BridlePreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.projection
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        return {
+            "embeddings": list(self.embeddings.parameters()),
+            "layers": [*self.layers.parameters(), *self.layernorm.parameters()],
+        }
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -143,8 +178,14 @@ class BridleModel(BridlePreTrainedModel):
             (batch, hidden): the mean over the real patches, or the class token (`config.pooling`).
 
         Raises:
-            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
+            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit;
+                `output_attentions` with attention other than eager, which does not give its weights.
         """
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions` needs eager attention, this model's is '{self.config._attn_implementation}': "
+                'call model.set_attn_implementation("eager")'
+            )
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
@@ -246,6 +287,9 @@ class BridleForPreTraining(BridlePreTrainedModel):
         self.decoder = BridleDecoder(config)
         self.post_init()
 
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        return {**self.bridle.parameters_by_part(), "decoder": list(self.decoder.parameters())}
+
     @can_return_tuple
     def forward(
         self,
@@ -271,16 +315,16 @@ class BridleForPreTraining(BridlePreTrainedModel):
             ValueError: As [`BridleModel.forward`]; or mask or labels that do not fit the input.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        patches, grid = patchify(values, self.config)
+        grid = patch_grid_of(values, self.config)
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         if bool_masked_pos is None:
-            bool_masked_pos = self._draw_masks(patches, grid, real)
+            bool_masked_pos = self._draw_masks(len(values), grid, real).to(values.device)
         bool_masked_pos = bool_masked_pos.bool() if real is None else bool_masked_pos.bool() & real
         encoded = self.bridle(values, attention_mask, bool_masked_pos, **kwargs)
         logits = self.decoder(encoded.last_hidden_state, bool_masked_pos, real, grid)
         loss = accuracy = None
         if labels is not None:
-            check_patch_shape("labels", labels, patches, grid)
+            check_patch_shape("labels", labels, len(values), grid)
             loss, accuracy = self._loss(logits, labels, bool_masked_pos)
         return BridleForPreTrainingOutput(
             loss=loss,
@@ -291,16 +335,16 @@ class BridleForPreTraining(BridlePreTrainedModel):
             attentions=encoded.attentions,
         )
 
-    def _draw_masks(self, patches: torch.Tensor, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
+    def _draw_masks(self, batch: int, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
         """One mask per sample, each over the real steps along the first axis of the grid."""
-        steps = [grid[0]] * len(patches) if real is None else real.view(-1, *grid).flatten(2)[..., 0].sum(1).tolist()
+        steps = [grid[0]] * batch if real is None else real.view(-1, *grid).flatten(2)[..., 0].sum(1).tolist()
         if 0 in steps:
             raise ValueError(f"`attention_mask` marks no frame of clip {steps.index(0)} as real; leave the clip out")
         masks = [
             make_mask(self.config.mask_type, (step, *grid[1:]), self.config.mask_ratio, padded_grid=grid)
             for step in steps
         ]
-        return torch.stack(masks).to(patches.device)
+        return torch.stack(masks)
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, bool_masked_pos: torch.Tensor
@@ -384,14 +428,14 @@ class BridleForClassification(BridlePreTrainedModel):
         """While training, hide whole stripes of patches along each of the last two axes (`config.patch_dropout`)."""
         if not self.training or not any(self.config.patch_dropout):
             return None
-        patches, grid = patchify(values, self.config)
-        dropped = torch.zeros(len(patches), *grid[-2:], dtype=torch.bool, device=values.device)
+        grid = patch_grid_of(values, self.config)
+        dropped = torch.zeros(len(values), *grid[-2:], dtype=torch.bool, device=values.device)
         for axis, (size, rate) in enumerate(zip(grid[-2:], self.config.patch_dropout), start=1):
-            noise = torch.rand(len(patches), size, device=values.device)
+            noise = torch.rand(len(values), size, device=values.device)
             stripes = torch.zeros_like(noise, dtype=torch.bool)
             stripes.scatter_(1, noise.topk(int(size * rate), dim=1).indices, True)
             dropped |= stripes.unsqueeze(3 - axis)
-        return dropped.flatten(1).repeat(1, patches.shape[1] // dropped[0].numel())
+        return dropped.flatten(1).repeat(1, math.prod(grid[:-2]))
 
 
 class BridleForAudioClassification(BridleForClassification):
@@ -419,6 +463,7 @@ class BridleForVideoClassification(BridleForClassification):
 
 
 __all__ = [
+    "PARTS",
     "BridleForAudioClassification",
     "BridleForImageClassification",
     "BridleForPreTraining",

@@ -1,4 +1,4 @@
-"""The tokenizer: patches to codes, by a frozen random projection or by an encoder distilled from a teacher."""
+"""Tokenizer model: patches to codes, by a frozen random projection or by an encoder distilled from a teacher."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,15 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_bridle import BridleTokenizerConfig
 from .encoder_bridle import BridleLayer
 from .modeling_bridle import BridleModel, BridlePreTrainedModel
-from .patching_bridle import BridlePositions, patch_attention_mask, patchify, select_input, silence_padding
+from .patching_bridle import (
+    BridlePositions,
+    parameter_dtype,
+    patch_attention_mask,
+    patch_grid_of,
+    patchify,
+    select_input,
+    silence_padding,
+)
 from .quantization_bridle import BridleResidualQuantizer, CodebookUsage, QuantizerOutput
 
 
@@ -60,7 +68,7 @@ class BridleRandomProjection(nn.Module):
         patches, grid = patchify(values, self.config)
         if self.config.normalize_target_patches:
             patches = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-6)
-        embedded = self.embedding(patches.to(self.embedding.weight.dtype))
+        embedded = self.embedding(patches.to(parameter_dtype(self)))
         if self.config.add_position_to_projection:
             embedded = embedded + self.positions(grid).to(embedded.dtype)
         return self.projection(embedded)
@@ -84,7 +92,7 @@ class BridleEstimator(nn.Module):
 
     def forward(self, quantized: torch.Tensor, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
         """(batch, patches, code_dim) -> (batch, patches, teacher_hidden_size)."""
-        hidden_states = self.embed(quantized.to(self.embed.weight.dtype))
+        hidden_states = self.embed(quantized.to(parameter_dtype(self)))
         hidden_states = hidden_states + self.positions(grid).to(hidden_states.dtype)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
         for layer in self.layers:
@@ -101,7 +109,9 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     def __init__(self, config: BridleTokenizerConfig):
         super().__init__(config)
-        if config.tokenizer_type == "random_projection":
+        # A random projection has no layers whose activations could be computed anew.
+        self.supports_gradient_checkpointing = self.is_trained
+        if not self.is_trained:
             self.random_projection = BridleRandomProjection(config)
         else:
             self.encoder = BridleModel(config)
@@ -114,6 +124,29 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         self.quantizer = BridleResidualQuantizer(config)
         self.post_init()
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is distilled from a teacher; a random projection has nothing that is trained."""
+        return self.config.tokenizer_type == "self_distilled"
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings() if self.is_trained else self.random_projection.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        if self.is_trained:
+            self.encoder.set_input_embeddings(value)
+        else:
+            self.random_projection.embedding = value
+
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        if not self.is_trained:
+            return {"projection": list(self.random_projection.parameters())}
+        return {
+            **self.encoder.parameters_by_part(),
+            "projection": list(self.projection.parameters()),
+            "estimator": list(self.estimator.parameters()),
+        }
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -122,7 +155,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     def latents(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """What is quantized, `z`: (batch, patches, code_dim)."""
-        if self.config.tokenizer_type == "random_projection":
+        if not self.is_trained:
             return self.random_projection(inputs, attention_mask)
         encoded = self.encoder(inputs, attention_mask).last_hidden_state
         return self.projection(encoded[:, int(self.config.use_class_token) :])
@@ -209,7 +242,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
     ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None]:
         """The quantizer's output laid out as (batch, patches, ...), the grid, and which patches are real."""
         latents = self.latents(values, attention_mask)
-        grid = patchify(values, self.config)[1]
+        grid = patch_grid_of(values, self.config)
         if attention_mask is None:
             quantized = self.quantizer(latents.flatten(0, 1))
             real = None
@@ -228,7 +261,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         return quantized, grid, real
 
     def _check_teacher(self, teacher: torch.Tensor, codes: torch.Tensor) -> None:
-        if self.config.tokenizer_type == "random_projection":
+        if not self.is_trained:
             raise ValueError("a random-projection tokenizer is not trained: pass no `teacher_hidden_states`")
         expected = (*codes.shape[:2], self.config.teacher_hidden_size)
         if tuple(teacher.shape) != expected:

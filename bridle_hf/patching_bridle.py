@@ -1,4 +1,4 @@
-"""From the input of any modality to patches, their grid, positions, patch mask and embeddings.
+"""Patches: the input of any modality cut into them, their grid, positions, attention mask and embeddings.
 
 This is the one place of the model where audio, image and video differ: all three are seen as (batch, channels,
 frames, height, width), with time as height and mel as width for audio, and one frame for audio and images.
@@ -52,8 +52,9 @@ def select_input(
     return named[given[0]]
 
 
-def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor:
-    """Any modality as (batch, channels, frames, height, width); audio is padded with 0 to whole patches in time.
+def patch_grid_of(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[int, ...]:
+    """The grid of patches that an input has, from its shape alone: (time, mel), (height, width) or (time, height,
+    width). Audio counts as padded to whole patches in time.
 
     Raises:
         ValueError: Wrong number of dimensions, channels or mel bins, or a size that patches do not divide.
@@ -63,24 +64,22 @@ def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor
             f"`{INPUT_NAMES[config.modality]}` must be {_LAYOUTS[config.modality]}, got shape {tuple(values.shape)}"
         )
     if config.modality == "audio":
-        if values.shape[2] != config.num_mel_bins:
-            raise ValueError(
-                f"`input_values` has {values.shape[2]} mel bins, the model was built for {config.num_mel_bins}"
-            )
-        padding = -values.shape[1] % config.patch_shape[1]
-        volume = nn.functional.pad(values, (0, 0, 0, padding))[:, None, None]
+        frames, mel_bins = values.shape[1:]
+        if mel_bins != config.num_mel_bins:
+            raise ValueError(f"`input_values` has {mel_bins} mel bins, the model was built for {config.num_mel_bins}")
+        channels, sizes = 1, (1, frames + -frames % config.patch_shape[1], mel_bins)
     elif config.modality == "image":
-        volume = values[:, :, None]
+        channels, sizes = values.shape[1], (1, *values.shape[2:])
     else:
-        volume = values.transpose(1, 2)
-    if volume.shape[1] != config.num_channels:
-        raise ValueError(f"the input has {volume.shape[1]} channels, the model was built for {config.num_channels}")
-    if volume.numel() == 0 or any(size % patch for size, patch in zip(volume.shape[2:], config.patch_shape)):
+        channels, sizes = values.shape[2], (values.shape[1], *values.shape[3:])
+    if channels != config.num_channels:
+        raise ValueError(f"the input has {channels} channels, the model was built for {config.num_channels}")
+    if values.numel() == 0 or any(size % patch for size, patch in zip(sizes, config.patch_shape)):
         raise ValueError(
-            f"an input of (frames, height, width) {tuple(volume.shape[2:])} cannot be cut into patches of "
-            f"{config.patch_shape}"
+            f"an input of (frames, height, width) {tuple(sizes)} cannot be cut into patches of {config.patch_shape}"
         )
-    return volume
+    grid = tuple(size // patch for size, patch in zip(sizes, config.patch_shape))
+    return grid if config.modality == "video" else grid[1:]
 
 
 def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -89,14 +88,28 @@ def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.T
     Returns:
         Patches (batch, patches, channels * frames * height * width of a patch), in row-major order of the grid, and
         the grid: (time, mel), (height, width) or (time, height, width).
+
+    Raises:
+        ValueError: As [`patch_grid_of`].
     """
+    grid = patch_grid_of(values, config)
     volume = to_volume(values, config)
-    batch, channels, *sizes = volume.shape
     frames, height, width = config.patch_shape
-    grid = [size // patch for size, patch in zip(sizes, config.patch_shape)]
-    patches = volume.reshape(batch, channels, grid[0], frames, grid[1], height, grid[2], width)
-    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, math.prod(grid), config.patch_dim)
-    return patches, tuple(grid) if config.modality == "video" else tuple(grid[1:])
+    times, rows, columns = grid if config.modality == "video" else (1, *grid)
+    patches = volume.reshape(*volume.shape[:2], times, frames, rows, height, columns, width)
+    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(len(values), math.prod(grid), config.patch_dim), grid
+
+
+def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor:
+    """Any modality as (batch, channels, frames, height, width); audio is padded with 0 to whole patches in time.
+
+    Raises:
+        ValueError: As [`patch_grid_of`].
+    """
+    patch_grid_of(values, config)
+    if config.modality == "audio":
+        return nn.functional.pad(values, (0, 0, 0, -values.shape[1] % config.patch_shape[1]))[:, None, None]
+    return values[:, :, None] if config.modality == "image" else values.transpose(1, 2)
 
 
 def silence_padding(values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -169,7 +182,9 @@ class BridlePositions(nn.Module):
 
     def forward(self, grid: tuple[int, ...]) -> torch.Tensor:
         """(1, patches of `grid`, dim) float32."""
-        if tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]:
+        # An exported program takes any length: comparing lengths would hold it to one side of the table's.
+        exported = torch.compiler.is_exporting() and not self.stored
+        if not exported and tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]:
             # Row-major order: fewer steps along the first axis are a prefix.
             return self.table[None, : math.prod(grid)]
         if self.stored:
@@ -210,11 +225,11 @@ class BridleEmbeddings(nn.Module):
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         positions = self.positions(grid).expand(patches.shape[0], -1, -1)
         if bool_masked_pos is not None:
-            check_patch_shape("bool_masked_pos", bool_masked_pos, patches, grid)
+            check_patch_shape("bool_masked_pos", bool_masked_pos, len(patches), grid)
             visible = ~bool_masked_pos.bool() if real is None else ~bool_masked_pos.bool() & real
             indices, real = visible_patches(visible)
             patches, positions = (take_patches(tensor, indices) for tensor in (patches, positions))
-        dtype = self.projection.weight.dtype
+        dtype = parameter_dtype(self)
         embeddings = self.projection(patches.to(dtype)) + positions.to(dtype)
         if self.cls_token is not None:
             cls = self.cls_token.expand(embeddings.shape[0], -1, -1).to(embeddings.dtype)
@@ -228,13 +243,23 @@ def take_patches(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return tensor.gather(1, indices[:, :, None].expand(-1, -1, tensor.shape[-1]))
 
 
-def check_patch_shape(name: str, tensor: torch.Tensor, patches: torch.Tensor, grid: tuple[int, ...]) -> None:
-    """Raise a `ValueError` unless `tensor` starts with the (batch, patches) of `patches`."""
-    if tensor.shape[:2] != patches.shape[:2]:
+def check_patch_shape(name: str, tensor: torch.Tensor, batch: int, grid: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless `tensor` is (`batch`, patches of `grid`, ...)."""
+    expected = (batch, math.prod(grid))
+    if tensor.shape[:2] != expected:
         raise ValueError(
-            f"`{name}` has shape {tuple(tensor.shape)}; for this input it must start with {tuple(patches.shape[:2])}: "
+            f"`{name}` has shape {tuple(tensor.shape)}; for this input it must start with {expected}: "
             f"(batch, patches of the grid {tuple(grid)})"
         )
+
+
+def parameter_dtype(module: nn.Module) -> torch.dtype:
+    """What a module computes in: the dtype of its first floating-point parameter.
+
+    Never that of one `Linear.weight`: quantizers put integers, or a method, in its place. Where they left no
+    floating-point parameter, float32.
+    """
+    return next((entry.dtype for entry in module.parameters() if entry.is_floating_point()), torch.float32)
 
 
 __all__ = [
@@ -242,7 +267,9 @@ __all__ = [
     "BridleEmbeddings",
     "BridlePositions",
     "check_patch_shape",
+    "parameter_dtype",
     "patch_attention_mask",
+    "patch_grid_of",
     "patchify",
     "select_input",
     "silence_padding",

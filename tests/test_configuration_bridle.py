@@ -1,13 +1,17 @@
 """Configurations: the reference's sizes by default, JSON and back, and errors that name the field."""
 
+import inspect
 import json
+import re
 
 import pytest
+from transformers import ViTConfig
 
-from bridle_hf import BridleConfig, BridleForPreTraining, BridleTokenizerConfig
+from bridle_hf import BridleConfig, BridleForPreTraining, BridleModel, BridleTokenizerConfig, BridleTokenizerModel
+from bridle_hf.configuration_bridle import BridleEncoderConfig
 
 
-# DESIGN section 2.
+# The sizes of the paper and of the reference code.
 REFERENCE = {
     "audio": {
         "patch_grid": (64, 8), "patch_dim": 256, "num_channels": 1, "use_class_token": True, "key_bias": True,
@@ -107,6 +111,16 @@ def test_pairs_are_time_by_mel_and_height_by_width():
         ({"codebook_loss_weights": [1.0]}, "codebook_loss_weights"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"patch_dropout": (0.2, 1.0)}, "patch_dropout"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers.*1..1000"),
+        ({"decoder_num_hidden_layers": 10**9}, "decoder_num_hidden_layers"),
+        ({"decoder_num_attention_heads": 0}, "decoder_num_attention_heads"),
+        ({"decoder_window_size": (0, 4)}, "decoder_window_size"),
+        ({"intermediate_size": 10**9}, "intermediate_size"),
+        ({"codebook_size": 10**9}, "codebook_size"),
+        ({"max_length": 16 * 2**30}, "max_length"),
+        ({"modality": "image", "image_size": 2**20}, "patches"),
     ],
 )
 def test_a_wrong_field_is_named(fields, message):
@@ -125,9 +139,37 @@ def test_a_wrong_field_is_named(fields, message):
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"dead_code_threshold": 1.0}, "dead_code_threshold"),
         ({"num_soft_codes": 0}, "num_soft_codes"),
+        ({"estimator_num_hidden_layers": 0}, "estimator_num_hidden_layers"),
+        ({"codebook_size": 10**9}, "codebook_size"),
         ({"num_soft_codes": 257}, "num_soft_codes"),
     ],
 )
 def test_a_wrong_field_of_the_tokenizer_is_named(fields, message):
     with pytest.raises(Exception, match=f"(?s){message}"):
         BridleTokenizerConfig(**fields)
+
+
+@pytest.mark.parametrize("config_class", [BridleEncoderConfig, BridleConfig, BridleTokenizerConfig])
+def test_every_field_is_documented_with_its_default(config_class):
+    """In transformers' own form, so that its documentation tools read it."""
+    own = inspect.get_annotations(config_class)
+    assert len(own) > 10
+    for name in own:
+        default = getattr(config_class, name)
+        plain = isinstance(default, int | float) and not isinstance(default, bool)
+        value = str(default) if plain else f'`"{default}"`' if isinstance(default, str) else f"`{default}`"
+        found = re.search(
+            rf"^        {name} \(.*, \*optional\*, defaults to (.*)\):\n            \S", config_class.__doc__, re.M
+        )
+        assert found and found[1] == value, name
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class"),
+    [(BridleTokenizerModel, BridleConfig), (BridleModel, BridleTokenizerConfig), (BridleModel, ViTConfig)],
+)
+def test_a_model_of_another_kind_is_refused(model_class, config_class, tmp_path):
+    """transformers reads another model's config as far as it fits, and gives random weights."""
+    config_class().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"type '{config_class.model_type}'.*{model_class.config_class.__name__}"):
+        model_class.from_pretrained(tmp_path)

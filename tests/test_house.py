@@ -14,18 +14,10 @@ from helpers.fresh_process import run_fresh
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
-ROOMS = [
-    "common",
-    "data",
-    "interleaving",
-    "monitoring",
-    "probing",
-    "cards",
-    "finetuning",
-    "pretraining",
-    "demos",
+ROOMS = (
+    "common", "data", "interleaving", "monitoring", "probing", "cards", "finetuning", "pretraining", "demos",
     "commands",
-]
+)  # fmt: skip
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 AT_THE_TOP = {"torch", "numpy", "transformers", "huggingface_hub", *sys.stdlib_module_names}
@@ -47,11 +39,14 @@ def imported(path: Path, tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def without_functions(tree: ast.Module) -> ast.Module:
-    """The file without what is imported when a function is called."""
+    """The file without what is imported when a function is called, or for type checkers alone."""
 
     class Drop(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
             return None
+
+        def visit_If(self, node: ast.If) -> ast.If | None:
+            return None if ast.unparse(node.test) == "TYPE_CHECKING" else node
 
     return Drop().visit(tree)
 

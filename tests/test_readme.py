@@ -9,41 +9,19 @@ from pathlib import Path
 import pytest
 from helpers.saved_folders import make_models, save_all
 
+from bridle_hf.commands import COMMANDS, _find
+from bridle_hf.common.recipes import find_recipe, list_recipes
 from bridle_hf.configuration_bridle import MASK_TYPES
-from bridle_hf.data.shards.arguments import ShardArguments
-from bridle_hf.finetuning.arguments import FinetuneArguments
-from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
-from bridle_hf.pretraining import cost
-from bridle_hf.pretraining.arguments import PretrainArguments
-from bridle_hf.probing.arguments import ProbeArguments
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "model_cards/README.md", "training/README.md"]
 PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 MOST_LINES = 130
-# The options of each command, and the names of those that are none of a dataclass here.
-OPTIONS = {
-    "pretrain": (PretrainArguments,),
-    "finetune": (FinetuneArguments, FinetuneTrainingArguments),
-    "probe": (ProbeArguments,),
-    "shard": (ShardArguments,),
-    "flops": (cost.FlopsArguments, PretrainArguments),
-}
-OTHER_OPTIONS = {
-    "card": {"run", "repo_id"},
-    "convert": {"modality"},
-    "demo": {"modality", "output_dir"},
-    "report": set(),
-    "recipes": set(),
-    "info": set(),
-}
 FUNCTIONS = ("pretrain", "finetune", "probe")
-TAKE_A_RECIPE = ("pretrain", "finetune", "flops")
 MODULES = {"bridle_hf.pretraining": "pretrain", "bridle_hf.finetuning": "finetune"}
 # Of launchers and of every command; `--name value` stands for any.
 OF_LAUNCHERS = {"num_processes", "nproc_per_node", "help", "name"}
-PLACEHOLDERS = {"RECIPE", "RECIPE.yaml"}
 
 
 def read(page: str) -> str:
@@ -56,8 +34,8 @@ def snippets(page: str) -> list[str]:
 
 def names_of(command: str) -> set[str]:
     """The options of a command, without their dashes."""
-    dataclass_names = {field.name for arguments in OPTIONS.get(command, ()) for field in fields(arguments)}
-    return dataclass_names | OTHER_OPTIONS.get(command, set())
+    paths = (*COMMANDS[command].arguments, *COMMANDS[command].more_arguments)
+    return {field.name for path in paths for field in fields(_find(path))}
 
 
 def commands(page: str) -> list[tuple[str, list[str]]]:
@@ -69,16 +47,18 @@ def commands(page: str) -> list[tuple[str, list[str]]]:
     found = []
     for line in lines:
         words = shlex.split(re.split(r"\)?\s+#|\)$", line)[0].replace("[", "").replace("]", ""))
+        if words[0] == "bridle":
+            found.append((words[1], words[2:]))
         for place, word in enumerate(words):
-            if word == "bridle" and place == 0:
-                found.append((words[1], words[2:]))
+            module = place > 0 and words[place - 1] == "-m"
+            if module and word in MODULES:
+                found.append((MODULES[word], words[place + 1 :]))
+            elif module:
+                path = ROOT.joinpath(*word.split("."))
+                assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page}: {word}"
             elif word.startswith("training/") and word.endswith(".py"):
                 assert (ROOT / word).exists(), f"{page}: {word}"
                 found.append((Path(word).stem, words[place + 1 :]))
-            elif words[place - 1] == "-m" and word in MODULES:
-                found.append((MODULES[word], words[place + 1 :]))
-            elif words[place - 1] == "-m":
-                assert ROOT.joinpath(*word.split(".")).with_suffix(".py").exists(), f"{page}: {word}"
     return found
 
 
@@ -114,19 +94,19 @@ def test_no_other_page_has_python_that_is_not_run():
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_have_their_options_and_recipes(page):
     for command, words in commands(page):
-        assert command in OPTIONS or command in OTHER_OPTIONS, f"{page}: bridle {command}"
+        assert command in COMMANDS, f"{page}: bridle {command}"
         for word in words:
             if word.startswith("--"):
                 assert word.removeprefix("--").split(".")[0] in names_of(command) | {"help"}, (
                     f"{page}: {command} {word}"
                 )
-        if command in TAKE_A_RECIPE and words and not words[0].startswith(("-", ".")) and words[0] not in PLACEHOLDERS:
-            assert (ROOT / "bridle_hf" / "recipes" / f"{words[0]}.yaml").exists(), f"{page}: {words[0]}"
+        if COMMANDS[command].takes_recipe and words and not words[0].startswith(("-", ".")) and words[0] != "RECIPE":
+            assert find_recipe(words[0]).is_file(), f"{page}: {words[0]}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_in_the_text_are_those_of_a_command(page):
-    known = {name for command in (*OPTIONS, *OTHER_OPTIONS) for name in names_of(command)} | OF_LAUNCHERS
+    known = {name for command in COMMANDS for name in names_of(command)} | OF_LAUNCHERS
     for option in re.findall(r"`--(\w+)", read(page)):
         assert option in known, f"{page}: --{option}"
 
@@ -139,7 +119,7 @@ def test_calls_from_python_have_arguments_of_the_commands(page):
         assert node.func.attr in FUNCTIONS, f"{page}: {call}"
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         if isinstance(recipe := given.pop("recipe", None), ast.Constant):
-            assert (ROOT / "bridle_hf" / "recipes" / f"{recipe.value}.yaml").exists(), f"{page}: {call}"
+            assert find_recipe(recipe.value).is_file(), f"{page}: {call}"
         assert set(given) <= names_of(node.func.attr), f"{page}: {call}"
 
 
@@ -162,7 +142,7 @@ def test_links_files_and_targets_exist(page):
 def test_the_guide_lists_every_recipe():
     table = read("training/README.md").split("## Recipes")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
-    assert named == {path.stem for path in (ROOT / "bridle_hf" / "recipes").glob("*.yaml")}
+    assert named == set(list_recipes())
 
 
 def test_the_masks_of_the_readme_are_those_of_the_config():

@@ -1,5 +1,10 @@
-from bridle_hf.demos.demo import main
+"""Run the demo, as `bridle demo` does.
+
+python training/demo.py --modality audio --output_dir OUT
+"""
+
+from bridle_hf.commands import main
 
 
 if __name__ == "__main__":
-    main()
+    main("demo")

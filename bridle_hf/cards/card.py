@@ -1,9 +1,8 @@
 """Write a saved folder's model card, `README.md`, from its configuration, its run and measured results.
 
-python model_cards/card.py OUT/encoder --run OUT/run.json [--repo_id ORG/NAME]
+bridle card OUT/encoder --run OUT/run.json [--repo_id ORG/NAME]
 """
 
-import argparse
 import json
 import math
 import re
@@ -176,16 +175,3 @@ def _hub_id(data: str) -> str | None:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name.lower()).strip("_")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="a saved encoder, tokenizer or classifier")
-    parser.add_argument("--run", required=True, help="the run's run.json")
-    parser.add_argument("--repo_id", help="the Hub id that the snippets shall load")
-    args = parser.parse_args()
-    print(write_card(args.folder, json.loads(Path(args.run).read_text(encoding="utf-8")), repo_id=args.repo_id))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,24 +1,22 @@
-"""Arguments of the training scripts: a YAML recipe first, then `--name value` overrides.
+"""Arguments of commands: a YAML recipe first, then overrides, `--name value` or keywords of a Python call.
 
-    pretrain.py training/recipes/audio_demo.yaml --data DIR --output_dir OUT --encoder.hidden_size 256
+    bridle pretrain audio_demo --data DIR --output_dir OUT --encoder.hidden_size 256
+    bridle_hf.pretrain("audio_demo", data=DIR, output_dir=OUT, encoder={"hidden_size": 256})
 
-Every error about an argument is one line that names the field.
+Every error about an argument is one line that names the field. Importing this imports neither torch nor transformers.
 """
 
-import difflib
 import json
 import re
-import sys
-from argparse import ArgumentTypeError
-from collections.abc import Iterable
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
 
-from bridle_hf.common.errors import ArgumentError
+from bridle_hf.common.errors import ArgumentError, nearest
+from bridle_hf.common.recipes import find_recipe
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -49,7 +47,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"not YAML: {error}") from error
 
 
-class Mapping(dict):
+class YamlMapping(dict):
     """A mapping as YAML text: `{hidden_size: 128}`; on the command line key by key: `--encoder.hidden_size 8`."""
 
     def __init__(self, text: str):
@@ -59,7 +57,7 @@ class Mapping(dict):
         super().__init__(value)
 
 
-class Sequence(tuple):
+class YamlSequence(tuple):
     """A sequence of mappings given as YAML text: `[{train: encoder, steps: 600}]`."""
 
     def __new__(cls, text: str):
@@ -77,31 +75,50 @@ def _load_value(text: str) -> Any:
         raise ArgumentTypeError(str(error)) from error
 
 
-class _OneLineParser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ArgumentError(message.removeprefix("argument "))
+def parse_command_line(*dataclass_types: type, argv: Sequence[str], takes_recipe: bool = True) -> tuple[Any, ...]:
+    """Instances of `dataclass_types` from `[RECIPE] [--name value ...]`; later values win.
 
-
-def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tuple[Any, ...]:
-    """Instances of `dataclass_types` from `[RECIPE.yaml] [--name value ...]`; later values win.
+    Args:
+        takes_recipe: whether the first word may name a recipe, see [`find_recipe`].
 
     Raises:
-        ArgumentError: An unknown name (with the nearest valid one), a missing or a wrong value; it ends the process
-            with status 2 and one line.
+        ArgumentError: an unknown name (with the nearest valid one), a missing or a wrong value.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _OneLineParser(dataclass_types, allow_abbrev=False)
-    names = [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)]
+    argv = list(argv)
     values: dict[str, Any] = {}
+    names = _names(dataclass_types)
     if argv and not argv[0].startswith("-"):
-        recipe = argv.pop(0)
-        values = _read_recipe(recipe)
-        for name in values:
-            if name not in names:
-                raise ArgumentError(f"{recipe}: unknown key '{name}'{_nearest(name, names)}")
-    options = _as_options(values) + _without_dotted(argv, values, names)
+        if not takes_recipe:
+            raise ArgumentError(f"'{argv[0]}' is one word too many: write --name value")
+        values = _read_recipe(argv.pop(0), names)
+    return _parse(dataclass_types, _as_options(values) + _without_dotted(argv, values, names))
+
+
+def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str, Any]) -> tuple[Any, ...]:
+    """Instances of `dataclass_types` from a recipe and, on top of it, `values`.
+
+    Args:
+        recipe: name or path of a recipe, see [`find_recipe`]; `None`: none.
+        values: by field. A mapping changes the recipe's entry by entry; `None` stands for the field's default.
+
+    Raises:
+        ArgumentError: an unknown name (with the nearest valid one), a missing or a wrong value.
+    """
+    names = _names(dataclass_types)
+    for name in values:
+        if name not in names:
+            raise ArgumentError(f"unknown argument '{name}'{nearest(name, names)}")
+    merged = _merged({} if recipe is None else _read_recipe(str(recipe), names), values)
+    defaults = [entry for kind in dataclass_types for entry in fields(kind) if entry.default_factory is list]
+    for entry in defaults:
+        if merged.get(entry.name) == []:  # an option cannot be given without a value
+            del merged[entry.name]
+    return _parse(dataclass_types, _as_options(merged))
+
+
+def _parse(dataclass_types: Sequence[type], options: list[str]) -> tuple[Any, ...]:
     try:
-        *instances, unknown = parser.parse_args_into_dataclasses(
+        *instances, unknown = _make_parser(dataclass_types).parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
         )
     except ValueError as error:
@@ -109,23 +126,49 @@ def parse_arguments(*dataclass_types: type, argv: list[str] | None = None) -> tu
         raise ArgumentError(str(error)) from error
     if unknown and unknown[0].startswith("--"):
         name = unknown[0].removeprefix("--").split("=")[0].split(".")[0]
-        raise ArgumentError(f"unknown argument '{unknown[0]}'{_nearest(name, names)}")
+        raise ArgumentError(f"unknown argument '{unknown[0]}'{nearest(name, _names(dataclass_types))}")
     if unknown:
         before = [option for option in options[: options.index(unknown[0])] if option.startswith("--")]
         raise ArgumentError(f"{before[-1] if before else 'arguments'}: '{unknown[0]}' is one value too many")
     return tuple(instances)
 
 
-def _read_recipe(path: str) -> dict[str, Any]:
+def _make_parser(dataclass_types: Sequence[type]) -> ArgumentParser:
+    from transformers import HfArgumentParser
+
+    class OneLineParser(HfArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ArgumentError(message.removeprefix("argument "))
+
+    return OneLineParser(dataclass_types, allow_abbrev=False, add_help=False)
+
+
+def _names(dataclass_types: Sequence[type]) -> list[str]:
+    return [entry.name for dataclass_type in dataclass_types for entry in fields(dataclass_type)]
+
+
+def _read_recipe(name: str, known: list[str]) -> dict[str, Any]:
+    path = find_recipe(name)
     try:
-        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArgumentError(f"recipe {path}: {error.strerror}") from error
     except ValueError as error:
         raise ArgumentError(f"recipe {path}: {error}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ArgumentError(f"recipe {path}: expected a mapping of names to values")
+    for key in values:
+        if key not in known:
+            raise ArgumentError(f"{name}: unknown key '{key}'{nearest(key, known)}")
     return values
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if both else value
+    return merged
 
 
 def _as_options(values: dict[str, Any]) -> list[str]:
@@ -135,10 +178,12 @@ def _as_options(values: dict[str, Any]) -> list[str]:
         if value is None:
             continue
         options.append(f"--{name}")
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, dict) for entry in value)):
+        if isinstance(value, dict) or (
+            isinstance(value, (list, tuple)) and any(isinstance(entry, dict) for entry in value)
+        ):
             # JSON, because it reads as YAML of any version.
             options.append(json.dumps(value, default=str))
-        elif isinstance(value, list):
+        elif isinstance(value, (list, tuple)):
             options.extend(map(str, value))
         else:
             options.append(str(value))
@@ -191,9 +236,4 @@ def check_ranges(args: Any, ranges: dict[str, tuple[float, float]]) -> None:
 def check_name(where: str, name: str, known: Iterable[str]) -> None:
     """Raise a `ValueError` unless `name` is one of `known`."""
     if name not in known:
-        raise ValueError(f"{where}.{name} is not a field{_nearest(name, list(known))}")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean '{nearest[0]}'?" if nearest else ""
+        raise ValueError(f"{where}.{name} is not a field{nearest(name, list(known))}")

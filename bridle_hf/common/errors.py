@@ -1,18 +1,18 @@
 """Errors that a user meets: bad files, wrong arguments, steps that are not finite; each names what and where."""
 
-import sys
+import difflib
+from collections.abc import Iterable
 
 
-class ArgumentError(SystemExit):
-    """A wrong argument: one line that names the field, and exit status 2."""
+class ArgumentError(ValueError):
+    """Wrong arguments or data, found before anything is done: one line that names the field. A command ends with 2."""
 
     def __init__(self, message: str):
-        super().__init__(2)
-        self.message = message = " ".join(message.split())
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        super().__init__(" ".join(message.split()))
 
-    def __str__(self) -> str:
-        return self.message
+
+class RunError(RuntimeError):
+    """A run that had begun and cannot go on: one line that says why. A command ends with 1."""
 
 
 class MediaError(ValueError):
@@ -38,12 +38,18 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to add to an error about a name that is not known: the one that may have been meant, if any is near."""
+    found = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
 MAX_SKIPPED_IN_A_ROW = 20
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
 
-class TooManyBadFiles(RuntimeError):  # noqa: N818 (the name says the error)
+class TooManyBadFiles(RunError):  # noqa: N818 (the name says the error)
     """More than 10% of the samples cannot be read, or none can."""

@@ -9,7 +9,7 @@ from bridle_hf import BridleConfig
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.sample import Sample
 from bridle_hf.masking_bridle import make_mask
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
 
 class MaskedLoader:
@@ -41,9 +41,9 @@ class MaskedLoader:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         loaded = self.load(sample, rng)
         values = loaded[INPUT_NAMES[self.config.modality]][None]
-        grid = patchify(values, self.config)[1]
+        grid = patch_grid_of(values, self.config)
         steps = grid[0]
-        if "attention_mask" in sample:
+        if "attention_mask" in loaded:
             real = patch_attention_mask(loaded["attention_mask"][None], self.config)
             steps = int(real.sum()) // math.prod(grid[1:])
         kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]

@@ -5,9 +5,9 @@ encoder beside its controls, fine-tune beside the same network from scratch, and
 that was in none of it. Prints a table, and where the pictures and the report lie.
 """
 
-import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel, pipeline
 
 import bridle_hf  # noqa: F401 (registers the models)
 from bridle_hf.cards.card import write_card
+from bridle_hf.common.errors import RunError
 from bridle_hf.common.files import write_json
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
@@ -33,20 +34,20 @@ from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.modalities import load_processor, make_sample_loader
+from bridle_hf.demos.arguments import DemoArguments
 from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
 from bridle_hf.monitoring.report import write_report
 from bridle_hf.probing.features import collect_features, untrained_encoder
 from bridle_hf.probing.probes import linear_probe, majority
 
 
-TRAINING = Path(__file__).parents[2] / "training"
 POOLINGS = ("mean_std", "mean")
 CORES = os.cpu_count() or 1
 HALF_THE_CORES, ALL_CORES_BUT_ONE = max(1, CORES // 2), max(1, CORES - 1)
 
 
 @dataclass(frozen=True)
-class Task:
+class ProbeTask:
     """What a probe is asked: the columns of metadata.csv that say so, and how many folds its groups make."""
 
     title: str
@@ -65,7 +66,7 @@ class Demo:
     """
 
     make_data: Callable[[], str]
-    tasks: tuple[Task, ...]
+    tasks: tuple[ProbeTask, ...]
     pretrain_options: tuple[str, ...]
     finetune_options: tuple[str, ...]
     held_out: str
@@ -78,8 +79,8 @@ DEMOS = {
     "audio": Demo(
         make_data=render_notes,
         tasks=(
-            Task("instrument (112), whole octaves held out", folds=4),
-            Task("pitch class (12), instruments held out", "pitch_class", "program", folds=4),
+            ProbeTask("instrument (112), whole octaves held out", folds=4),
+            ProbeTask("pitch class (12), instruments held out", "pitch_class", "program", folds=4),
         ),
         pretrain_options=("--exclude_groups", "4"),
         finetune_options=("--eval_group", "4"),
@@ -89,7 +90,7 @@ DEMOS = {
     ),
     "image": Demo(
         make_data=make_digits,
-        tasks=(Task("digit (10), 5 folds"),),
+        tasks=(ProbeTask("digit (10), 5 folds"),),
         pretrain_options=(),
         finetune_options=("--eval_fold", "1"),
         held_out="fold 1",
@@ -99,7 +100,7 @@ DEMOS = {
     ),
     "video": Demo(
         make_data=make_moving_digits,
-        tasks=(Task("direction (8), digit images held out", folds=5),),
+        tasks=(ProbeTask("direction (8), digit images held out", folds=5),),
         pretrain_options=(),
         finetune_options=("--validation_fraction", "0.2"),
         held_out="a fifth of the digit images",
@@ -109,23 +110,28 @@ DEMOS = {
 }
 
 
-def main() -> None:
-    args = parse_arguments()
+def run_demo(args: DemoArguments) -> None:
+    """The demo, with what it tells on the way.
+
+    Raises:
+        RunError: one of the commands failed, and has said why.
+    """
     demo, out = DEMOS[args.modality], Path(args.output_dir)
     started = time.monotonic()
     data = args.data or demo.make_data()
     print(f"data: {data}", flush=True)
     overwrite = ["--overwrite"] if args.overwrite else []
-    run("pretrain.py", f"{args.modality}_demo.yaml", data, out / "pretraining", *overwrite, *demo.pretrain_options,
+    run("pretrain", f"{args.modality}_demo", data, out / "pretraining", *overwrite, *demo.pretrain_options,
         "--steps_scale", str(args.steps_scale), threads=ALL_CORES_BUT_ONE if demo.busy_loader else None)  # fmt: skip
     encoders = iteration_encoders(out / "pretraining")
     probes = probe_all(demo, args.modality, encoders, data, out)
     newest = encoders[max(encoders)]
-    finetuning = (f"{args.modality}_demo_finetune.yaml", data)
-    options = ("--model", str(newest), *demo.finetune_options, *args.finetune_epochs, *overwrite)
+    finetuning = (f"{args.modality}_demo_finetune", data)
+    epochs = ["--num_train_epochs", str(args.finetune_epochs)] if args.finetune_epochs else []
+    options = ("--model", str(newest), *demo.finetune_options, *epochs, *overwrite)
     # Side by side: two small trainings of half the cores each are sooner done than one after the other.
-    with in_background("finetune.py", *finetuning, out / "from_scratch", *options, "--from_scratch"):
-        run("finetune.py", *finetuning, out / "classifier", *options, threads=HALF_THE_CORES)
+    with in_background("finetune", *finetuning, out / "from_scratch", *options, "--from_scratch"):
+        run("finetune", *finetuning, out / "classifier", *options, threads=HALF_THE_CORES)
     finetuned = {name: accuracy_of(out / name) for name in ("classifier", "from_scratch")}
     table = make_table(demo, probes, finetuned)
     table["notes"].append(ask_pipeline(demo, out / "classifier", data))
@@ -133,28 +139,16 @@ def main() -> None:
     finish(out, demo, table, probes)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modality", default="audio", choices=sorted(DEMOS))
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in output_dir")
-    parser.add_argument("--data", help="folder that the demo's data was made into (default: made in the user's cache)")
-    parser.add_argument("--steps_scale", type=float, default=1.0, help="factor on the length of pretraining")
-    parser.add_argument("--finetune_epochs", help="epochs of fine-tuning (default: the recipe's)")
-    args = parser.parse_args()
-    args.finetune_epochs = ["--num_train_epochs", args.finetune_epochs] if args.finetune_epochs else []
-    return args
-
-
-def run(script: str, recipe: str, data: str, output_dir: Path, *options: str, threads: int | None = None) -> None:
-    """One of the project's commands, shown as a user would type it."""
-    subprocess.run(_command(script, recipe, data, output_dir, *options), env=_environment(threads), check=True)
+def run(name: str, recipe: str, data: str, output_dir: Path, *options: str, threads: int | None = None) -> None:
+    """One of the package's commands, shown as a user would type it."""
+    command = _command(name, recipe, data, output_dir, *options)
+    _check(name, subprocess.run(command, env=_environment(threads), check=False).returncode)
 
 
 @contextmanager
-def in_background(script: str, recipe: str, data: str, output_dir: Path, *options: str) -> Iterator[None]:
+def in_background(name: str, recipe: str, data: str, output_dir: Path, *options: str) -> Iterator[None]:
     """Run a command beside what the block does, on half of the cores; what it prints is shown if it fails."""
-    command = _command(script, recipe, data, output_dir, *options)
+    command = _command(name, recipe, data, output_dir, *options)
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(command, env=_environment(HALF_THE_CORES), stdout=printed, stderr=subprocess.STDOUT)
         try:
@@ -165,13 +159,18 @@ def in_background(script: str, recipe: str, data: str, output_dir: Path, *option
         if process.returncode:
             printed.seek(0)
             print(printed.read(), file=sys.stderr)
-            raise subprocess.CalledProcessError(process.returncode, command)
+        _check(name, process.returncode)
 
 
-def _command(script: str, recipe: str, data: str, output_dir: Path, *options: str) -> list[str]:
-    given = ["--data", data, "--output_dir", str(output_dir), *options]
-    print(f"\n$ python training/{script} training/recipes/{recipe} " + " ".join(given), flush=True)
-    return [sys.executable, str(TRAINING / script), str(TRAINING.parent / "bridle_hf" / "recipes" / recipe), *given]
+def _check(name: str, status: int) -> None:
+    if status:
+        raise RunError(f"`bridle {name}` ended with status {status}, see its message above")
+
+
+def _command(name: str, recipe: str, data: str, output_dir: Path, *options: str) -> list[str]:
+    words = [name, recipe, "--data", data, "--output_dir", str(output_dir), *options]
+    print(f"\n$ bridle {shlex.join(words)}", flush=True)
+    return [sys.executable, "-m", "bridle_hf.commands", *words]
 
 
 def _environment(threads: int | None) -> dict[str, str]:
@@ -245,7 +244,7 @@ def read_features(
 
 
 def accuracy_of(folder: Path) -> float:
-    """Accuracy that `finetune.py` measured on what it held out."""
+    """Accuracy that fine-tuning measured on what it held out."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return results["evaluation"]["accuracy"]
 
@@ -333,7 +332,3 @@ def card_results(demo: Demo, probes: dict[str, Any]) -> dict[str, dict[str, Any]
         note = f"frozen linear probe, mean over folds; {seen}"
         results[task.title] = {"metric": "accuracy", "value": value, "controls": scores, "note": note}
     return results
-
-
-if __name__ == "__main__":
-    main()

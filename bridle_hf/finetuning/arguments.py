@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from bridle_hf.common.arguments import Mapping, check_ranges
+from bridle_hf.common.arguments import YamlMapping, check_ranges
 
 
 @dataclass
 class FinetuneArguments:
-    """Arguments of `training/finetune.py` beside those of `TrainingArguments`."""
+    """Arguments of `bridle finetune` and of `bridle_hf.finetune`, beside those of `TrainingArguments`."""
 
     model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
     data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
@@ -39,7 +39,7 @@ class FinetuneArguments:
     patch_dropout: list[float] = field(
         default_factory=lambda: [0.0, 0.0], metadata={"help": "fractions of (time, mel) stripes of patches dropped"}
     )
-    loader: Mapping = field(
+    loader: YamlMapping = field(
         default_factory=dict,
         metadata={"help": "arguments of the image or video loader, as {stride: 4, min_crop: 0.2, flip: false}"},
     )

@@ -1,6 +1,6 @@
 """Fine-tune a pretrained encoder into a classifier, on `transformers.Trainer`.
 
-    python training/finetune.py training/recipes/NAME.yaml --model DIR_OR_ID --data DIR_OR_HUB_ID --output_dir OUT
+    bridle finetune RECIPE --model DIR_OR_ID --data DIR_OR_HUB_ID --output_dir OUT
 
 Takes every option of `TrainingArguments` beside its own. OUT is a `from_pretrained` folder of the classifier with its
 processor and model card: `pipeline("audio-classification", OUT)`, or image, or video; beside them stand results.json,
@@ -8,7 +8,6 @@ run.json, skipped.jsonl and checkpoints/.
 """
 
 import json
-import logging
 import shutil
 import time
 from dataclasses import dataclass, fields
@@ -32,8 +31,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import bridle_hf
 from bridle_hf.cards.card import write_card
-from bridle_hf.common.arguments import parse_arguments
-from bridle_hf.common.errors import ArgumentError, NonFiniteError, TooManyBadFiles
+from bridle_hf.common.arguments import make_arguments
+from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
 from bridle_hf.common.files import write_json
 from bridle_hf.common.output_folder import git_revision
 from bridle_hf.common.skipped import SkippedFiles
@@ -56,8 +55,6 @@ from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 
 
-logger = logging.getLogger(__name__)
-
 # What opens a classifier, by modality.
 AUTO_MODELS = {
     "audio": AutoModelForAudioClassification,
@@ -74,9 +71,32 @@ OPTIONS_OF = {
 RUN_FILES = ("results.json", "run.json", "skipped.jsonl", "checkpoints")
 
 
-def main() -> None:
-    args, training_args = parse_arguments(FinetuneArguments, FinetuneTrainingArguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What fine-tuning has made: a `from_pretrained` folder, and what results.json holds."""
+
+    output_dir: Path
+    results: dict[str, Any]
+
+
+def finetune(recipe: str | None = None, **options: Any) -> FinetuneResult:
+    """Fine-tune a pretrained encoder into a classifier: `finetune(model=DIR, data=DIR, output_dir=OUT)`.
+
+    Args:
+        recipe: name of a recipe of the package (`bridle recipes` lists them) or path of a YAML file.
+        options: the fields of [`FinetuneArguments`] and of `transformers.TrainingArguments`; a mapping changes the
+            recipe's entry by entry.
+
+    Raises:
+        ArgumentError: arguments, data or output folder are not fit to start; nothing has been trained yet. It is a
+            `ValueError`.
+        RunError: training had begun and could not go on. It is a `RuntimeError`.
+    """
+    return run_finetuning(*make_arguments(FinetuneArguments, FinetuneTrainingArguments, recipe=recipe, values=options))
+
+
+def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
+    """[`finetune`], with its arguments."""
     transformers.set_seed(training_args.seed)
     out, arguments = Path(training_args.output_dir), resolved_arguments(args, training_args)
     try:
@@ -93,16 +113,14 @@ def main() -> None:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(str(error)) from error
     started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
-    except (NonFiniteError, TooManyBadFiles) as error:
-        raise SystemExit(f"error: {error}") from error
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
     seconds = time.monotonic() - started
     results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
     if trainer.is_world_process_zero():
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
         processor.save_pretrained(out)
         write_outputs(out, arguments, config.modality, task, results, seconds)
+    return FinetuneResult(out, results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +406,3 @@ def write_outputs(
     write_json(out / "run.json", run)
     write_card(out, run)
     print(f"{measured['metric']} {measured['value']:.4f} on {measured['split']}; the classifier is in {out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class FinetuneTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of this script."""
+    """`TrainingArguments` with the defaults of `bridle finetune`."""
 
     output_dir: str | None = field(default=None, metadata={"help": "folder to write (required)"})
     eval_strategy: str = field(default="epoch", metadata={"help": "when to evaluate"})

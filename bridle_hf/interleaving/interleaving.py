@@ -1,16 +1,13 @@
-"""Encoder and tokenizer trained in turns: what each phase of a schedule sets up, and what its steps do."""
+"""Interleaving: encoder and tokenizer trained in turns, what each phase of a schedule sets up and its steps do."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from bridle_hf import (
     BridleConfig,
@@ -20,16 +17,13 @@ from bridle_hf import (
     teacher_hidden_states,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
-from bridle_hf.encoder_bridle import BridleDropPath
+from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
 from bridle_hf.interleaving.gradients import gradient_norms
+from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, shares
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.interleaving.sharding import gathered_state, sharded, sharded_like
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
-from bridle_hf.quantization_bridle import count_codes, gather_rows
-
-
-# More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
-KMEANS_VECTORS_PER_CODE = 64
+from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.quantization_bridle import count_codes
 
 
 class Interleaving:
@@ -40,11 +34,10 @@ class Interleaving:
         encoder_config, tokenizer_config: What is built at the start of a phase; `tokenizer_config` is that of the
             self-distilled tokenizer, from which the random projection of iteration 0 follows.
         micro_batch_size: Samples of this process per forward; the gradients of a batch are accumulated over them.
-        shard: Each process holds a part of what is trained, of its gradients and of its optimizer (FSDP2). What is
-            frozen, and the codebooks, are whole in each.
+        shard: Each process holds a part of what is trained, see [`Sharding`].
 
     Raises:
-        ValueError: `shard` with fp16, whose gradient scaler would see another part in each process.
+        ValueError: As [`Sharding`].
     """
 
     def __init__(
@@ -61,15 +54,13 @@ class Interleaving:
         gradient_checkpointing: bool = False,
         shard: bool = False,
     ):
-        if shard and accelerator.mixed_precision == "fp16":
-            raise ValueError("--mixed_precision is fp16: models that are sharded (FSDP) are trained in bf16 or no")
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
         self.micro_batch_size = micro_batch_size
         self.adam_options = {"betas": tuple(adam_betas), "weight_decay": weight_decay}
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing = gradient_checkpointing
-        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shard else None
+        self.sharding = Sharding(accelerator, shard)
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
@@ -128,60 +119,40 @@ class Interleaving:
 
     def whole_models(self) -> tuple[BridleForPreTraining, BridleTokenizerModel]:
         """Encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
-        return self._whole_model(self.unwrapped_encoder), self._whole_model(self.unwrapped_tokenizer)
-
-    def _whole_model(self, model: nn.Module) -> nn.Module:
-        if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            return model
-        whole = self._build(type(model), model.config, phase=0)
-        whole.load_state_dict(gathered_state(model.state_dict()))
-        return whole
+        encoder, tokenizer = (
+            whole_model(model, lambda model=model: self._build(type(model), model.config, phase=0))
+            for model in (self.unwrapped_encoder, self.unwrapped_tokenizer)
+        )
+        return encoder, tokenizer
 
     def _is_distilled(self) -> bool:
-        return self.tokenizer is not None and self.unwrapped_tokenizer.config.tokenizer_type == "self_distilled"
+        return self.tokenizer is not None and self.unwrapped_tokenizer.is_trained
 
     def _build(self, model_class: type, config: Any, phase: int) -> nn.Module:
         # Weights depend on seed and phase alone, whatever ran before.
         with torch.random.fork_rng(devices=[]):  # they are drawn on the CPU
             torch.manual_seed(_mix(self.seed, phase, 1))
             model = model_class(config)
-        if self.gradient_checkpointing:
+        if self.gradient_checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model.to(self.accelerator.device)
 
     def _trained(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-        for name, parameter in model.named_parameters():
-            # A softmax does not see these: their gradient is rounding noise, of which Adam would make full steps.
-            if name.endswith(("k_proj.bias", "position_bias.3.bias")):
-                parameter.requires_grad_(False)
-        wrapped = self.accelerator.prepare(model) if self.mesh is None else sharded(model, self.mesh)
+        model.freeze_unseen_biases()
+        wrapped = self.sharding.wrap(model)
         # Decay on matrices alone: not on biases, norms, tokens.
         decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
         others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         return wrapped, torch.optim.AdamW(groups, lr=0.0, **self.adam_options)
 
-    @torch.no_grad()
     def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
-        """k-means on the latents of as many of the batches as it takes; the same for any number of processes."""
-        tokenizer = self.unwrapped_tokenizer.eval()
-        codebook_size = tokenizer.config.codebook_size
-        wanted = max(tokenizer.quantizer.vectors_for_initialization, KMEANS_VECTORS_PER_CODE * codebook_size)
-        gathered: list[torch.Tensor] = []
-        for batch in batches:
-            rows = []
-            for inputs, attention_mask, _ in self._micro_batches(batch):
-                latent = tokenizer.latents(inputs, attention_mask)
-                real = None if attention_mask is None else patch_attention_mask(attention_mask, tokenizer.config)
-                rows.append(latent.flatten(0, 1) if real is None else latent[real])
-            # Batch by batch, so that rows stand in the order of the data, however many ranks share a batch.
-            gathered.append(gather_rows(torch.cat(rows).float()))
-            if sum(map(len, gathered)) >= wanted:
-                break
-        vectors = torch.cat(gathered)
-        vectors = vectors[torch.randperm(len(vectors), device=vectors.device)[:wanted]]
-        # The quantizer gathers, too: all vectors come from rank 0.
-        tokenizer.quantizer.initialize(vectors if self.accelerator.is_main_process else vectors[:0])
+        initialize_codebooks(
+            self.unwrapped_tokenizer,
+            map(self._micro_batches, batches),
+            self.schedule.steps_per_epoch,
+            self.accelerator.is_main_process,
+        )
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -212,14 +183,14 @@ class Interleaving:
         self._set_learning_rates(step)
         sums: dict[str, torch.Tensor] = {}
         latents: list[torch.Tensor] = []
-        micro_batches = list(self._micro_batches(batch))
-        shares = self._shares(micro_batches)
+        parts = list(self._micro_batches(batch))
+        weights = shares(parts, self.encoder_config, self.accelerator)
         trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
-        for number, micro_batch in enumerate(micro_batches):
+        for part, weight in zip(parts, weights):
             self.seed_step(step)
-            self._place(trained, batch, number)
-            with self._synchronized(trained, last=number + 1 == len(micro_batches)):
-                loss, metrics = self._losses(step, micro_batch, shares[number], sides, latents)
+            self._place(trained, batch, part)
+            with self.sharding.synchronized(trained, last=part is parts[-1]):
+                loss, metrics = self._losses(step, part, weight, sides, latents)
                 self.accelerator.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
@@ -235,30 +206,16 @@ class Interleaving:
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(torch.cat(latents))
         return sums | norms
 
-    def _shares(self, micro_batches: list[tuple]) -> torch.Tensor:
-        """(micro batches, 2): what each holds of the hidden and of the real patches of all processes' batch.
-
-        Times the number of processes, because gradients are averaged over them.
-        """
-        counts = []
-        for _, attention_mask, bool_masked_pos in micro_batches:
-            real = torch.ones_like(bool_masked_pos, dtype=torch.bool)
-            if attention_mask is not None:
-                real = patch_attention_mask(attention_mask, self.encoder_config)
-            counts.append(torch.stack([(bool_masked_pos.bool() & real).sum(), real.sum()]))
-        counts = torch.stack(counts).float()
-        return counts * self.accelerator.num_processes / self.accelerator.reduce(counts.sum(dim=0), "sum")
-
     def _losses(
         self,
         step: int,
-        micro_batch: tuple,
-        shares: torch.Tensor,
+        part: MicroBatch,
+        weights: torch.Tensor,
         sides: tuple[bool, bool],
         latents: list[torch.Tensor],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of a micro batch times its shares; what the tokenizer quantized is added to `latents`."""
-        inputs, attention_mask, bool_masked_pos = micro_batch
+        """Loss and metrics of a micro batch times its weights (see `shares`); adds what was quantized to `latents`."""
+        inputs, attention_mask = part.inputs, part.attention_mask
         loss, metrics, counts = torch.zeros((), device=inputs.device), {}, None
         phase = self.schedule.phases[self.schedule.phase_number(step)]
         with self.accelerator.autocast():
@@ -267,20 +224,20 @@ class Interleaving:
             if sides[0]:
                 codes = self.unwrapped_tokenizer.encode(inputs, attention_mask, soft=True)
                 self.encoder.train()
-                output = self.encoder(inputs, attention_mask, bool_masked_pos=bool_masked_pos, labels=codes)
-                loss = loss + output.loss * shares[0]
-                metrics |= {"encoder/loss": output.loss * shares[0], "encoder/accuracy": output.accuracy * shares[0]}
-                counts = self._count(codes, attention_mask)
+                output = self.encoder(inputs, attention_mask, bool_masked_pos=part.bool_masked_pos, labels=codes)
+                loss = loss + output.loss * weights[0]
+                metrics |= {"encoder/loss": output.loss * weights[0], "encoder/accuracy": output.accuracy * weights[0]}
+                counts = self._count(codes, part)
             if sides[1]:
                 self.tokenizer.train()
                 output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
                 weight = phase.tokenizer_loss_weight if phase.train == "joint" else 1.0
-                loss = loss + output.loss * shares[1] * weight
+                loss = loss + output.loss * weights[1] * weight
                 metrics |= {
-                    "tokenizer/loss": output.loss * shares[1],
-                    "tokenizer/cosine_loss": output.cosine_loss * shares[1],
-                    "tokenizer/codebook_loss": output.codebook_loss * shares[1],
-                    "usage/quantization_error": output.usage.quantization_error * shares[1],
+                    "tokenizer/loss": output.loss * weights[1],
+                    "tokenizer/cosine_loss": output.cosine_loss * weights[1],
+                    "tokenizer/codebook_loss": output.codebook_loss * weights[1],
+                    "usage/quantization_error": output.usage.quantization_error * weights[1],
                 }
                 latents.append(output.latents)
                 counts = output.counts
@@ -290,41 +247,20 @@ class Interleaving:
         encoder = self.unwrapped_encoder.bridle.eval()
         return teacher_hidden_states(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
 
-    def _count(self, codes: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        rows = codes[..., 0].flatten(0, 1)
-        if attention_mask is not None:
-            rows = rows[patch_attention_mask(attention_mask, self.encoder_config).flatten()]
-        return count_codes(rows, self.encoder_config.codebook_size)
+    def _count(self, codes: torch.Tensor, part: MicroBatch) -> torch.Tensor:
+        rows, real = codes[..., 0], part.real(self.encoder_config)
+        return count_codes(rows.flatten(0, 1) if real is None else rows[real], self.encoder_config.codebook_size)
 
-    def _micro_batches(self, batch: dict[str, Any]) -> Iterable[tuple]:
-        """(inputs, attention_mask, bool_masked_pos) on the device; a mask that marks no padding becomes `None`."""
-        inputs, attention_mask = batch[self.input_name], batch.get("attention_mask")
-        # Decided on the CPU, where the batch still is, and alike in every micro batch.
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        size = self.micro_batch_size or len(inputs)
-        for start in range(0, len(inputs), size):
-            tensors = (inputs, attention_mask if padded else None, batch["bool_masked_pos"])
-            yield tuple(
-                None if tensor is None else tensor[start : start + size].to(self.accelerator.device, non_blocking=True)
-                for tensor in tensors
-            )
+    def _micro_batches(self, batch: dict[str, Any]) -> Iterator[MicroBatch]:
+        return micro_batches(batch, self.encoder_config.modality, self.micro_batch_size, self.accelerator.device)
 
-    def _place(self, trained: list[nn.Module], batch: dict[str, Any], number: int) -> None:
-        """Tell stochastic depth which samples of all processes' batch micro batch `number` of this process holds."""
+    def _place(self, trained: list[nn.Module], batch: dict[str, Any], part: MicroBatch) -> None:
+        """Tell stochastic depth which samples of all processes' batch a micro batch of this process holds."""
         own = len(batch[self.input_name])
-        first = self.accelerator.process_index * own + number * (self.micro_batch_size or own)
         for model in trained:
-            for module in model.modules():
-                if isinstance(module, BridleDropPath):
-                    module.rows = first, own * self.accelerator.num_processes
-
-    def _synchronized(self, trained: list[nn.Module], last: bool) -> Any:
-        """Exchange gradients in the last micro batch alone; sharded, a process has no room for whole gradients."""
-        stack = contextlib.ExitStack()
-        if not last and self.mesh is None:
-            for model in trained:
-                stack.enter_context(self.accelerator.no_sync(model))
-        return stack
+            self.accelerator.unwrap_model(model).place_in_batch(
+                self.accelerator.process_index * own + part.first, own * self.accelerator.num_processes
+            )
 
     def _set_learning_rates(self, step: int) -> None:
         for name, rate in zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)):
@@ -342,7 +278,7 @@ class Interleaving:
                 scaler.unscale_(self.optimizers[name])
         norms: dict[str, torch.Tensor] = {}
         for name, model in trained.items():
-            parts = gathered_state(gradient_norms(model, name))
+            parts = gathered_state(gradient_norms(self.accelerator.unwrap_model(model), name))
             total = torch.linalg.vector_norm(torch.stack(list(parts.values())))
             nn.utils.clip_grads_with_norm_(model.parameters(), self.max_grad_norm, total)
             norms |= {f"{name}/grad_norm": total, **parts}

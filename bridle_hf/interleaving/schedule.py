@@ -1,4 +1,4 @@
-"""The schedule of a run as one state machine: which phases there are, and what follows from a step's number.
+"""Schedule of a run as one state machine: which phases there are, and what follows from a step's number.
 
 The only state of a schedule is the number of optimizer steps done; phase, learning rates and what is trained follow
 from it. So a run resumes from a step number, and a schedule is data (`phases` of a recipe):
@@ -98,6 +98,7 @@ class Schedule:
 
     def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):
         self.phases = [Phase.from_dict(number, entry) for number, entry in enumerate(entries)]
+        self.steps_per_epoch = steps_per_epoch
         if not self.phases:
             raise ValueError("phases: the schedule is empty; give at least one phase")
 

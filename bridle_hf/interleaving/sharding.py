@@ -1,26 +1,64 @@
-"""Sharding of models and optimizers over processes (FSDP2)."""
+"""Sharding of models and optimizers over processes (FSDP2), or whole models in each (DDP, or a single process)."""
 
+import contextlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Shard each layer, and what is left of each part that is called by itself, in place.
+class Sharding:
+    """How what is trained lies over the processes.
 
-    The teacher is the encoder without its decoder, and codes are looked up without the estimator: so the parts stand
-    side by side, and the model as a whole is no unit.
+    Args:
+        shard: Each process holds a part of what is trained, of its gradients and of its optimizer (FSDP2). What is
+            frozen, and the codebooks, are whole in each.
+
+    Raises:
+        ValueError: `shard` with fp16, whose gradient scaler would see another part in each process.
     """
-    for part in model.children():
-        if any(True for _ in part.parameters()):
-            for unit in (*getattr(part, "layers", ()), part):
-                fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    return model
+
+    def __init__(self, accelerator: Accelerator, shard: bool):
+        if shard and accelerator.mixed_precision == "fp16":
+            raise ValueError("--mixed_precision is fp16: models that are sharded (FSDP) are trained in bf16 or no")
+        self.accelerator = accelerator
+        self.mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,)) if shard else None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, ready to be trained."""
+        if self.mesh is None:
+            return self.accelerator.prepare(model)
+        # Each layer, and what is left of each part that is called by itself: the teacher is the encoder without its
+        # decoder, and codes are looked up without the estimator. So the parts stand side by side, and the model as a
+        # whole is no unit.
+        for part in model.children():
+            if any(True for _ in part.parameters()):
+                for unit in (*getattr(part, "layers", ()), part):
+                    fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
+        return model
+
+    def synchronized(self, models: Iterable[nn.Module], last: bool) -> contextlib.ExitStack:
+        """Exchange gradients in the last micro batch alone; sharded, a process has no room for whole gradients."""
+        stack = contextlib.ExitStack()
+        if not last and self.mesh is None:
+            for model in models:
+                stack.enter_context(self.accelerator.no_sync(model))
+        return stack
+
+
+def whole_model(model: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """`model` if it is whole, or a new one from `build` with its weights; all processes must call it."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    whole = build()
+    whole.load_state_dict(gathered_state(model.state_dict()))
+    return whole
 
 
 def gathered_state(state: Any) -> Any:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
-from bridle_hf.interleaving.gradients import PARTS
+from bridle_hf.modeling_bridle import PARTS
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the line styles help in print.
@@ -116,7 +116,7 @@ def plot_usage(rows: list[dict[str, Any]]) -> Figure:
 def plot_training(rows: list[dict[str, Any]]) -> Figure:
     """Throughput, MFU, data wait, memory, learning rates and gradient norms over the steps."""
     sides = ("encoder", "tokenizer")
-    parts = {f"{side}/grad_norm/{part}": f"{side}: {part}" for side in sides for part in ("layers", *PARTS)}
+    parts = {f"{side}/grad_norm/{part}": f"{side}: {part}" for side in sides for part in PARTS}
     panels = [
         Panel("Throughput", "samples/s", {"samples_per_second": ""}),
         Panel("FLOPs of the model (MFU)", "of the peak (%)", {"mfu": ""}, percent=True),

@@ -1,6 +1,6 @@
 """Floating-point operations of training, from the configs alone, and the peak that a device is held against.
 
-    python training/flops.py training/recipes/audio_base.yaml --samples 1900000
+    bridle flops audio_base --samples 1900000
 
 prints what a sample costs in each phase and, under assumed shares of an assumed peak, the GPU hours of the recipe.
 

@@ -1,14 +1,13 @@
 """The report of a run: curves from its metrics.jsonl, and one HTML file that holds everything and needs no network.
 
-    python training/report.py OUT
+    bridle report OUT
 
-writes OUT/figures/ and OUT/report.html anew; `pretrain.py` does the same as the run goes.
+writes OUT/figures/ and OUT/report.html anew; pretraining does the same as the run goes.
 """
 
 import base64
 import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bridle_hf.common.errors import ArgumentError
 from bridle_hf.common.files import read_json, write_bytes
 from bridle_hf.monitoring.curves import (
     Phase,
@@ -51,9 +49,6 @@ CAPTIONS = {
     "predictions": "Codes that the encoder predicted for hidden patches beside the true ones, and accuracy per level "
     "against two ways to guess.",
 }
-
-
-# -- curves -----------------------------------------------------------------------------------------------------------
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -205,13 +200,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, st
 def _duration(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.1f} min" if hours < 2 else f"{hours:.1f} h"
-
-
-def main() -> None:
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").exists():
-        raise ArgumentError("report.py takes one argument: the output folder of a run, which holds a metrics.jsonl")
-    print(write_report(sys.argv[1]))
-
-
-if __name__ == "__main__":
-    main()

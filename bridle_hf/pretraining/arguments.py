@@ -1,15 +1,15 @@
-"""Arguments of pretraining."""
+"""Arguments of pretraining, and of the cost of a recipe."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bridle_hf.common.arguments import Mapping, Sequence, check_ranges
+from bridle_hf.common.arguments import YamlMapping, YamlSequence, check_ranges
 
 
 @dataclass
 class PretrainArguments:
-    """Arguments of `training/pretrain.py`."""
+    """Arguments of `bridle pretrain` and of `bridle_hf.pretrain`."""
 
     data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
     output_dir: str = field(metadata={"help": "folder to write; must not exist without --resume or --overwrite"})
@@ -22,21 +22,23 @@ class PretrainArguments:
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
-    encoder: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
-    tokenizer: Mapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
-    processor: Mapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
-    loader: Mapping = field(
+    encoder: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
+    tokenizer: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
+    processor: YamlMapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
+    loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}
     )
     measure_normalization: bool = field(
         default=False, metadata={"help": "audio: measure mean and std of the log-mel on the data"}
     )
-    masks: Mapping = field(
+    masks: YamlMapping = field(
         default_factory=dict, metadata={"help": "weights of the masks drawn from, as {random: 1, mel_band: 3}"}
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
 
-    phases: Sequence = field(default=(), metadata={"help": "the schedule: see interleaving.Phase"})
+    phases: YamlSequence = field(
+        default=(), metadata={"help": "the schedule: a list of phases, see interleaving.schedule.Phase"}
+    )
     steps_scale: float = field(default=1.0, metadata={"help": "factor on the length of every phase"})
     global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
     micro_batch_size: int | None = field(
@@ -60,8 +62,9 @@ class PretrainArguments:
     report_every: int = field(default=200, metadata={"help": "steps between rewrites of report.html; 0: at the end"})
     probe_every: int = field(default=0, metadata={"help": "steps between probes, if there are labels; 0: none"})
     probe_samples: int = field(default=2000, metadata={"help": "samples that a probe uses at most"})
-    tracker: Literal["none", "tensorboard", "trackio"] = field(
-        default="tensorboard", metadata={"help": "beside metrics.jsonl"}
+    tracker: str = field(
+        default="tensorboard",
+        metadata={"help": "beside metrics.jsonl: none, or any that accelerate knows, as tensorboard, wandb, mlflow"},
     )
     peak_tflops: float | None = field(
         default=None, metadata={"help": "TFLOP/s that one process could do at most, for the MFU; default: measured"}
@@ -88,3 +91,18 @@ class PretrainArguments:
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
+
+
+@dataclass
+class FlopsArguments:
+    """Arguments of `bridle flops`: what a recipe does not say."""
+
+    samples: int = field(metadata={"help": "samples of the data set"})
+    mfu: list[float] = field(
+        default_factory=lambda: [0.2, 0.4], metadata={"help": "assumed shares of the peak that training reaches"}
+    )
+    gpus: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "numbers of GPUs"})
+
+    def __post_init__(self):
+        if self.samples < 1 or min(self.gpus) < 1 or not all(0 < share <= 1 for share in self.mfu):
+            raise ValueError("--samples and --gpus must be at least 1, and --mfu over 0 and at most 1")

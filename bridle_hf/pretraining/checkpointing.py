@@ -22,13 +22,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bridle_hf.common.errors import RunError
+
 
 logger = logging.getLogger(__name__)
 
 _FILES = ("encoder.safetensors", "optimizers.pt", "state.json", "tokenizer.safetensors")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that cannot be written or read: names the file."""
 
 

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from bridle_hf.interleaving.gradients import part_of
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.run import Run, start
 
@@ -162,14 +160,10 @@ def _count_parameters(run: Run) -> dict[str, dict[str, int]]:
     """By model, its parameters by part; the random projection and the self-distilled tokenizer are two models."""
     encoder, tokenizer = run.interleaving.unwrapped_encoder, run.interleaving.unwrapped_tokenizer
     kind = tokenizer.config.tokenizer_type.replace("_", " ")
-    return {"encoder": _parts(encoder), f"tokenizer, {kind}": _parts(tokenizer)}
-
-
-def _parts(model: nn.Module) -> dict[str, int]:
-    parts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
-    return parts
+    return {
+        name: {part: sum(map(torch.numel, found)) for part, found in model.parameters_by_part().items()}
+        for name, model in {"encoder": encoder, f"tokenizer, {kind}": tokenizer}.items()
+    }
 
 
 def _parameter_lines(parameters: dict[str, dict[str, int]]) -> list[str]:

@@ -13,7 +13,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import Sample
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 from bridle_hf.probing.explained_variance import codes_explained_variance
 from bridle_hf.probing.probes import run_probes
 from bridle_hf.quantization_bridle import codebook_usage
@@ -86,7 +86,7 @@ def draw_example(
     hidden = batch["bool_masked_pos"].to(inputs.device)
     codes = tokenizer.encode(inputs, mask)
     predicted = encoder(inputs, mask, bool_masked_pos=hidden).logits.argmax(dim=-1)
-    config, grid = encoder.config, patchify(inputs, encoder.config)[1]
+    config, grid = encoder.config, patch_grid_of(inputs, encoder.config)
     pictures = {
         "masked_input": plot_masked_input(inputs[0], hidden[0], config),
         "codes": plot_codes(codes[0], config, grid, title=f"Codes of one input after {name}"),

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env, set_seed
 
+from bridle_hf.common.errors import RunError
 from bridle_hf.monitoring.trackers import check_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
 
@@ -77,4 +78,4 @@ def ending_with_the_others() -> Iterator[None]:
         if not isinstance(error, torch.distributed.DistError) and "/gloo/" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"error: another process of the run has ended or hangs, see its message: {reason}") from error
+        raise RunError(f"another process of the run has ended or hangs, see its message: {reason}") from error

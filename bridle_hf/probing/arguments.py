@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from bridle_hf.common.arguments import Mapping, check_ranges
+from bridle_hf.common.arguments import YamlMapping, check_ranges
 
 
 @dataclass
 class ProbeArguments:
-    """Arguments of `training/probe.py`."""
+    """Arguments of `bridle probe` and of `bridle_hf.probe`."""
 
     model: str = field(metadata={"help": "folder or Hub id of a saved encoder"})
     data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
@@ -18,7 +18,7 @@ class ProbeArguments:
         default=None,
         metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
     )
-    loader: Mapping = field(
+    loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
     )
     random_init: bool = field(default=False, metadata={"help": "random weights in place of the saved ones"})

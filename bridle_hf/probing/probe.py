@@ -1,13 +1,12 @@
 """Probe a frozen encoder (linear, nearest neighbours) beside an untrained one, the input itself and the majority.
 
-    python training/probe.py --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
+    bridle probe --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
 
 Folds are those of the column `fold`; else no group is in two folds, where samples have a group; else each label is
-spread evenly. Prints a table; the last line is JSON.
+spread evenly. The last line that the command prints is JSON.
 """
 
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoModel
 
 import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
-from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.finding import find_samples
@@ -30,9 +29,25 @@ from bridle_hf.probing.features import untrained_encoder
 from bridle_hf.probing.probes import format_probes, run_probes
 
 
-def main() -> None:
-    (args,) = parse_arguments(ProbeArguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+def probe(**options: Any) -> dict[str, Any]:
+    """Probe a frozen encoder: `probe(model=DIR, data=DIR)`.
+
+    Args:
+        options: the fields of [`ProbeArguments`].
+
+    Returns:
+        `probes`: rows of the table, see [`run_probes`]; `samples`, `skipped`, `classes`, `folds`: how many;
+        `arguments`.
+
+    Raises:
+        ArgumentError: arguments or data are not fit to be probed. It is a `ValueError`.
+    """
+    (args,) = make_arguments(ProbeArguments, recipe=None, values=options)
+    return run_probing(args)
+
+
+def run_probing(args: ProbeArguments) -> dict[str, Any]:
+    """[`probe`], with its arguments."""
     try:
         config = load_config(args.model)
         samples = find_samples(args.data, config.modality, args.split, args.label_column, args.group_column)
@@ -65,7 +80,15 @@ def main() -> None:
         except TooManyBadFiles as error:
             # The file that the error speaks of goes with the folder.
             raise ArgumentError(f"{args.data}: {len(ledger.reasons)} files cannot be read, see above") from error
-    report(args, rows, samples, labels, folds, ledger)
+    skipped = len(ledger.reasons)
+    return {
+        "arguments": vars(args),
+        "samples": len(samples) - skipped,
+        "skipped": skipped,
+        "classes": len(labels.names),
+        "folds": len(np.unique(folds)),
+        "probes": rows,
+    }
 
 
 def make_folds(samples: list[Sample], num_folds: int | None) -> np.ndarray:
@@ -79,29 +102,7 @@ def make_folds(samples: list[Sample], num_folds: int | None) -> np.ndarray:
     return assign_folds(samples, num_folds)
 
 
-def report(
-    args: ProbeArguments,
-    rows: list[dict[str, Any]],
-    samples: list[Sample],
-    labels: Labels,
-    folds: np.ndarray,
-    ledger: SkippedFiles,
-) -> None:
-    """Print the table, then all of it as one line of JSON."""
-    num_folds = len(np.unique(folds))
-    skipped = len(ledger.reasons)
-    print(f"{len(samples) - skipped} samples ({skipped} skipped), {len(labels.names)} classes, {num_folds} folds")
-    print(format_probes(rows))
-    result = {
-        "arguments": vars(args),
-        "samples": len(samples) - skipped,
-        "skipped": skipped,
-        "classes": len(labels.names),
-        "folds": num_folds,
-        "probes": rows,
-    }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+def probe_lines(result: dict[str, Any]) -> list[str]:
+    """What [`probe`] returns as a table, then all of it as one line of JSON."""
+    counts = "{samples} samples ({skipped} skipped), {classes} classes, {folds} folds".format(**result)
+    return [counts, format_probes(result["probes"]), json.dumps(result)]

@@ -2,9 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ from helpers.saved_folders import make_models, save_all
 from huggingface_hub import ModelCard
 
 import bridle_hf
+from bridle_hf import commands
 from bridle_hf.cards.card import write_card
 
 
@@ -150,9 +148,8 @@ def test_other_modalities(modality, tmp_path, monkeypatch):
 
 def test_command_line(root, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN))
-    script = Path(__file__).parents[2] / "bridle_hf" / "cards" / "card.py"
-    command = [sys.executable, script, root / "tokenizer", "--run", tmp_path / "run.json", "--repo_id", "org/codes"]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    words = ["card", str(root / "tokenizer"), "--run", str(tmp_path / "run.json"), "--repo_id", "org/codes"]
+    commands.run(None, words)
     assert 'name = "org/codes"' in (root / "tokenizer" / "README.md").read_text(encoding="utf-8")
 
 

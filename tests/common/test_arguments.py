@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridle_hf.common.arguments import parse_arguments, read_yaml
+from bridle_hf.common.arguments import parse_command_line, read_yaml
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.pretraining.arguments import PretrainArguments
@@ -22,7 +22,7 @@ NEEDED = ["--data", "d", "--output_dir", "o"]
 
 
 def parse(recipe: Path | str | None = None, *options: str) -> PretrainArguments:
-    return parse_arguments(PretrainArguments, argv=[*([str(recipe)] if recipe else []), *NEEDED, *options])[0]
+    return parse_command_line(PretrainArguments, argv=[*([str(recipe)] if recipe else []), *NEEDED, *options])[0]
 
 
 def write(tmp_path: Path, **values) -> Path:
@@ -31,12 +31,11 @@ def write(tmp_path: Path, **values) -> Path:
     return path
 
 
-def refusal(capsys, *arguments) -> str:
-    """The one line of an error that ends the process with status 2."""
+def refusal(*arguments) -> str:
+    """The one line of an error."""
     with pytest.raises(ArgumentError) as caught:
         parse(*arguments)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == f"error: {caught.value}\n"
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -108,7 +107,7 @@ def test_fine_tuning_recipes_parse(path):
 
 
 def test_the_reference_stands_in_its_recipes():
-    """DESIGN section 3, rows "audio encoder", "audio tokenizer" and "audio joint"; sizes of section 2."""
+    """The reference's scripts, rows "audio encoder", "audio tokenizer" and "audio joint"; and its sizes."""
     base, joint, single = (parse(RECIPES / f"audio_{name}.yaml") for name in ("base", "base_joint", "vq_base"))
     for args in (base, joint, single):
         encoder, tokenizer = make_configs(args)
@@ -181,8 +180,8 @@ def test_the_reference_stands_in_its_recipes():
     ],
     ids=" ".join,
 )
-def test_wrong_options_are_one_line_that_names_the_field(capsys, options, expected):
-    assert expected in refusal(capsys, None, *options)
+def test_wrong_options_are_one_line_that_names_the_field(options, expected):
+    assert expected in refusal(None, *options)
 
 
 @pytest.mark.parametrize(
@@ -203,23 +202,22 @@ def test_wrong_options_are_one_line_that_names_the_field(capsys, options, expect
     ],
     ids=repr,
 )
-def test_wrong_recipes_are_one_line_that_names_the_field(tmp_path, capsys, text, expected):
+def test_wrong_recipes_are_one_line_that_names_the_field(tmp_path, text, expected):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    assert expected in refusal(capsys, path)
+    assert expected in refusal(path)
 
 
-def test_recipes_that_cannot_be_read(tmp_path, capsys):
-    assert "No such file" in refusal(capsys, tmp_path / "absent.yaml")
-    assert str(tmp_path) in refusal(capsys, tmp_path)
+def test_recipes_that_cannot_be_read(tmp_path):
+    assert "No such file" in refusal(tmp_path / "absent.yaml")
+    assert str(tmp_path) in refusal(tmp_path)
     (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\x00\xd8")
-    assert "decode byte" in refusal(capsys, tmp_path / "image.yaml")
+    assert "decode byte" in refusal(tmp_path / "image.yaml")
 
 
-def test_what_is_required_is_asked_for(capsys):
+def test_what_is_required_is_asked_for():
     with pytest.raises(ArgumentError, match="--data"):
-        parse_arguments(PretrainArguments, argv=["--output_dir", "o"])
-    assert capsys.readouterr().err.count("\n") == 1
+        parse_command_line(PretrainArguments, argv=["--output_dir", "o"])
 
 
 # Fuzz
@@ -301,14 +299,8 @@ def starts_or_names_the_field(recipe: Path, options: list[str], written: list[st
         Schedule(args.phases, 24 / args.global_batch_size, args.steps_scale)
         json.dumps(vars(args))
         return True
-    except ArgumentError as error:
-        message = str(error)
-    except SystemExit as end:
-        # --help, or an option that stands for it.
-        assert end.code == 0
-        return True
     except ValueError as error:
-        # What main() makes a line of.
+        # What the command makes a line of.
         message = str(error)
     assert "\n" not in message and len(message) > 10
     named = [*NAMES, *written, "phases", "arguments", "recipe", "argument"]

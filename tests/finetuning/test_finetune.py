@@ -1,7 +1,6 @@
 """Tests of training/finetune.py: its parts, and the whole way to `pipeline`, for every modality."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +14,8 @@ from torch import nn
 from transformers import AutoModelForVideoClassification, pipeline
 
 from bridle_hf import BridleConfig, BridleForAudioClassification
+from bridle_hf.commands import main
+from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.data.loaders import VideoLoader
 from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
 from bridle_hf.data.sample import Sample
@@ -43,16 +44,15 @@ def rng():
 
 
 @pytest.fixture
-def run(monkeypatch, encoder, sounds, tmp_path):
-    """Runs the script in this process; returns the output folder."""
+def run(encoder, sounds, tmp_path):
+    """Runs the command in this process; returns the output folder."""
 
     def run(**options):
         options = {"model": encoder, "data": sounds, "output_dir": tmp_path / "out", **SHORT, **options}
-        argv = ["finetune.py"]
+        argv = []
         for name, value in options.items():
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        monkeypatch.setattr(sys, "argv", argv)
-        finetune.main()
+        main("finetune", argv)
         return options["output_dir"]
 
     return run
@@ -287,7 +287,7 @@ def test_two_processes_give_what_one_gives(run, encoder, sounds, tmp_path):
     for name, value in {**options, "per_device_train_batch_size": 4}.items():
         argv += [f"--{name}", str(value)]
     done = run_script(
-        "from bridle_hf.finetuning import finetune; finetune.main()", *argv, str(tmp_path / "run.py"), processes=2
+        "from bridle_hf.commands import main; main('finetune')", *argv, str(tmp_path / "run.py"), processes=2
     )
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
@@ -319,7 +319,7 @@ def test_bad_files_are_skipped_and_listed(run, sounds):
     assert json.loads((out / "results.json").read_text())["samples"]["evaluation"] == 11
 
 
-def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path, capsys):
     healthy, calls = nn.functional.cross_entropy, []
 
     def sick(logits, labels, **options):
@@ -337,9 +337,11 @@ def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(r
     assert all(torch.isfinite(tensor).all() for tensor in load_file(out / "model.safetensors").values())
 
     calls, bad = [], range(1, 10**6)
-    with pytest.raises(SystemExit, match="not finite in 20 steps in a row"):
+    with pytest.raises(SystemExit) as caught:
         run(output_dir=tmp_path / "sick", num_train_epochs=30, eval_strategy="no", save_strategy="no",
             load_best_model_at_end="false", validation_fraction=0.25)  # fmt: skip
+    assert caught.value.code == 1
+    assert "not finite in 20 steps in a row" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
@@ -380,10 +382,9 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
 
 
 def test_the_folder_to_write_must_be_given(capsys):
-    with pytest.raises(SystemExit):
-        finetune.parse_arguments(
-            FinetuneArguments, finetune.FinetuneTrainingArguments, argv=["--model", "M", "--data", "D"]
-        )
+    with pytest.raises(SystemExit) as caught:
+        main("finetune", ["--model", "M", "--data", "D"])
+    assert caught.value.code == 2
     assert capsys.readouterr().err == "error: the following arguments are required: --output_dir\n"
 
 
@@ -401,7 +402,8 @@ RECIPES = finetune.Path(finetune.__file__).parents[1] / "recipes"
 @pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*finetune*.yaml"), *RECIPES.glob("*linear*.yaml")]), ids=str)
 def test_recipes_parse(recipe, tmp_path):
     argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
-    args, training_args = finetune.parse_arguments(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
+    kinds = (FinetuneArguments, finetune.FinetuneTrainingArguments)
+    args, training_args = parse_command_line(*kinds, argv=argv)
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
     config = BridleConfig(modality=recipe.name.split("_")[0])

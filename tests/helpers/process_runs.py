@@ -16,9 +16,11 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.distributed.tensor import DTensor
 
-import bridle_hf.pretraining.command
 import bridle_hf.pretraining.run
+from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.interleaving.interleaving import Interleaving
+from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.pretraining.pretrain import run_pretraining
 from bridle_hf.pretraining.run import Run
 
 
@@ -90,10 +92,10 @@ def main() -> None:
     bridle_hf.pretraining.run.Accelerator.end_training = lambda accelerator: None
     for name, recipe, stop_after, options in runs:
         ObservedRun.stop_after = stop_after
-        sys.argv[1:] = [str(folder / f"{recipe}.yaml"), "--data", str(folder / "data")]
-        sys.argv += ["--output_dir", str(folder / name), *options]
+        words = [str(folder / f"{recipe}.yaml"), "--data", str(folder / "data")]
+        words += ["--output_dir", str(folder / name), *options]
         with contextlib.suppress(StoppedError):
-            bridle_hf.pretraining.command.main()
+            run_pretraining(*parse_command_line(PretrainArguments, argv=words))
         AcceleratorState._reset_state()
 
 

@@ -1,7 +1,6 @@
 """Sets of shards for tests: made by the command in this process, served over HTTP, and looked at byte by byte."""
 
 import hashlib
-import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -12,16 +11,15 @@ from pathlib import Path
 
 import torch
 
+from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.data.shards import writer as shard
+from bridle_hf.data.shards.arguments import ShardArguments
 
 
 def make_shards(data: str | Path, out: Path, *options: str) -> str:
     """`out` with the shards of `data`; raises what the command raises."""
-    argv, sys.argv = sys.argv, ["shard.py", "--data", str(data), "--output_dir", str(out), *options]
-    try:
-        shard.main()
-    finally:
-        sys.argv = argv
+    words = ["--data", str(data), "--output_dir", str(out), *options]
+    shard.make_shards(*parse_command_line(ShardArguments, argv=words, takes_recipe=False))
     return str(out)
 
 

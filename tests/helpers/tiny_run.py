@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = str(ROOT / "training" / "pretrain.py")
 RATE = 16000
 RECIPE = {
     "encoder": {
@@ -80,15 +79,16 @@ def write_recipe(path: Path, schedule: str = "phases", **changes) -> str:
 
 
 def pretrain(recipe: str, data: str, out: Path, *options: str) -> None:
-    """The command in this process; raises what `main` raises."""
-    from bridle_hf.pretraining.command import main
+    """What the command does with these words, in this process; raises instead of exiting."""
+    from bridle_hf.common.arguments import parse_command_line
+    from bridle_hf.pretraining.arguments import PretrainArguments
+    from bridle_hf.pretraining.pretrain import run_pretraining
 
-    argv, sys.argv = sys.argv, [SCRIPT, recipe, "--data", data, "--output_dir", str(out), *options]
+    (args,) = parse_command_line(PretrainArguments, argv=[recipe, "--data", data, "--output_dir", str(out), *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        main()
+        run_pretraining(args)
     finally:
-        sys.argv = argv
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from helpers.tiny_run import run_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -176,10 +177,21 @@ def test_a_machine_without_git(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     check_tracker("none")
     check_tracker("tensorboard")
-    monkeypatch.setattr("bridle_hf.monitoring.monitor.get_available_trackers", list)
+    monkeypatch.setattr("bridle_hf.monitoring.trackers.get_available_trackers", list)
     for name in ("tensorboard", "trackio"):
         with pytest.raises(ValueError, match=f"--tracker {name}: the package is not installed; pip install {name}"):
             check_tracker(name)
+
+
+def test_every_tracker_that_accelerate_knows_is_taken_by_name(monkeypatch):
+    monkeypatch.setattr("bridle_hf.monitoring.trackers.get_available_trackers", lambda: list(LOGGER_TYPE_TO_CLASS))
+    assert len(LOGGER_TYPE_TO_CLASS) > 5
+    for name in LOGGER_TYPE_TO_CLASS:
+        check_tracker(name)
+    with pytest.raises(ValueError, match=r"--tracker comet: expected one of none, .*; did you mean 'comet_ml'\?"):
+        check_tracker("comet")
+    with pytest.raises(ValueError, match="--tracker all: expected one of"):
+        check_tracker("all")
 
 
 def test_tensorboard_shows_no_step_twice(tmp_path):
@@ -206,7 +218,7 @@ def test_trackio_works_without_a_network(tmp_path, monkeypatch):
 import sys
 from pathlib import Path
 from accelerate import Accelerator
-from bridle_hf.monitoring.monitor import start_tracker
+from bridle_hf.monitoring.trackers import start_tracker
 
 out = Path(sys.argv[1]) / "run"
 for resumed_from in (None, 4):
@@ -271,7 +283,7 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_json(path, {"name": "Übung"})
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr("bridle_hf.monitoring.monitor.os.replace", lambda *args: (_ for _ in ()).throw(OSError()))
+        patch.setattr("bridle_hf.common.files.os.replace", lambda *args: (_ for _ in ()).throw(OSError()))
         write_json(path, {"name": "other"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Übung"}
 

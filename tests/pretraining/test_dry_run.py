@@ -90,7 +90,7 @@ def test_dry_run_does_every_kind_of_step(data, tmp_path, monkeypatch):
     assert "0: joint 1" in shown and "1: alternate 2" in shown
 
 
-def test_dry_run_refuses_what_the_run_would(data, tmp_path, capsys):
+def test_dry_run_refuses_what_the_run_would(data, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml")
     for options, expected in ((("--masks", "{no_such: 1}"), "no_such"), (("--peak_tflops", "0"), "--peak_tflops")):
         with pytest.raises(ArgumentError, match=expected):
@@ -100,7 +100,7 @@ def test_dry_run_refuses_what_the_run_would(data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_dry_run_in_two_processes(data, tmp_path):
-    code = "import sys; sys.argv[0] = 'pretrain.py'; from bridle_hf.pretraining.command import main; main()"
+    code = "from bridle_hf.commands import main; main('pretrain')"
     arguments = (write_recipe(tmp_path / "recipe.yaml"), "--data", data, "--output_dir", str(tmp_path / "out"))
     done = run_script(code, *arguments, "--dry_run", str(tmp_path / "script.py"), processes=2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -188,8 +188,10 @@ FATE = """
 import os, sys, time
 from datetime import timedelta
 import bridle_hf.pretraining.run as run
-from bridle_hf.pretraining import command as pretrain
+from bridle_hf.commands import main
+from bridle_hf.common.errors import TooManyBadFiles
 from bridle_hf.pretraining import processes
+from bridle_hf.pretraining.checkpointing import CheckpointError
 
 fate = sys.argv.pop(1)
 step, save, evaluate = run.Interleaving.step, run.save_checkpoint, run.evaluate_tokenizer
@@ -199,14 +201,14 @@ def fateful_step(interleaving, number, batch):
         if fate == "killed":
             os.kill(os.getpid(), 9)
         if fate == "refuses":
-            raise pretrain.TooManyBadFiles("rank 1 alone has met too many bad files")
+            raise TooManyBadFiles("rank 1 alone has met too many bad files")
         if fate == "hangs":
             time.sleep(600)
     return step(interleaving, number, batch)
 
 def fateful_save(*args):
     if fate == "disk full":
-        raise pretrain.CheckpointError("rank 0 cannot write the checkpoint")
+        raise CheckpointError("rank 0 cannot write the checkpoint")
     return save(*args)
 
 def fateful_evaluate(*args):
@@ -218,7 +220,7 @@ if fate in ("hangs", "takes long"):
     processes.STEP_TIMEOUT = timedelta(seconds=5)
 run.Interleaving.step, run.save_checkpoint = fateful_step, fateful_save
 run.evaluate_tokenizer = fateful_evaluate
-pretrain.main()
+main("pretrain")
 """
 
 

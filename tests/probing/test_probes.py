@@ -14,6 +14,7 @@ from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
 
 from bridle_hf import BridleModel, BridleTokenizerConfig, BridleTokenizerModel
+from bridle_hf.commands import main
 from bridle_hf.data.sample import Sample
 from bridle_hf.pretraining.evaluation import check_probes
 from bridle_hf.probing import probe
@@ -264,20 +265,17 @@ def test_script_prints_a_table_and_json(saved_encoder, sounds):
     assert by_name["majority", ""]["linear"] == 0.5
 
 
-def test_script_with_random_weights(saved_encoder, sounds, monkeypatch, capsys):
+def test_script_with_random_weights(saved_encoder, sounds, capsys):
     arguments = ["--model", saved_encoder, "--data", sounds, "--random_init", "--folds", "2", "--seed", "3"]
-    monkeypatch.setattr(sys, "argv", ["probe.py", *arguments])
-    probe.main()
+    main("probe", arguments)
     result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert {row["features"] for row in result["probes"]} == {"untrained encoder"}
 
 
 @pytest.mark.parametrize("pixels", ["image", "video"])
-def test_script_on_pixels(pixels, tmp_path, monkeypatch, capsys):
+def test_script_on_pixels(pixels, tmp_path, capsys):
     model, data = save_pixel_encoder(tmp_path / "encoder", pixels), write_pixels(tmp_path / "set", pixels)
-    argv = ["probe.py", "--model", model, "--data", data]
-    monkeypatch.setattr(sys, "argv", [*argv, "--loader.stride", "1"] if pixels == "video" else argv)
-    probe.main()
+    main("probe", ["--model", model, "--data", data, *(["--loader.stride", "1"] if pixels == "video" else [])])
     rows = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["probes"]
     control = "pixel regression" if pixels == "image" else "frame regression"
     assert [(row["features"], row["pooling"]) for row in rows] == [
@@ -287,13 +285,12 @@ def test_script_on_pixels(pixels, tmp_path, monkeypatch, capsys):
     assert rows[4]["linear"] > 0.9 and rows[0]["linear"] > 0.9 and rows[5]["linear"] == 0.5
 
 
-def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, monkeypatch, capsys):
+def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, capsys):
     def fails(message, **options):
         options = {"model": saved_encoder, "data": sounds, **options}
         argv = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["probe.py", *argv])
         with pytest.raises(SystemExit):
-            probe.main()
+            main("probe", argv)
         error = capsys.readouterr().err
         assert message in error and "Traceback" not in error
 

@@ -1,4 +1,4 @@
-"""Arguments of `bridle shard`."""
+"""Arguments of making shards."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass
 class ShardArguments:
-    """Arguments of `training/shard.py`."""
+    """Arguments of `bridle shard`."""
 
     data: str = field(metadata={"help": "folder, shards or Hub id of the recordings, images or clips"})
     output_dir: str = field(metadata={"help": "folder to write; must be empty without --resume"})

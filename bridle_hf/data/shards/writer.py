@@ -1,6 +1,6 @@
 """Make shards, tar or parquet with the files' bytes inside, of a folder or of anything else that pretraining reads.
 
-    python training/shard.py --data DIR --modality audio --output_dir OUT --num_workers 8
+    bridle shard --data DIR --modality audio --output_dir OUT --num_workers 8
 
 Writes OUT/<split>-000000.tar (or .parquet) and so on ("data-..." where there are no splits), OUT/index.jsonl, which
 spares a run the scan of the shards, and OUT/skipped.jsonl with the files left out because they cannot be read. Samples
@@ -30,8 +30,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bridle_hf.common.arguments import parse_arguments
-from bridle_hf.common.errors import ArgumentError, MediaError, TooManyBadFiles, reason_of
+from bridle_hf.common.errors import ArgumentError, MediaError, RunError, TooManyBadFiles, reason_of
 from bridle_hf.common.files import write_text
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.decoding import read_audio, read_image, read_video
@@ -77,8 +76,16 @@ class Plan:
     members: tuple[Member, ...]
 
 
-def main() -> None:
-    (args,) = parse_arguments(ShardArguments)
+def make_shards(args: ShardArguments) -> dict[str, Any]:
+    """Write the shards that are asked for and not there yet.
+
+    Returns:
+        `output_dir`, and how many `samples` are in how many `shards`, of how many that were `found`.
+
+    Raises:
+        ArgumentError: arguments, data or folder are not fit for it, or the disk is full.
+        RunError: a worker died.
+    """
     out = Path(args.output_dir)
     try:
         samples = find_samples(args.data, args.modality, args.split, args.label_column, args.group_column)
@@ -91,8 +98,8 @@ def main() -> None:
     except OSError as error:
         raise ArgumentError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     except BrokenProcessPool as error:
-        raise SystemExit("error: a worker died, of memory most likely; go on with --resume, fewer workers") from error
-    print(f"{len(entries)} of {len(samples)} samples in {len(plans)} shards in {out}")
+        raise RunError("a worker died, of memory most likely; go on with --resume, fewer workers") from error
+    return {"output_dir": out, "samples": len(entries), "found": len(samples), "shards": len(plans)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,13 +224,13 @@ def finish_shard(out: Path, plan: Plan) -> tuple[list[Entry], list[tuple[str, st
     if entries is None:
         part = out / f".{plan.name}.part"
         write = write_tar if path.suffix == ".tar" else write_parquet
-        write(part, plan, readable(plan, skipped))
+        write(part, plan, decodable(plan, skipped))
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
         entries = _entries_of(path, plan) or []
     elif len(entries) < len(plan.members):
-        for _ in readable(plan, skipped):  # to tell again what was left out of it, and why
+        for _ in decodable(plan, skipped):  # to tell again what was left out of it, and why
             pass
     if len(entries) + len(skipped) != len(plan.members):
         raise ValueError(f"{path} holds {len(entries)} samples, not what the data has for it now: delete it to go on")
@@ -239,7 +246,7 @@ def _entries_of(path: Path, plan: Plan) -> list[Entry] | None:
     return None if any(isinstance(entry.source, Unreadable) for entry in entries) else entries
 
 
-def readable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Member, bytes, str]]:
+def decodable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Member, bytes, str]]:
     """Each sample that can be decoded, with its bytes and its extension; others are added to `skipped`."""
     for member in plan.members:
         sample = member.sample
@@ -308,7 +315,3 @@ def write_parquet(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes,
                 rows, size = [], 0
         if rows:
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))
-
-
-if __name__ == "__main__":
-    main()

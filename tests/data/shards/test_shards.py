@@ -198,7 +198,7 @@ def test_pretraining_from_shards_in_two_processes(tmp_path):
     data = make_shards(write_recordings(tmp_path / "data"), tmp_path / "shards", "--samples_per_shard", "1")
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "joint", "steps": 6, "learning_rate": 1e-3}])
     pretrain(recipe, data, tmp_path / "one")
-    code = "from bridle_hf.pretraining.command import main; main()"
+    code = "from bridle_hf.commands import main; main('pretrain')"
     options = (recipe, "--data", data, "--output_dir", str(tmp_path / "two"), "--num_workers", "1")
     run = run_script(code, *options, str(tmp_path / "run.py"), processes=2)
     assert run.returncode == 0, run.stderr

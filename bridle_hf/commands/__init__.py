@@ -1,0 +1,177 @@
+"""The command `bridle`: the table of all commands, and the one place that ends a process with a status.
+
+A command's arguments are dataclasses that import nothing large, so that help and wrong arguments cost no time. What it
+does is a function of `bridle_hf.commands.actions`, which calls what Python can call too.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import bridle_hf
+from bridle_hf.commands.help import command_help, overview
+from bridle_hf.common.arguments import parse_command_line
+from bridle_hf.common.errors import ArgumentError, RunError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    summary: one line.
+    usage: what follows the command's name.
+    arguments: dataclasses of its options, as "room.module:Class": those that its help lists.
+    more_arguments: further ones, which its help names in `more`.
+    positionals: options that are given without their names.
+    fixed: options that it sets itself.
+    loads_models: whether it needs torch and transformers.
+    """
+
+    summary: str
+    usage: str
+    arguments: tuple[str, ...] = ()
+    more_arguments: tuple[str, ...] = ()
+    more: str = ""
+    takes_recipe: bool = False
+    positionals: tuple[str, ...] = ()
+    fixed: dict[str, Any] = field(default_factory=dict)
+    loads_models: bool = True
+
+
+COMMANDS = {
+    "pretrain": Command(
+        "pretrain an encoder and its tokenizer on unlabelled data",
+        "RECIPE --data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",
+        ("pretraining.arguments:PretrainArguments",),
+        takes_recipe=True,
+    ),
+    "finetune": Command(
+        "fine-tune a pretrained encoder into a classifier",
+        "[RECIPE] --model DIR_OR_HUB_ID --data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",
+        ("finetuning.arguments:FinetuneArguments",),
+        ("finetuning.training_arguments:FinetuneTrainingArguments",),
+        "Options of transformers.TrainingArguments, all taken too, as --learning_rate and --num_train_epochs:\n"
+        "  https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
+        takes_recipe=True,
+    ),
+    "probe": Command(
+        "probe a frozen encoder on labelled data, beside its controls",
+        "--model DIR_OR_HUB_ID --data DIR_OR_HUB_ID [--name value ...]",
+        ("probing.arguments:ProbeArguments",),
+    ),
+    "shard": Command(
+        "write shards (tar or parquet) of a folder or data set",
+        "--data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",
+        ("data.shards.arguments:ShardArguments",),
+    ),
+    "card": Command(
+        "write the model card of a saved folder",
+        "FOLDER --run OUT/run.json [--repo_id ORG/NAME]",
+        ("commands.arguments:CardArguments",),
+        positionals=("folder",),
+    ),
+    "convert": Command(
+        "convert a checkpoint of the BRIDLE authors' code",
+        "CHECKPOINT OUT --modality audio|image|video [--name value ...]",
+        ("commands.arguments:ConvertArguments",),
+        positionals=("checkpoint", "output_dir"),
+    ),
+    "flops": Command(
+        "tell what a recipe costs: FLOPs and GPU hours",
+        "RECIPE --samples N [--name value ...]",
+        ("pretraining.arguments:FlopsArguments",),
+        ("pretraining.arguments:PretrainArguments",),
+        "Options of `bridle pretrain`, all of which are taken too, but for --data and --output_dir.",
+        takes_recipe=True,
+        fixed={"data": "-", "output_dir": "-"},
+    ),
+    "report": Command(
+        "write the report of a run anew",
+        "OUT",
+        ("commands.arguments:ReportArguments",),
+        positionals=("output_dir",),
+    ),
+    "demo": Command(
+        "pretrain, probe and fine-tune on small real data, in minutes",
+        "[--modality audio|image|video] --output_dir OUT [--name value ...]",
+        ("demos.arguments:DemoArguments",),
+    ),
+    "recipes": Command("list the recipes of the package", "", loads_models=False),
+    "info": Command("show versions, devices and what is installed, for bug reports", ""),
+}
+
+
+def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
+    """Run a command; ends the process with status 2 and one line if arguments or data are wrong, 1 if a run fails.
+
+    Args:
+        name: the command; the first word of `argv` if not given.
+        argv: words of the command line; those of this process if not given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        run(name, words)
+    except ArgumentError as error:
+        _end(error, 2)
+    except RunError as error:
+        _end(error, 1)
+
+
+def run(name: str | None, words: list[str]) -> None:
+    """[`main`], but that errors are raised."""
+    if name is None:
+        if not words or words[0] in ("-h", "--help"):
+            print(overview(COMMANDS))
+            return
+        name = words.pop(0)
+    if name == "--version":
+        print(f"bridle_hf {bridle_hf.__version__}")
+        return
+    if name not in COMMANDS:
+        raise ArgumentError(f"no command '{name}'{nearest(name, COMMANDS)} (`bridle --help` lists them)")
+    if "-h" in words or "--help" in words:
+        print(command_help(name, COMMANDS[name], [_find(path) for path in COMMANDS[name].arguments]))
+        return
+    arguments = read_arguments(COMMANDS[name], words)
+    if COMMANDS[name].loads_models:
+        bridle_hf.load()
+    act = getattr(importlib.import_module("bridle_hf.commands.actions"), name)
+    try:
+        act(*arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "bridle_hf").startswith("bridle_hf"):
+            raise
+        raise RunError(
+            f"`bridle {name}` needs {error.name}, which is not installed: pip install 'bridle_hf[train]'"
+        ) from error
+
+
+def read_arguments(command: Command, words: list[str]) -> tuple[Any, ...]:
+    """The command's arguments, as instances of its dataclasses.
+
+    Raises:
+        ArgumentError: see [`parse_command_line`].
+    """
+    for place, name in enumerate(command.positionals):
+        if len(words) <= 2 * place or words[2 * place].startswith("-"):
+            break
+        words[2 * place : 2 * place] = [f"--{name}"]
+    types = [_find(path) for path in (*command.arguments, *command.more_arguments)]
+    fixed = [word for name, value in command.fixed.items() for word in (f"--{name}", value)]
+    if not types:
+        if words:
+            raise ArgumentError(f"'{words[0]}' is one word too many")
+        return ()
+    return parse_command_line(*types, argv=[*words, *fixed], takes_recipe=command.takes_recipe)
+
+
+def _find(path: str) -> type:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(f"bridle_hf.{module}"), name)
+
+
+def _end(error: Exception, status: int) -> NoReturn:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    sys.exit(status)

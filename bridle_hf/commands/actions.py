@@ -1,0 +1,104 @@
+"""What each command does with its arguments, by its name, and what it prints. Rooms are imported by those in need."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from bridle_hf.commands.arguments import CardArguments, ConvertArguments, ReportArguments
+from bridle_hf.common.errors import ArgumentError
+from bridle_hf.common.files import read_json
+from bridle_hf.common.recipes import list_recipes
+
+
+def pretrain(args: Any) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    from bridle_hf.pretraining.pretrain import run_pretraining
+
+    disable_progress_bar()
+    _log()
+    run_pretraining(args)
+
+
+def finetune(args: Any, training_args: Any) -> None:
+    from bridle_hf.finetuning.finetune import run_finetuning
+
+    _log()
+    run_finetuning(args, training_args)
+
+
+def probe(args: Any) -> None:
+    from bridle_hf.probing.probe import probe_lines, run_probing
+
+    _log()
+    print(*probe_lines(run_probing(args)), sep="\n")
+
+
+def shard(args: Any) -> None:
+    from bridle_hf.data.shards.writer import make_shards
+
+    made = make_shards(args)
+    print("{samples} of {found} samples in {shards} shards in {output_dir}".format(**made))
+
+
+def card(args: CardArguments) -> None:
+    from bridle_hf.cards.card import write_card
+
+    try:
+        run = read_json(Path(args.run))
+        if run is None:
+            raise ArgumentError(f"--run {args.run}: No such file")
+        print(write_card(args.folder, run, repo_id=args.repo_id))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        what = f"{args.run} lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise ArgumentError(what) from error
+
+
+def convert(args: ConvertArguments) -> None:
+    from bridle_hf.convert_bridle_original_to_hf import convert_checkpoint
+
+    heads = {name: value for name, value in vars(args).items() if name.endswith("heads") and value is not None}
+    try:
+        convert_checkpoint(args.checkpoint, args.output_dir, args.modality, **heads)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(str(error)) from error
+    print(f"wrote {Path(args.output_dir) / 'encoder'} and {Path(args.output_dir) / 'tokenizer'}")
+
+
+def flops(args: Any, recipe: Any) -> None:
+    from bridle_hf.pretraining.cost import cost_lines
+
+    try:
+        print(*cost_lines(args, recipe), sep="\n")
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+
+
+def report(args: ReportArguments) -> None:
+    from bridle_hf.monitoring.report import write_report
+
+    if not (Path(args.output_dir) / "metrics.jsonl").exists():
+        raise ArgumentError(f"{args.output_dir} holds no metrics.jsonl: give the output folder of a run")
+    print(write_report(args.output_dir))
+
+
+def demo(args: Any) -> None:
+    from bridle_hf.demos.demo import run_demo
+
+    run_demo(args)
+
+
+def recipes() -> None:
+    for name, line in list_recipes().items():
+        print(f"{name:<24}{line}")
+
+
+def info() -> None:
+    from bridle_hf.commands.info import info_lines
+
+    print(*info_lines(), sep="\n")
+
+
+def _log() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

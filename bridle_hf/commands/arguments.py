@@ -1,0 +1,34 @@
+"""Arguments of the small commands: report, card, convert."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class ReportArguments:
+    """Arguments of `bridle report`."""
+
+    output_dir: str = field(metadata={"help": "output folder of a run, which holds a metrics.jsonl"})
+
+
+@dataclass
+class CardArguments:
+    """Arguments of `bridle card`."""
+
+    folder: str = field(metadata={"help": "a saved encoder, tokenizer or classifier"})
+    run: str = field(metadata={"help": "run.json of the run that made it"})
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Hub id that the card's snippets load (default: the folder's name)"}
+    )
+
+
+@dataclass
+class ConvertArguments:
+    """Arguments of `bridle convert`."""
+
+    checkpoint: str = field(metadata={"help": 'what the authors\' code saved by torch.save: {"model": state_dict}'})
+    output_dir: str = field(metadata={"help": "folder that gets encoder/ and tokenizer/"})
+    modality: Literal["audio", "image", "video"] = field(metadata={"help": "what the checkpoint was trained on"})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "of the encoder (default: ViT-B's)"})
+    decoder_num_attention_heads: int | None = field(default=None, metadata={"help": "of the decoder"})
+    estimator_num_attention_heads: int | None = field(default=None, metadata={"help": "of the estimator"})

@@ -1,0 +1,59 @@
+"""Codebook initialization: k-means on the latents of the first batches of a tokenizer's phase."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from bridle_hf import BridleTokenizerModel
+from bridle_hf.common.errors import ArgumentError
+from bridle_hf.interleaving.micro_batches import MicroBatch
+from bridle_hf.quantization_bridle import gather_rows
+
+
+# More vectors than the k-means asks for make better codes; more than this cost time and memory for little.
+KMEANS_VECTORS_PER_CODE = 64
+
+
+@torch.no_grad()
+def initialize_codebooks(
+    tokenizer: BridleTokenizerModel,
+    batches: Iterable[Iterable[MicroBatch]],
+    batches_per_epoch: float,
+    is_main_process: bool,
+) -> None:
+    """k-means on the latents of as many of the batches as it takes; the same for any number of processes.
+
+    Args:
+        batches: Batch by batch, the micro batches of this process; they may go on for ever.
+        batches_per_epoch: How many batches it takes to see all of the data once.
+
+    Raises:
+        ArgumentError: All of the data have fewer vectors than there are codes.
+    """
+    tokenizer.eval()
+    codebook_size = tokenizer.config.codebook_size
+    wanted = max(tokenizer.quantizer.vectors_for_initialization, KMEANS_VECTORS_PER_CODE * codebook_size)
+    gathered: list[torch.Tensor] = []
+    for number, batch in enumerate(batches, start=1):
+        # Batch by batch, so that rows stand in the order of the data, however many ranks share a batch.
+        rows = torch.cat([_latents(tokenizer, part) for part in batch])
+        gathered.append(gather_rows(rows.float()))
+        found = sum(map(len, gathered))
+        if found >= wanted:
+            break
+        if number == math.ceil(batches_per_epoch) and found < codebook_size:
+            raise ArgumentError(
+                f"tokenizer.codebook_size is {codebook_size}, but all of the data have only {found} patches to learn "
+                "codes from: make it smaller, or give more data"
+            )
+    vectors = torch.cat(gathered)
+    vectors = vectors[torch.randperm(len(vectors), device=vectors.device)[:wanted]]
+    # The quantizer gathers, too: all vectors come from rank 0.
+    tokenizer.quantizer.initialize(vectors if is_main_process else vectors[:0])
+
+
+def _latents(tokenizer: BridleTokenizerModel, part: MicroBatch) -> torch.Tensor:
+    """(real patches, code_dim)."""
+    latents, real = tokenizer.latents(part.inputs, part.attention_mask), part.real(tokenizer.config)
+    return latents.flatten(0, 1) if real is None else latents[real]

@@ -1,0 +1,66 @@
+"""Micro batches: the parts that a process's batch is cut into, and what each counts for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from bridle_hf import BridleConfig
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples of a batch, on the device.
+
+    Args:
+        inputs: The modality's input, (samples, ...).
+        attention_mask: (samples, frames) of audio, or `None` where the whole batch has no padding.
+        bool_masked_pos: (samples, patches), True = hidden.
+        first: Which sample of this process's batch the first of these is.
+    """
+
+    inputs: torch.Tensor
+    attention_mask: torch.Tensor | None
+    bool_masked_pos: torch.Tensor
+    first: int
+
+    def real(self, config: BridleConfig) -> torch.Tensor | None:
+        """(samples, patches) bool, which patches are real, or `None` where all are."""
+        return None if self.attention_mask is None else patch_attention_mask(self.attention_mask, config)
+
+
+def micro_batches(
+    batch: dict[str, Any], modality: str, size: int | None, device: torch.device
+) -> Iterator[MicroBatch]:
+    """A batch, `size` samples at a time; `None`: all at once."""
+    inputs, attention_mask = batch[INPUT_NAMES[modality]], batch.get("attention_mask")
+    # Decided on the CPU, where the batch still is, and alike in every micro batch.
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    size = size or len(inputs)
+    for first in range(0, len(inputs), size):
+        tensors = (inputs, attention_mask if padded else None, batch["bool_masked_pos"])
+        yield MicroBatch(
+            *(
+                None if tensor is None else tensor[first : first + size].to(device, non_blocking=True)
+                for tensor in tensors
+            ),
+            first,
+        )
+
+
+def shares(parts: list[MicroBatch], config: BridleConfig, accelerator: Accelerator) -> torch.Tensor:
+    """(micro batches, 2): what each holds of the hidden and of the real patches of all processes' batch.
+
+    Times the number of processes, because gradients are averaged over them.
+    """
+    counts = []
+    for part in parts:
+        real = part.real(config)
+        if real is None:
+            real = torch.ones_like(part.bool_masked_pos, dtype=torch.bool)
+        counts.append(torch.stack([(part.bool_masked_pos.bool() & real).sum(), real.sum()]))
+    counts = torch.stack(counts).float()
+    return counts * accelerator.num_processes / accelerator.reduce(counts.sum(dim=0), "sum")
