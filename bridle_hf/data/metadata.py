@@ -16,17 +16,8 @@ logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _LIKE_LABEL = {
-    "class",
-    "classes",
-    "classname",
-    "class_name",
-    "category",
-    "categories",
-    "target",
-    "targets",
-    "tag",
-    "tags",
-}
+    "class", "classes", "classname", "class_name", "category", "categories", "target", "targets", "tag", "tags",
+}  # fmt: skip
 
 
 class Columns(NamedTuple):
