@@ -1,4 +1,4 @@
-"""From a folder, a set of shards or a Hub id to the list of its samples, in an order that depends on names alone."""
+"""Finding samples: from a folder, shards or a Hub id to the list of them, in an order that depends on names alone."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What a classifier is fine-tuned on: the classes, and which samples train it and which test it."""
+"""Task of fine-tuning: the classes, and which samples train the classifier and which test it."""
 
 from dataclasses import dataclass, field
 from typing import Any
