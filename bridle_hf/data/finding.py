@@ -1,29 +1,32 @@
-"""From a folder, a set of shards or a Hub id to the list of its samples, in an order that depends on names alone."""
+"""Finding samples: from a folder, shards or a Hub id to the list of them, in an order that depends on names alone."""
 
-import csv
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from bridle_hf.common.errors import one_line
+from bridle_hf.common.tables import clean
+from bridle_hf.data.folds import are_splits, canonical_split, check_class_folders, split_of
+from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
 from bridle_hf.data.modalities import MODALITIES
-from bridle_hf.data.sample import HubRow, Sample, Source
-from bridle_hf.data.shards.entries import class_names, holds_shards, media_column, names_shards, read_entries
+from bridle_hf.data.sample import HubRow, Sample
+from bridle_hf.data.shards.entries import (
+    class_names,
+    class_order,
+    column_names,
+    holds_shards,
+    media_column,
+    names_shards,
+    read_entries,
+)
 
 
-SPLIT_NAMES = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "eval": "test",
-}
+logger = logging.getLogger(__name__)
 
-
-_NOT_UTF8 = re.compile("[\\udc80-\\udcff]")  # how Python spells bytes of a file name that are not
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python spells bytes of a file name that are not
 
 
 def find_samples(
@@ -32,6 +35,10 @@ def find_samples(
     split: str | None = None,
     label_column: str = "label",
     group_column: str = "group",
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    need_labels: bool = False,
 ) -> list[Sample]:
     """List the samples of a folder, of shards or of a Hub id, in an order that depends on their names alone.
 
@@ -39,14 +46,17 @@ def find_samples(
 
     * shards by name: a `.tar` or `.parquet` file, a pattern of these (`shards/train-*.tar`,
       `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see data/shards/entries.py;
-    * a folder with `metadata.csv`: column `file_name` (relative to the folder) and optionally `label` or `labels`
-      (";"-separated: multi-label), `split`, `fold`, `group`; an empty cell means that it is not known;
+    * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
+      `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
+      it is not known. Without a column `split`, files in folders that are all named like splits are of these;
+    * a folder with such a file in each of its split folders;
     * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
-      read as splits where every folder on it is called train, validation (valid, val, dev) or test (eval); deeper
-      folders under the class change nothing;
+      read as splits where every folder on it is called train (training), validation (valid, val, dev, development)
+      or test (testing, eval, evaluation), in any case; deeper folders under the class change nothing;
     * a folder with shards, `.tar` or `.parquet` files, directly inside;
     * a folder of parquet files further down, or a Hub id: whatever `datasets.load_dataset` takes, with a column of the
-      modality's feature type, or named like it, and optionally columns as above.
+      modality's feature type, or of bytes and named like it, and optionally columns as above. A `ClassLabel` numbers
+      the classes.
 
     Shards hold what `metadata.csv` does as columns (parquet), or in a `.json` of each sample (tar; else `.cls` or
     `.txt` is the label); a shard named like a split, as `train-000.tar`, is of it.
@@ -61,126 +71,40 @@ def find_samples(
         label_column: column, or key, that holds the label, where there are any; "labels", or lists in it, mean
             multi-label.
         group_column: column that holds the group, where there are columns.
+        config: configuration of a Hub set.
+        revision: branch, tag or commit of a Hub set.
+        need_labels: refuse what has columns but none of labels, and class folders that surely are none, of which
+            there is but a warning otherwise.
 
     Raises:
         ValueError: unknown modality, nothing of that modality in `data`, a column or split that is not there, split
-            folders mixed with others, a shard that is missing or of which nothing can be made out, or a Hub id that
-            `datasets` cannot load.
+            folders mixed with others, a file that is listed twice, a shard that is missing or of which nothing can be
+            made out, or a Hub id that `datasets` cannot load.
     """
     if modality not in MODALITIES:
         raise ValueError(f"modality {modality!r}: expected one of {sorted(MODALITIES)}")
+    columns, folder = Columns(label_column, group_column, need_labels), Path(data)
+    if (config or revision) and (names_shards(data) or (revision and folder.is_dir())):
+        raise ValueError(f"{data}: a configuration or revision is for Hub ids; leave it out")
     if names_shards(data):
-        samples = _shard_samples(data, modality, label_column, group_column)
-        return samples if split is None else _of_split(samples, split, data)
-    folder = Path(data)
-    if not folder.is_dir():
-        return _hub_samples(data, modality, split, label_column, group_column)
-    if (folder / "metadata.csv").is_file():
-        samples = _csv_samples(folder / "metadata.csv", label_column, group_column)
-    elif not (samples := _folder_samples(folder, modality)):
+        samples = _shard_samples(data, modality, columns)
+    elif config or not folder.is_dir():
+        return _hub_samples(data, modality, split, columns, config, revision)
+    elif found := [name for name in METADATA_NAMES if (folder / name).is_file()]:
+        samples = metadata_samples(folder, found, columns)
+    elif not (samples := _folder_samples(folder, modality, columns)):
         if holds_shards(data):
-            samples = _shard_samples(data, modality, label_column, group_column)
+            samples = _shard_samples(data, modality, columns)
         elif any(folder.rglob("*.parquet")):
-            return _hub_samples(data, modality, split, label_column, group_column)
+            return _hub_samples(data, modality, split, columns)
         else:
-            wanted = " ".join(("metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
+            wanted = " ".join(("metadata.jsonl, metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
             raise ValueError(f"{data}: no {modality} files found; looked for {wanted}")
-    elif (label_column, group_column) != ("label", "group"):
-        raise ValueError(f"{data}: columns {label_column!r} and {group_column!r} were asked for: needs a metadata.csv")
     return samples if split is None else _of_split(samples, split, data)
 
 
-def _folder_samples(folder: Path, modality: str) -> list[Sample]:
-    extensions = MODALITIES[modality].extensions
-    files = sorted((path.relative_to(folder) for path in _walk(folder)), key=lambda path: path.parts)
-    files = [path for path in files if path.suffix.lower() in extensions and not path.name.startswith(".")]
-    for path in files:
-        if _NOT_UTF8.search(str(path)):
-            raise ValueError(f"{folder}: the name of {str(path)!a} is not UTF-8: rename it")
-    first_level = {path.parts[0] for path in files if len(path.parts) > 1}
-    splits = first_level & SPLIT_NAMES.keys()
-    if splits and splits != first_level:
-        others = sorted(first_level - splits)
-        raise ValueError(
-            f"{folder}: folders named like splits ({', '.join(sorted(splits))}) stand beside others "
-            f"({', '.join(others[:3])}): keep one kind on the first level, or write a metadata.csv"
-        )
-    samples = []
-    for path in files:
-        folders = path.parts[:-1]
-        split = SPLIT_NAMES[folders[0]] if splits and folders else None
-        classes = folders[1:] if splits else folders
-        samples.append(Sample(str(folder / path), label=classes[0] if classes else None, split=split))
-    return samples
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file below, through links too, but not round in a circle, nor into hidden folders."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
-        yield from (Path(root, name) for name in names)
-
-
-def _closes_a_circle(path: Path) -> bool:
-    """Whether it is a link to a folder that is on the way to it."""
-    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
-
-
-def _csv_samples(path: Path, label_column: str, group_column: str) -> list[Sample]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if "file_name" not in columns:
-                raise ValueError(f"{path}: no column file_name; the columns are {columns}")
-            label_column = _choose_label_column(columns, label_column, path)
-            if group_column != "group" and group_column not in columns:
-                raise ValueError(f"{path}: no column {group_column!r} for the groups; the columns are {columns}")
-            samples = []
-            for row in reader:
-                if not row["file_name"]:
-                    raise ValueError(f"{path}, line {reader.line_num}: file_name is empty")
-                samples.append(_sample_of_row(str(path.parent / row["file_name"]), row, label_column, group_column))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: is no CSV in UTF-8: {error}") from error
-    if not samples:
-        raise ValueError(f"{path}: lists no files")
-    return sorted(samples, key=lambda sample: sample.path)
-
-
-def _choose_label_column(columns: Sequence[str], wanted: str, where: str | Path) -> str:
-    if wanted == "label" and "labels" in columns:
-        if "label" in columns:
-            raise ValueError(f"{where}: has both columns label and labels (multi-label): keep one of them")
-        return "labels"
-    if wanted != "label" and wanted not in columns:
-        raise ValueError(f"{where}: no column {wanted!r} for the labels; the columns are {list(columns)}")
-    return wanted
-
-
-def _sample_of_row(
-    path: str, row: dict[str, Any], label_column: str, group_column: str, source: Source | None = None
-) -> Sample:
-    def cell(column: str) -> str | None:
-        value = row.get(column)
-        return None if value is None or value == "" else str(value)
-
-    label, labels = cell(label_column), None
-    if label_column == "labels" or isinstance(row.get(label_column), list | tuple):
-        names = row.get(label_column) or ()
-        names = names.split(";") if isinstance(names, str) else names if isinstance(names, list | tuple) else [names]
-        label, labels = None, tuple(name for name in (str(name).strip() for name in names) if name) or None
-    split = cell("split")
-    split = SPLIT_NAMES.get(split, split)
-    return Sample(path, label, labels, split, cell("fold"), cell(group_column), source)
-
-
 def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
-    name = SPLIT_NAMES.get(split, split)
+    name = canonical_split(split)
     chosen = [sample for sample in samples if sample.split == name]
     if not chosen:
         found = sorted({sample.split for sample in samples if sample.split is not None})
@@ -188,67 +112,136 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
     return chosen
 
 
+# --- Folders of media files ---
+
+
+def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
+    extensions = MODALITIES[modality].extensions
+    names = [name for name in _walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
+    files = [name for name in names if os.path.basename(name) not in METADATA_NAMES]
+    for name in files:
+        if _NOT_UTF8.search(name):
+            raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
+    tables = [name for name in names if os.path.basename(name) in METADATA_NAMES]
+    if samples := metadata_samples(folder, tables, columns, files):
+        return samples
+    if files and (columns.label, columns.group) != ("label", "group"):
+        raise ValueError(
+            f"{folder}: columns {columns.label!r} and {columns.group!r} were asked for: needs a metadata.csv"
+        )
+    folders = {name: name.split(os.sep)[:-1] for name in files}
+    by_split = are_splits({parts[0] for parts in folders.values() if parts}, folder)
+    if by_split:
+        folders = {name: parts[1:] for name, parts in folders.items()}
+    check_class_folders({parts[0] for parts in folders.values() if parts}, str(folder), columns.needed)
+    _warn_of_splits_within({parts[1] for parts in folders.values() if len(parts) > 1}, folder)
+    return [
+        Sample(
+            f"{_prefix(folder)}{name}",
+            label=clean(parts[0]) if parts else None,
+            split=split_of(name.split(os.sep)[0]) if by_split and os.sep in name else None,
+        )
+        for name, parts in folders.items()
+    ]
+
+
+def _warn_of_splits_within(names: Collection[str], folder: Path) -> None:
+    if names and all(map(split_of, names)):
+        logger.warning(
+            "%s: the folders within the class folders are named like splits (%s) but not read as such: splits come "
+            "first, as DIR/train/CLASS, or in a metadata.csv", folder, ", ".join(sorted(names)[:3]),
+        )  # fmt: skip
+
+
+def _prefix(folder: Path) -> str:
+    return str(folder / "_")[:-1]  # "" for "."
+
+
+def _walk(folder: Path) -> list[str]:
+    """Every file below, relative and in order, through links too, but not round in a circle, nor what is hidden."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
+        place = os.path.relpath(root, folder) + os.sep if root != str(folder) else ""
+        found += [place + name for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _closes_a_circle(path: Path) -> bool:
+    """Whether it is a link to a folder that is on the way to it."""
+    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
+
+
 # --- Shards ---
 
 
-def _shard_samples(data: str, modality: str, label_column: str, group_column: str) -> list[Sample]:
-    wanted = dict.fromkeys((label_column, "label", "labels", "split", "fold", group_column))
+def _shard_samples(data: str, modality: str, columns: Columns) -> list[Sample]:
+    wanted = dict.fromkeys((columns.label, "label", "labels", "split", "fold", columns.group))
     entries = read_entries(data, modality, MODALITIES[modality].extensions, tuple(wanted))
     if not entries:
         raise ValueError(f"{data}: holds no {modality}")
-    columns = list(dict.fromkeys(column for entry in entries for column in entry.row))
-    label_column = _choose_label_column(columns, label_column, data)
-    if group_column != "group" and group_column not in columns:
-        raise ValueError(f"{data}: no column {group_column!r} for the groups; the columns are {columns}")
+    found = dict.fromkeys(column for entry in entries for column in entry.row)
+    if not {columns.label, "labels"} & found.keys():
+        found |= dict.fromkeys(column_names(entries[0].shard))  # what rows do not keep, for the message
+    columns = columns.among(found, data)
     samples = []
-    for shard, name, row, source in entries:
-        row = row if row.get("split") else row | {"split": _split_of_name(shard)}
-        samples.append(_sample_of_row(f"{shard}/{name}", row, label_column, group_column, source))
+    for entry in entries:
+        row = entry.row if entry.row.get("split") else entry.row | {"split": _split_of_name(entry.shard)}
+        path = f"{entry.shard}/{entry.name}"
+        samples.append(sample_of_row(path, row, columns, entry.source, entry.class_order))
     return samples
 
 
 def _split_of_name(shard: str) -> str | None:
-    first = re.split(r"[-_.]", shard.rpartition("/")[2])[0]
-    return first if first in SPLIT_NAMES else None
+    return split_of(re.split(r"[-_.]", shard.rpartition("/")[2])[0])
 
 
 # --- Rows of a Hub set ---
 
 
-def _hub_samples(data: str, modality: str, split: str | None, label_column: str, group_column: str) -> list[Sample]:
+def _hub_samples(
+    data: str,
+    modality: str,
+    split: str | None,
+    columns: Columns,
+    config: str | None = None,
+    revision: str | None = None,
+) -> list[Sample]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(data, split=split)
+        loaded = datasets.load_dataset(data, config, revision=revision, split=split)
     except Exception as error:  # whatever its network, its builders and its file systems raise
-        raise ValueError(
-            f"{data!r} is not a folder, and datasets.load_dataset(..., split={split!r}) failed: {error}"
-        ) from error
+        asked = {"name": config, "revision": revision, "split": split}
+        given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
+        what = f"{data}:" if os.path.isdir(data) else f"{data!r} is not a folder, and"
+        hint = "" if config or "config name" not in str(error).lower() else "; give --data_config"
+        raise ValueError(f"{what} datasets.load_dataset(..., {given}) failed: {one_line(error)}{hint}") from error
     by_split = loaded if isinstance(loaded, dict) else {split: loaded}
     samples = []
     for name, dataset in by_split.items():
-        samples += _dataset_samples(dataset, f"{data}/{name}", name, modality, label_column, group_column)
+        samples += _dataset_samples(dataset, f"{data}/{name}", name, modality, columns)
     if not samples:
         raise ValueError(f"{data}: holds no rows")
     return samples
 
 
-def _dataset_samples(
-    dataset: Any, name: str, split: str, modality: str, label_column: str, group_column: str
-) -> list[Sample]:
+def _dataset_samples(dataset: Any, name: str, split: str, modality: str, columns: Columns) -> list[Sample]:
     import datasets
 
     media = media_column(dataset.features, name, modality)
     feature = getattr(datasets, modality.capitalize())
     media_only = dataset.select_columns([media]).cast_column(media, feature(decode=False))
-    label_column = _choose_label_column(dataset.column_names, label_column, name)
-    if group_column != "group" and group_column not in dataset.column_names:
-        raise ValueError(f"{name}: no column {group_column!r} for the groups; the columns are {dataset.column_names}")
-    wanted = {label_column, group_column, "split", "fold"} & set(dataset.column_names) - {media}
-    columns = {column: class_names(dataset.features[column], list(dataset[column])) for column in sorted(wanted)}
+    columns = columns.among(dataset.column_names, name)
+    wanted = {columns.label, columns.group, "split", "fold"} & set(dataset.column_names) - {media}
+    cells = {column: class_names(dataset.features[column], list(dataset[column])) for column in sorted(wanted)}
+    order = class_order(dataset.features.get(columns.label))
     samples = []
     for index in range(len(dataset)):
-        row = {"split": split} | {column: values[index] for column, values in columns.items()}
-        source = HubRow(media_only, media, index)
-        samples.append(_sample_of_row(f"{name}/{index}", row, label_column, group_column, source))
+        row = {"split": split} | {column: values[index] for column, values in cells.items()}
+        samples.append(sample_of_row(f"{name}/{index}", row, columns, HubRow(media_only, media, index), order))
     return samples

@@ -1,12 +1,94 @@
 """Splits, folds and groups: which samples are held out together."""
 
+import logging
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from bridle_hf.data.labels import _labels_of
+from bridle_hf.data.labels import labels_of
 from bridle_hf.data.sample import Sample
+
+
+logger = logging.getLogger(__name__)
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev", "devel", "development"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SPLIT_NAMES = {name: split for split, names in _SPLITS.items() for name in names}
+
+# Folders that downloads put around or beside classes.
+_FOLD = re.compile(r"(cv)?folds?[-_ ]*\d+")
+_PART = re.compile(r"(part|shard|chunk|batch|disc|cd|subset|set)[-_ ]*\d+")
+_AROUND = {
+    "audio", "audios", "wav", "wavs", "sounds", "recordings", "image", "images", "img", "imgs", "jpegimages", "photos",
+    "pictures", "video", "videos", "clips", "frames", "data", "dataset", "media", "files", "samples", "raw", "extra",
+    "other", "misc", "unlabeled", "unlabelled",
+}  # fmt: skip
+
+
+def split_of(name: str) -> str | None:
+    """`train`, `validation` or `test` for one of their usual names in any case, also as `test_set`; else None."""
+    return SPLIT_NAMES.get(re.sub(r"[-_ ]?(set|data|split)$", "", name.strip().casefold()))
+
+
+def canonical_split(name: str) -> str:
+    """See `split_of`; any other name as it is."""
+    return split_of(name) or name.strip()
+
+
+def are_splits(first_level: Collection[str], where: str | Path) -> bool:
+    """Whether the folders of the first level are splits. ValueError if only some of them are."""
+    splits = sorted(name for name in first_level if split_of(name))
+    others = sorted(set(first_level) - set(splits))
+    if splits and others:
+        raise ValueError(
+            f"{where}: folders named like splits ({', '.join(splits)}) stand beside others ({', '.join(others[:3])}): "
+            "keep one kind on the first level, or write a metadata.csv"
+        )
+    return bool(splits)
+
+
+def check_class_folders(names: Collection[str], where: str, refuse: bool) -> None:
+    """Say so where folders that are read as classes look like splits, folds or helpers: in a warning.
+
+    Raises:
+        ValueError: `refuse`, and some of them are surely no classes.
+    """
+    kinds = {name: _kind_of_folder(name) for name in sorted(names)}
+    splits = [name for name, kind in kinds.items() if kind == "a split"]
+    sure = [name for name, kind in kinds.items() if kind in ("a fold", "background noise")]
+    sure += splits if len(splits) == len(kinds) else []
+    odd = sure or [name for name, kind in kinds.items() if kind]
+    if not odd:
+        return
+    looks = ", ".join(f"{name} ({kinds[name]})" for name in odd[:3])
+    message = (
+        f"{where}: {len(odd)} of {len(kinds)} folders that are read as classes look like something else: {looks}; "
+        "move what is no class elsewhere, give the folder with the class folders, or write a metadata.csv with "
+        "file_name, label, split, fold"
+    )
+    if refuse and sure:
+        raise ValueError(message)
+    logger.warning(message)
+
+
+def _kind_of_folder(name: str) -> str | None:
+    name = name.casefold()
+    words = re.findall(r"[^\W\d_]+", name)
+    if _FOLD.fullmatch(name):
+        return "a fold"
+    if name.startswith("_") and words[:2] == ["background", "noise"]:
+        return "background noise"
+    if split_of(name) or any(word in SPLIT_NAMES for word in words):
+        return "a split"
+    if _PART.fullmatch(name):
+        return "a part"
+    return "a helper" if name.startswith("_") or name in _AROUND else None
 
 
 def split_by_groups(samples: Sequence[Sample], held_out: Iterable[str]) -> tuple[list[Sample], list[Sample]]:
@@ -39,7 +121,7 @@ def assign_folds(samples: Sequence[Sample], num_folds: int | None = None) -> np.
         return np.array([names.index(sample.fold) for sample in samples])
     if groups:
         return group_folds(samples, num_folds)
-    by_label = sorted(range(len(samples)), key=lambda index: (_labels_of(samples[index]), index))
+    by_label = sorted(range(len(samples)), key=lambda index: (labels_of(samples[index]), index))
     folds = np.empty(len(samples), dtype=np.int64)
     rng = np.random.default_rng(0)
     for start in range(

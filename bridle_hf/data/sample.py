@@ -44,7 +44,8 @@ class Sample:
 
     `path` names it: a file, `<id>/<split>/<row>` for a row of a Hub set, or `<shard>/<name>` within a shard. A set has
     either `label` or `labels` (multi-label). `split` is `train`, `validation` or `test` wherever the data says so
-    under one of their usual names.
+    under one of their usual names. `class_order` names all classes by number where the data numbers them (a
+    `datasets.ClassLabel`).
     """
 
     path: str
@@ -54,6 +55,7 @@ class Sample:
     fold: str | None = None
     group: str | None = None
     source: Source | None = field(default=None, repr=False, compare=False)
+    class_order: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
 
     @property
     def place(self) -> tuple[str, int] | None:

@@ -13,6 +13,8 @@ class FinetuneArguments:
     data: str = field(metadata={"help": "folder or Hub id of labelled recordings, images or clips"})
     label_column: str = field(default="label", metadata={"help": "column of the labels; `labels`: several per sample"})
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
+    data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     label_order: str | None = field(
         default=None, metadata={"help": "csv with index, mid, display_name that numbers the classes (AudioSet)"}
     )

@@ -1,13 +1,14 @@
-"""What a classifier is fine-tuned on: the classes, and which samples train it and which test it."""
+"""Task of fine-tuning: the classes, and which samples train the classifier and which test it."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 
 from bridle_hf.data.finding import find_samples
-from bridle_hf.data.folds import split_by_groups
+from bridle_hf.data.folds import canonical_split, split_by_groups
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
@@ -35,10 +36,21 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     Raises:
         ValueError: nothing to evaluate on, a sample without label, or a label seen in evaluation only.
     """
-    samples = find_samples(args.data, config.modality, None, args.label_column, args.group_column)
+    samples = find_samples(
+        args.data,
+        config.modality,
+        None,
+        args.label_column,
+        args.group_column,
+        config=args.data_config,
+        revision=args.data_revision,
+        need_labels=True,
+    )
     train, evaluation, test, held_out = split_samples(samples, args, seed)
     labels = Labels(train, args.label_order)
     labels.check_several(f"{args.data}: the training samples")
+    if PartialState().is_main_process:
+        labels.log({"training": train, f"evaluation ({held_out})": evaluation})
     task = Task(labels, train, evaluation, test, held_out)
     for part in (train, evaluation, test):
         task.targets |= {sample.path: target for sample, target in zip(part, labels.encode(part))}
@@ -57,14 +69,19 @@ def split_samples(
     if len(asked) > 1:
         raise ValueError(f"--{asked[0]} and --{asked[1]} both say what to evaluate on: give one")
     splits = {sample.split for sample in samples} - {None}
-    train = [sample for sample in samples if sample.split in (args.train_split, None)]
+    train_split = canonical_split(args.train_split)
+    train = [sample for sample in samples if sample.split in (train_split, None)]
     if not train:
         raise ValueError(f"{args.data}: no samples of split {args.train_split!r}; the splits are {sorted(splits)}")
     if asked and asked[0] != "eval_split":
         train, evaluation, held_out = _hold_out(train, args, seed)
         return train, evaluation, [sample for sample in samples if sample.split == "test"], held_out
-    split = args.eval_split or next((name for name in ("validation", "test") if name in splits), None)
-    evaluation = [sample for sample in samples if sample.split == split and split not in (None, args.train_split)]
+    split = (
+        canonical_split(args.eval_split)
+        if args.eval_split
+        else next((name for name in ("validation", "test") if name in splits), None)
+    )
+    evaluation = [sample for sample in samples if sample.split == split and split not in (None, train_split)]
     if not evaluation:
         raise ValueError(
             f"{args.data}: nothing to evaluate on (its splits: {sorted(splits) or 'none'}); give --eval_split, "

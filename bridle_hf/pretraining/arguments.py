@@ -18,6 +18,8 @@ class PretrainArguments:
     split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
     label_column: str = field(default="label", metadata={"help": "column of the labels (for probes alone)"})
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
+    data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})

@@ -1,5 +1,6 @@
 """A look at the models of a run at the end of a phase: how well the tokenizer codes, what a probe reads, pictures."""
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from bridle_hf.probing.probes import run_probes
 from bridle_hf.quantization_bridle import codebook_usage
 from bridle_hf.visualization_bridle import plot_codes, plot_masked_input, plot_predictions
 
+
+logger = logging.getLogger(__name__)
 
 # A linear map from 1,024 one-hot codes is settled by this many clips, and the teacher's features fit into memory.
 CLIPS_FOR_VARIANCE = 400
@@ -102,11 +105,18 @@ def probe_samples(samples: Sequence[Sample], most: int) -> list[Sample]:
     return chosen if len({sample.label or sample.labels for sample in chosen}) > 1 else []
 
 
-def check_probes(samples: Sequence[Sample], most: int) -> None:
-    """Raise a `ValueError` if the labels, folds or groups of `samples` are such that they cannot be probed on."""
+def check_probes(samples: Sequence[Sample], most: int, tell: bool = False) -> None:
+    """Raise a `ValueError` if the labels, folds or groups of `samples` are such that they cannot be probed on.
+
+    With `tell`, log the classes, or that there are none to probe.
+    """
     if chosen := probe_samples(samples, most):
-        Labels(chosen)
+        labels = Labels(chosen)
         assign_folds(chosen)
+        if tell:
+            labels.log({"probes": chosen})
+    elif tell:
+        logger.warning("no probes: the samples have no labels, or all the same one")
 
 
 def spread(samples: Sequence[Sample], most: int) -> list[Sample]:

@@ -119,14 +119,17 @@ class Run:
 
     def _find_samples(self) -> list[Sample]:
         args = self.args
-        samples = find_samples(args.data, args.modality, args.split, args.label_column, args.group_column)
+        samples = find_samples(
+            args.data, args.modality, args.split, args.label_column, args.group_column,
+            config=args.data_config, revision=args.data_revision,
+        )  # fmt: skip
         kept = [sample for sample in samples if sample.group not in set(args.exclude_groups)]
         if unknown := set(args.exclude_groups) - {sample.group for sample in samples}:
             raise ValueError(f"exclude_groups: no sample is of group {', '.join(sorted(unknown))}")
         if not kept:
             raise ValueError(f"{args.data}: no samples are left; check split and exclude_groups")
         if args.probe_every:
-            check_probes(kept, args.probe_samples)
+            check_probes(kept, args.probe_samples, self.accelerator.is_main_process)
         return kept
 
     def _prepare_folder(self) -> None:

@@ -14,6 +14,8 @@ class ProbeArguments:
     split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
     label_column: str = field(default="label", metadata={"help": "column of the labels"})
     group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
+    data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     folds: int | None = field(
         default=None,
         metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},

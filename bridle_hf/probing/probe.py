@@ -50,9 +50,19 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
     """[`probe`], with its arguments."""
     try:
         config = load_config(args.model)
-        samples = find_samples(args.data, config.modality, args.split, args.label_column, args.group_column)
+        samples = find_samples(
+            args.data,
+            config.modality,
+            args.split,
+            args.label_column,
+            args.group_column,
+            config=args.data_config,
+            revision=args.data_revision,
+            need_labels=True,
+        )
         labels = Labels(samples)
         labels.check_several(f"{args.data}: the samples")
+        labels.log({"probes": samples})
         folds = make_folds(samples, args.folds)
         encoder = AutoModel.from_pretrained(args.model)
         load = make_sample_loader(config, load_processor(args.model, config), args.loader)

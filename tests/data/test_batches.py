@@ -368,6 +368,25 @@ def test_single_labels():
         Labels([Sample("a"), Sample("b")])
 
 
+def test_labels_that_are_numbers_are_sorted_as_such():
+    samples = [Sample(str(number), str(number)) for number in (10, 2, 1, 11)]
+    assert Labels(samples).names == ["1", "2", "10", "11"]
+    assert label_names([*samples, Sample("x", "cat")]) == ["1", "10", "11", "2", "cat"]
+
+
+def test_classes_are_logged_with_their_counts(caplog):
+    caplog.set_level("INFO")
+    samples = [Sample("a", "dog"), Sample("b", "cat"), Sample("c", "dog"), Sample("d", "Dog")]
+    Labels(samples).log({"training": samples, "evaluation": samples[:1]})
+    assert "training: 4 samples, 3 classes: Dog 1, cat 1, dog 2" in caplog.text
+    assert "evaluation: 1 samples, 3 classes: Dog 0, cat 0, dog 1" in caplog.text
+    assert "['Dog', 'dog'] are classes of their own" in caplog.text
+    many = [Sample(str(number), f"class {number % 527}") for number in range(1000)]
+    caplog.clear()
+    Labels(many).log({"training": many})
+    assert "... and 507 more, of 1 to 2 samples each" in caplog.text and len(caplog.text) < 700
+
+
 def test_multi_labels_in_the_order_of_audioset(tmp_path):
     order = tmp_path / "class_labels_indices.csv"
     order.write_text(

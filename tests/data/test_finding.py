@@ -2,16 +2,19 @@
 
 import csv
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import pytest
 from helpers.sounds import write_tone, write_tones
+from PIL import Image
 
 from bridle_hf.common.errors import MediaError
 from bridle_hf.data.batches import DrawDataset, GlobalBatches, make_loader
 from bridle_hf.data.decoding import read_audio
 from bridle_hf.data.finding import find_samples
+from bridle_hf.data.labels import Labels
 from bridle_hf.data.loaders import AudioLoader
 from bridle_hf.data.sample import HubRow, Sample
 from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor
@@ -185,3 +188,199 @@ def test_hub_errors(parquet, tmp_path):
         find_samples(parquet, "audio", split="balanced")
     with pytest.raises(ValueError, match="no column 'key' for the labels"):
         find_samples(parquet, "audio", label_column="key")
+
+
+# --- what people have ---
+
+
+def empty_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return str(folder)
+
+
+@pytest.mark.parametrize("again", ["x.wav", "./x.wav", "sub/../x.wav", " x.wav "])
+def test_a_file_listed_twice_is_refused(tmp_path, again):
+    folder = write_metadata(tmp_path, ("file_name", "label"), ("x.wav", "dog"), ("y.wav", "cat"), (again, "rain"))
+    with pytest.raises(ValueError, match=r"line 4: .*x\.wav' is listed before, at .*line 2.*`labels`"):
+        find_samples(folder, "audio")
+
+
+def test_a_file_of_two_splits_is_refused(tmp_path):
+    for split in ("train", "test"):
+        write_metadata(tmp_path / split, ("file_name",), ("../x.wav",))
+    with pytest.raises(
+        ValueError, match=r"test.metadata\.csv, line 2: .* is listed before|is listed before, at .*test"
+    ):
+        find_samples(str(tmp_path), "audio")
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [(name, "train") for name in ("Train", "TRAIN", "training", "train_set")]
+    + [(name, "test") for name in ("Testing", "evaluation", "EVAL", "test-data")]
+    + [(name, "validation") for name in ("Valid", "VAL", "Dev", "development", "Validation")],
+)
+def test_splits_by_any_of_their_names(tmp_path, folder, split):
+    data = empty_files(tmp_path, f"{folder}/cat/x.wav")
+    assert [(sample.split, sample.label) for sample in find_samples(data, "audio")] == [(split, "cat")]
+    csv_folder = write_metadata(tmp_path / "csv", ("file_name", "split"), ("x.wav", folder))
+    assert find_samples(csv_folder, "audio", split=folder)[0].split == split
+
+
+@pytest.mark.parametrize(
+    ("names", "surely"),
+    [
+        ([f"fold{number}" for number in range(1, 11)], True),
+        (["_background_noise_", "yes", "no"], True),
+        (["FSD50K.dev_audio", "FSD50K.eval_audio"], True),
+        (["train-clean-100", "dev-clean"], True),
+        (["train/fold1", "train/fold2", "test/fold3"], True),
+        (["train_horn", "dog"], False),
+        (["audio", "dog"], False),
+        (["_extra_", "dog"], False),
+        (["dog", "cat", "1", "2", "background_noise", "trainer"], None),
+    ],
+)
+def test_folders_that_are_no_classes(tmp_path, caplog, names, surely):
+    data = empty_files(tmp_path, *(f"{name}/x.wav" for name in names))
+    assert len(find_samples(data, "audio")) == len(names)  # to pretrain on
+    assert ("look like something else" in caplog.text) == (surely is not None)
+    if surely:
+        with pytest.raises(ValueError, match="folders that are read as classes look like something else"):
+            find_samples(data, "audio", need_labels=True)
+    else:
+        assert len(find_samples(data, "audio", need_labels=True)) == len(names)
+
+
+def test_splits_within_classes_are_warned_of(tmp_path, caplog):
+    find_samples(empty_files(tmp_path, "cat/train/x.wav", "cat/test/y.wav"), "audio")
+    assert "not read as such" in caplog.text
+
+
+def test_blanks_and_backslashes_in_csv(tmp_path):
+    text = 'file_name, label ,split\na.wav, dog,train\nsub\\b.wav ,dog , Test \n \nc.wav, "cat, big",train\n'
+    (tmp_path / "metadata.csv").write_text(text)
+    empty_files(tmp_path, "a.wav", "sub/b.wav", "c.wav")
+    samples = find_samples(str(tmp_path), "audio")
+    assert [(sample.label, sample.split) for sample in samples] == [
+        ("dog", "train"), ("cat, big", "train"), ("dog", "test"),
+    ]  # fmt: skip
+    assert all(Path(sample.path).is_file() for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metadata.csv", "file_name,label\na,b.wav,dog\n", "line 2: 3 cells for 2 columns"),
+        ("metadata.csv", "file_name,label,label\na.wav,b,c\n", "the column label is there twice"),
+        ("metadata.jsonl", "[" * 100_000 + "\n", "line 1: is not JSON"),
+        ("metadata.jsonl", '{"file_name": "a.wav"}\n[1]\n', "line 2: expected an object"),
+        ("metadata.jsonl", '{"label": "a.wav"}\n', r"no column file_name; the columns are \['label'\]"),
+        ("metadata.jsonl", '{"file_name": 3}\n', "line 1: file_name is empty"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        find_samples(str(tmp_path), "audio")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["Label", "lable", "class", "sound_label", "Category"])
+def test_a_column_that_is_nearly_label(tmp_path, caplog, name):
+    folder = write_metadata(tmp_path, ("file_name", name), ("a.wav", "dog"))
+    assert find_samples(folder, "audio")[0].label is None
+    assert f"no column 'label' for the labels; the columns are ['file_name', '{name}']" in caplog.text
+    with pytest.raises(ValueError, match=f"give --label_column '{name}'"):
+        find_samples(folder, "audio", need_labels=True)
+    assert find_samples(folder, "audio", label_column=name, need_labels=True)[0].label == "dog"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_metadata_of_each_split_is_what_datasets_reads(tmp_path, suffix):
+    """As the documentation of `datasets` has it; the oracle is `load_dataset` itself."""
+    for split, label in (("train", "dog"), ("test", "cat")):
+        folder = tmp_path / "set" / split
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / f"{label}.png")
+        rows = {"csv": f"file_name,label\n{label}.png,{label}\n"}
+        rows["jsonl"] = f'{{"file_name": "{label}.png", "label": "{label}"}}\n'
+        (folder / f"metadata.{suffix}").write_text(rows[suffix])
+    samples = find_samples(str(tmp_path / "set"), "image")
+    theirs = datasets.load_dataset(str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    assert {sample.split: sample.label for sample in samples} == {name: theirs[name]["label"][0] for name in theirs}
+    assert all(Path(sample.path).is_file() for sample in samples)
+    empty_files(tmp_path / "set", "validation/new.png")
+    with pytest.raises(ValueError, match=r"1 others, such as validation.new.png, are in no table"):
+        find_samples(str(tmp_path / "set"), "image")
+
+
+def test_metadata_above_split_folders(tmp_path):
+    folder = write_metadata(tmp_path, ("file_name", "label"), ("Train/a.wav", "x"), ("test\\b.wav", "y"))
+    assert [(sample.split, sample.label) for sample in find_samples(folder, "audio")] == [
+        ("train", "x"),
+        ("test", "y"),
+    ]
+    folder = write_metadata(tmp_path, ("file_name", "label"), ("train/a.wav", "x"), ("car/b.wav", "y"))
+    assert {sample.split for sample in find_samples(folder, "audio")} == {None}
+
+
+def test_multi_label_jsonl(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.wav", "labels": ["x ", "y"]}\n{"file_name": "b.wav"}\n')
+    assert [sample.labels for sample in find_samples(str(tmp_path), "audio")] == [("x", "y"), None]
+    (tmp_path / "metadata.csv").write_text("file_name\n")
+    with pytest.raises(ValueError, match=r"both metadata.csv and metadata.jsonl"):
+        find_samples(str(tmp_path), "audio")
+
+
+# --- Hub sets ---
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    """A set with two configurations, whose ClassLabel is not in the order of the alphabet and has an unused class."""
+    folder = tmp_path / "numbered"
+    names = ["zebra", "ant", "unseen"]
+    for config in ("small", "large"):
+        rows = datasets.Dataset.from_dict({"audio": [{"bytes": b"x", "path": None}] * 2, "label": [0, 1]})
+        rows = rows.cast_column("audio", datasets.Audio()).cast_column("label", datasets.ClassLabel(names=names))
+        (folder / config).mkdir(parents=True)
+        rows.to_parquet(folder / config / "train-0.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("small", "large"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    return str(folder)
+
+
+def test_numbers_of_a_class_label_are_kept(numbered):
+    for samples in (find_samples(numbered, "audio", config="small"), find_samples(f"{numbered}/small", "audio")):
+        labels = Labels(samples)
+        assert labels.names == ["zebra", "ant", "unseen"] and labels.encode(samples).tolist() == [0, 1]
+        with pytest.raises(ValueError, match=r"one class only \(ant\)"):
+            Labels(samples[1:]).check_several("these")
+    other = replace(samples[0], class_order=("ant", "zebra"))
+    with pytest.raises(ValueError, match="number the classes in different ways"):
+        Labels([*samples, other])
+
+
+def test_configuration_and_revision(numbered):
+    assert len(find_samples(numbered, "audio", config="large")) == 2
+    with pytest.raises(ValueError, match=r"numbered: datasets\.load_dataset.*small.*give --data_config") as raised:
+        find_samples(numbered, "audio")
+    assert "is not a folder" not in str(raised.value) and "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match="is for Hub ids"):
+        find_samples(numbered, "audio", revision="main")
+    with pytest.raises(ValueError, match="is for Hub ids"):
+        find_samples(f"{numbered}/small/train-0.parquet", "audio", config="small")
+    with pytest.raises(ValueError, match=r"nowhere' is not a folder, and datasets.*revision='v1'"):
+        find_samples("nowhere", "audio", revision="v1")
+
+
+def test_columns_are_named_where_there_are_no_labels(tmp_path):
+    for name in ("flat", "deep/data"):
+        (tmp_path / name).mkdir(parents=True)
+        rows = datasets.Dataset.from_dict({"audio": [{"bytes": b"x", "path": None}], "genre_label": [1]})
+        rows.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / name / "train.parquet")
+        with pytest.raises(ValueError, match=r"no column 'label'.*'genre_label'.*give --label_column 'genre_label'"):
+            find_samples(str(tmp_path / name.split("/")[0]), "audio", need_labels=True)

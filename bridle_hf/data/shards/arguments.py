@@ -17,6 +17,8 @@ class ShardArguments:
     split: str | None = field(default=None, metadata={"help": "use this split of the data alone"})
     label_column: str = field(default="label", metadata={"help": "column that is kept as the label"})
     group_column: str = field(default="group", metadata={"help": "column that is kept as the group"})
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
+    data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     num_workers: int = field(default=0, metadata={"help": "processes that write; 0: this one"})
     resume: bool = field(default=False, metadata={"help": "make the shards that are missing in output_dir"})
 

@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO, NamedTuple
 
 from bridle_hf.common.errors import one_line
+from bridle_hf.common.tables import clean
 from bridle_hf.data.order import WINDOW
 from bridle_hf.data.sample import Source
 from bridle_hf.data.shards.sources import (
@@ -50,12 +51,14 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 class Entry(NamedTuple):
-    """One sample of a shard: its name there, what is known of it (label, split, ...) and where its bytes lie."""
+    """One sample of a shard: its name there, what is known of it (label, split, ...) and where its bytes lie; see
+    `Sample.class_order`."""
 
     shard: str
     name: str
     row: dict[str, Any]
     source: Source
+    class_order: tuple[str, ...] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +178,7 @@ def read_entries(data: str, modality: str, extensions: Sequence[str], wanted: Se
         modality: a key of `MODALITIES`; media of a parquet file are in a column of that feature type, or of that name,
             or in its only column of bytes.
         extensions: of the media in a tar, with their dot, in lower case.
-        wanted: columns (parquet) and keys (.json in a tar) that an entry's row keeps.
+        wanted: columns (parquet) and keys (.json in a tar) that an entry's row keeps; the first is of the labels.
 
     Raises:
         ValueError: what `find_shards` raises; a shard that is missing or cannot be scanned at all, or an index that
@@ -226,7 +229,7 @@ def _read_index(path: str) -> dict[str, list[Entry]]:
                 column = sys.intern(row.pop("column"))
                 source = ParquetCell(shard, column, int(row.pop("row_group")), int(row.pop("row")))
             row = shared.setdefault(repr(row), row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a line of an index: {one_line(error)}") from error
         entries.setdefault(shard, []).append(Entry(shard, name, row, source))
     return entries
@@ -313,6 +316,9 @@ def _tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
                 return
             if tar.offset <= position or member.size < 0:
                 raise ValueError("a size below 0")
+        except RecursionError:
+            yield f"has too many extended headers in a row at byte {position}"
+            return
         except (tarfile.TarError, ValueError, OverflowError, IndexError, MemoryError) as error:
             if not in_break:
                 yield f"has no tar header at byte {position}: {one_line(error)}"
@@ -407,6 +413,7 @@ def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str]
         raise ValueError(f"{shard}: has a column that `datasets` cannot read: {one_line(error)}") from error
     column = media_column(features, shard, modality)
     columns = [name for name in wanted if name in features and name != column]
+    order = class_order(next((features[name] for name in (*wanted[:1], "labels") if name in columns), None))
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     if min(counts, default=0) < 0 or sum(counts) != file.metadata.num_rows:
         raise ValueError(f"{shard}: its row groups hold {sum(counts)} rows, it should {file.metadata.num_rows}")
@@ -422,7 +429,7 @@ def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str]
             sources = [Unreadable(shard, f"row group {group} cannot be read: {one_line(error)}")] * count
         for row, source in enumerate(sources):
             cells = {name: column[row] for name, column in values.items()}
-            entries.append(Entry(shard, str(len(entries)), cells, source))
+            entries.append(Entry(shard, str(len(entries)), cells, source, order))
     return entries
 
 
@@ -435,19 +442,29 @@ def _warn_of_large_groups(file: Any, shard: str) -> None:
         )  # fmt: skip
 
 
+def column_names(shard: str) -> list[str]:
+    """All columns of a local parquet file; [] of any other shard, and of one that is broken."""
+    import pyarrow
+
+    if is_remote(shard) or not shard.endswith(".parquet"):
+        return []
+    with suppress(pyarrow.ArrowException, OSError):
+        return open_parquet(shard).schema_arrow.names
+    return []
+
+
 def media_column(features: Any, where: str, modality: str) -> str:
-    """The column of `datasets.Features` that holds the media: by feature type, of several by name, or by name, or the
-    only one of bytes.
+    """The column of `datasets.Features` that holds the media: that of the modality's feature type, or of bytes; of
+    several the one of that name.
 
     Raises:
         ValueError: none, or several.
     """
     typed = [name for name, feature in features.items() if type(feature).__name__ == modality.capitalize()]
-    named = [name for name in typed or features if name == modality]
-    binary = [name for name, feature in features.items() if _holds_bytes(feature)]
-    found = named or typed or binary
+    found = typed or [name for name, feature in features.items() if _holds_bytes(feature)]
+    found = [name for name in found if name == modality] or found
     if len(found) != 1:
-        raise ValueError(f"{where}: expected one {modality} column, found {found} among {list(features)}")
+        raise ValueError(f"{where}: expected one {modality} column, found {found} with bytes among {list(features)}")
     return found[0]
 
 
@@ -462,3 +479,9 @@ def class_names(feature: Any, values: list) -> list:
     if not hasattr(inner, "int2str"):
         return values
     return [inner.int2str(value) if value not in (None, -1) else None for value in values]
+
+
+def class_order(feature: Any) -> tuple[str, ...] | None:
+    """Names by number of a `ClassLabel`, or of a list of them; None of any other feature."""
+    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return None if names is None else tuple(map(clean, names))

@@ -102,7 +102,7 @@ class ParquetCell:
         except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError) as error:
             raise MediaError(self.shard, f"row group {self.row_group} cannot be read: {one_line(error)}") from error
         media = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not media:
+        if not media or not isinstance(media, bytes):  # a number or a text would be opened as a file
             raise MediaError(self.shard, f"column {self.column} holds no bytes")
         return media
 

@@ -88,7 +88,10 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
     """
     out = Path(args.output_dir)
     try:
-        samples = find_samples(args.data, args.modality, args.split, args.label_column, args.group_column)
+        samples = find_samples(
+            args.data, args.modality, args.split, args.label_column, args.group_column,
+            config=args.data_config, revision=args.data_revision,
+        )  # fmt: skip
         plans = make_plans(args, samples)
         prepare_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))

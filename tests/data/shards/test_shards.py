@@ -362,6 +362,42 @@ def test_empty_cells_and_ambiguous_columns(tmp_path):
         find_samples(str(path), "audio")
 
 
+@pytest.mark.parametrize(
+    "cells", [[0, 1, 2], ["a.wav", "/b", None], [[b"x"], [], None], [{"bytes": 3, "path": "a.wav"}] * 2]
+)
+def test_only_bytes_are_media(tmp_path, cells):
+    """Never an integer, which would be opened as a file descriptor, nor a text, which would be a path."""
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"audio": cells}), path)
+    with pytest.raises(ValueError, match=r"expected one audio column, found \[\] with bytes among \['audio'\]"):
+        find_samples(str(path), "audio")
+    line = {"shard": path.name, "name": "1", "column": "audio", "row_group": 0, "row": 0}  # that says otherwise
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(line | {"row": row}) + "\n" for row in range(2)))
+    for sample in find_samples(str(tmp_path), "audio"):
+        with pytest.raises(MediaError, match="column audio holds no bytes"):
+            sample.media()
+
+
+def test_thousands_of_chained_headers(tmp_path):
+    """Each of them is read within the one before."""
+    header = tarfile.TarInfo("pax")
+    header.type, header.size = tarfile.XHDTYPE, 11
+    block = header.tobuf(tarfile.USTAR_FORMAT) + b"11 path=a1\n".ljust(512, b"\0")
+    path = Path(write_tar(tmp_path / "a.tar", ("0.wav", b"x"), ("1.wav", b"y")))
+    path.write_bytes(path.read_bytes()[:2048] + block * 3000)
+    first, second = find_samples(str(path), "audio")
+    assert first.media() == b"x"
+    with pytest.raises(MediaError, match="too many extended headers in a row at byte 2048"):
+        second.media()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"shard": "a.tar", "name": "1.wav", "offset": 1e999, "size": 1}'])
+def test_hostile_lines_of_an_index(tmp_path, line):
+    (tmp_path / "index.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=r"index\.jsonl, line 1: not a line of an index: \w+Error"):
+        find_samples(str(tmp_path / "index.jsonl"), "audio")
+
+
 # --- by URL ---
 
 
