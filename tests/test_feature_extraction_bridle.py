@@ -101,6 +101,38 @@ def test_log_mel_equals_kaldi_at_other_sizes(num_mel_bins, rate):
     np.testing.assert_allclose(ours, kaldi_fbank(noise(), num_mel_bins, rate), atol=2e-3)
 
 
+def librosa_mels(num_mel_bins, rate):
+    return {"sr": rate, "n_mels": num_mel_bins, "fmin": 20, "fmax": rate / 2, "htk": True, "norm": None}
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+@pytest.mark.parametrize("num_mel_bins, rate, fft_length", [(128, 16000, 512), (40, 16000, 512), (64, 8000, 256)])
+def test_mel_filters_equal_librosa(num_mel_bins, rate, fft_length):
+    librosa = pytest.importorskip("librosa")
+    expected = librosa.filters.mel(n_fft=fft_length, **librosa_mels(num_mel_bins, rate)).T
+    ours = mel_filter_bank(num_mel_bins, rate)
+    np.testing.assert_array_equal(ours[:-1] > 0, expected[:-1] > 0)
+    # librosa's triangles are linear in Hz, Kaldi's in mel.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters")
+def test_log_mel_equals_librosa():
+    librosa = pytest.importorskip("librosa")
+    waveform = noise()
+    centred = waveform - waveform.mean()
+    emphasized = np.append(0, centred[1:] - 0.97 * centred[:-1]).astype(np.float32)
+    # 56 zeros: librosa puts the window of 400 samples into the middle of its frame of 512.
+    framing = {"n_fft": 512, "win_length": 400, "hop_length": 160, "window": np.hanning(400), "center": False}
+    power = librosa.feature.melspectrogram(y=np.pad(emphasized, 56), **framing, **librosa_mels(128, RATE)).T
+    ours = log_mel_spectrogram(torch.from_numpy(waveform)).numpy()
+    assert ours.shape == power.shape
+    # The lowest bins hold what each frame's mean, which only Kaldi takes away, leaks into them.
+    heard = (power > 1e-5) & (np.arange(128) > 10)
+    assert heard.mean() > 0.8
+    assert np.abs(ours - np.log(np.maximum(power, 1e-30)))[heard].mean() < 0.01
+
+
 def test_log_mel_of_many_blocks_equals_kaldi():
     waveform = noise(25 * RATE)
     np.testing.assert_allclose(log_mel_spectrogram(torch.from_numpy(waveform)), kaldi_fbank(waveform), atol=2e-3)

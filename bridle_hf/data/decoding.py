@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import soxr
 
 from bridle_hf.common.errors import MediaError
 from bridle_hf.image_processing_bridle import image_to_array
@@ -66,11 +67,31 @@ def read_audio(
             waveform = file.read_from(start, count) if whole is None else whole[start:][:count]
     except (soundfile.SoundFileError, OSError, MemoryError) as error:  # memory: a broken header promises terabytes
         raise MediaError(name, f"cannot be decoded: {error}") from error
+    # Not by `librosa.load`, which would lose much of the above: it reads no bytes without a file object, falls back to
+    # other decoders on an error, and can neither crop by the number of samples nor read an unknown length.
     if waveform.size == 0:
         raise MediaError(name, "holds no samples")
     if not np.isfinite(waveform).all():
         raise MediaError(name, "holds NaN or infinite samples")
     return waveform.T, rate
+
+
+def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
+    """Resample at soxr's high quality: by librosa where it is installed, else by soxr itself, to the same samples.
+
+    Args:
+        waveform: (channels, samples) or (samples,), float32, finite.
+        source_rate, target_rate: in Hz.
+
+    Returns:
+        As many channels of about samples * target_rate / source_rate samples, float32.
+    """
+    try:
+        from librosa import resample as librosa_resample  # takes seconds to import: only where a rate differs
+    except ImportError:
+        return soxr.resample(waveform.T, source_rate, target_rate).T
+    # `fix` would pad with zeros what soxr rounds down to one sample less.
+    return librosa_resample(waveform, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq", fix=False)
 
 
 class _SoundFile(soundfile.SoundFile):

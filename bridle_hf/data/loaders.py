@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bridle_hf.common.errors import MediaError
-from bridle_hf.data.decoding import read_audio, read_image, read_video
+from bridle_hf.data.decoding import read_audio, read_image, read_video, resample
 from bridle_hf.data.sample import Sample
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.image_processing_bridle import fit_channels
@@ -56,7 +56,7 @@ class AudioLoader:
     `input_values` (max_frames, num_mel_bins) float32 and `attention_mask` (max_frames,) in frames.
 
     Args:
-        feature_extractor: a `BridleFeatureExtractor`; it averages channels and resamples.
+        feature_extractor: a `BridleFeatureExtractor`; it averages channels, and says to which rate they are resampled.
         max_frames: length that every sample is padded or cropped to, in frames of 10 ms.
         augment: roll and gain in training.
         cache_bytes: memory, per process that loads, for recordings of up to twice `max_frames`: decoded waveforms
@@ -100,6 +100,11 @@ class AudioLoader:
 
     def features(self, waveform: np.ndarray, sampling_rate: int) -> torch.Tensor:
         """Normalised log-mel (frames, num_mel_bins) of one waveform (channels, samples), as many frames as it has."""
+        rate = self.feature_extractor.sampling_rate
+        if sampling_rate != rate:
+            if self.feature_extractor.downmix:
+                waveform = waveform.mean(axis=0, keepdims=True)  # first, as the extractor does
+            waveform, sampling_rate = resample(waveform, sampling_rate, rate), rate
         batch = self.feature_extractor(
             [waveform if len(waveform) > 1 else waveform[0]],
             sampling_rate=sampling_rate,

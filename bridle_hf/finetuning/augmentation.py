@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import soxr
 import torch
 from torch import nn
 
 from bridle_hf.common.errors import MediaError
+from bridle_hf.data.decoding import resample
 from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader, roll_and_gain, torch_seeded
 from bridle_hf.data.sample import Sample
 
@@ -98,7 +98,7 @@ class AudioTrainingLoader(TrainingLoader):
         (first, rate), (second, second_rate) = load.read(sample, rng), load.read(other, rng)
         first, second = first.mean(axis=0), second.mean(axis=0)
         if second_rate != rate:
-            second = soxr.resample(second, second_rate, rate)
+            second = resample(second, second_rate, rate)
         mixed = mix_waveforms(first, second, weight)[None]
         features = load.features(roll_and_gain(mixed, rng) if load.augment else mixed, rate)
         return self._masked(load.fit(features), rng), weight
