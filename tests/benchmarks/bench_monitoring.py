@@ -2,7 +2,7 @@
 What watching a run costs, as a share of the step time, probes off: the same steps of a recipe with the monitor and
 without it. Run:
 
-    python tests/benchmarks/bench_monitoring.py [--recipe training/recipes/audio_demo.yaml] [--pairs 100]
+    python tests/benchmarks/bench_monitoring.py [--recipe audio_demo] [--pairs 100]
 
 Watched are the norms of the gradients by part, how often each code is the encoder's target, the sums on the device,
 the row of metrics.jsonl, the progress bar and TensorBoard. Steps with and without take turns, so that a busy machine
@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 
-from bridle_hf.common.arguments import parse_arguments
+from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
@@ -43,7 +43,7 @@ def main():
     parser.add_argument("--recipe", default=str(DEMO))
     parser.add_argument("--pairs", type=int, default=100, help="steps of each kind, per phase")
     options = parser.parse_args()
-    (args,) = parse_arguments(PretrainArguments, argv=[options.recipe, "--data", "-", "--output_dir", "-"])
+    (args,) = parse_command_line(PretrainArguments, argv=[options.recipe, "--data", "-", "--output_dir", "-"])
     configs = make_configs(args)
     schedule = Schedule(args.phases, steps_per_epoch=1000.0)
     flops = ScheduleFlops(schedule, *configs, args.masks)

@@ -70,7 +70,7 @@ def test_pretraining_from_the_wheel(place):
 
 
 def test_two_processes_from_the_wheel(place):
-    launch = ["-m", "accelerate.commands.launch", "--multi_cpu", "--num_processes", "2", "--main_process_port", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     recipe = ["-m", "bridle_hf.pretraining", "audio_demo", "--data", "data", "--output_dir", "two"]
     run(place, "python", *launch, *recipe, *SMALL)
     assert '"processes": 2' in (place / "two" / "run.json").read_text(encoding="utf-8")

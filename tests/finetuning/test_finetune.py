@@ -15,6 +15,7 @@ from transformers import AutoModelForVideoClassification, pipeline
 
 from bridle_hf import BridleConfig, BridleForAudioClassification
 from bridle_hf.commands import main
+from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.data.loaders import VideoLoader
 from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
 from bridle_hf.data.sample import Sample
@@ -401,7 +402,7 @@ RECIPES = finetune.Path(finetune.__file__).parents[1] / "recipes"
 @pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*finetune*.yaml"), *RECIPES.glob("*linear*.yaml")]), ids=str)
 def test_recipes_parse(recipe, tmp_path):
     argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
-    args, training_args = finetune.parse_arguments(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
+    args, training_args = parse_command_line(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
     config = BridleConfig(modality=recipe.name.split("_")[0])
