@@ -13,7 +13,7 @@ from helpers.tiny_run import ROOT, write_recordings
 
 # As small as the demo's recipe gets.
 SMALL = [
-    "--steps_scale", "0.002", "--global_batch_size", "4", "--num_workers", "0", "--tracker", "none",
+    "--phases", "[{train: joint, steps: 100, learning_rate: 1e-3}]", "--steps_scale", "0.02", "--global_batch_size", "4", "--num_workers", "0", "--tracker", "none",
     "--encoder.num_hidden_layers", "1", "--encoder.hidden_size", "16", "--encoder.intermediate_size", "16",
     "--tokenizer.teacher_layers", "[0, 1]", "--tokenizer.num_hidden_layers", "1",
 ]  # fmt: skip
@@ -72,6 +72,5 @@ def test_pretraining_from_the_wheel(place):
 def test_two_processes_from_the_wheel(place):
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     recipe = ["-m", "bridle_hf.pretraining", "audio_demo", "--data", "data", "--output_dir", "two"]
-    recipe += ["--phases", "[{train: joint, steps: 2, learning_rate: 1e-3}]"]
     run(place, "python", *launch, *recipe, *SMALL)
     assert '"processes": 2' in (place / "two" / "run.json").read_text(encoding="utf-8")
