@@ -13,9 +13,10 @@ from helpers.tiny_run import ROOT, write_recordings
 
 # As small as the demo's recipe gets.
 SMALL = [
-    "--phases", "[{train: joint, steps: 100, learning_rate: 1e-3}]", "--steps_scale", "0.02", "--global_batch_size", "4", "--num_workers", "0", "--tracker", "none",
+    "--phases", "[{train: joint, steps: 100, learning_rate: 1e-3}]", "--steps_scale", "0.02",
+    "--global_batch_size", "4", "--num_workers", "0", "--tracker", "none",
     "--encoder.num_hidden_layers", "1", "--encoder.hidden_size", "16", "--encoder.intermediate_size", "16",
-    "--tokenizer.teacher_layers", "[0, 1]", "--tokenizer.num_hidden_layers", "1",
+    "--encoder.codebook_size", "16", "--tokenizer.teacher_layers", "[0, 1]", "--tokenizer.num_hidden_layers", "1",
 ]  # fmt: skip
 
 
@@ -35,7 +36,10 @@ def place(tmp_path_factory) -> Path:
     venv.create(place / "env", with_pip=False, symlinks=True)
     (wheel,) = place.glob("*.whl")
     python = str(place / "env" / "bin" / "python")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", str(wheel)], check=True, capture_output=True)
+    # Without PYTHONPATH: pip would find the checkout there, and have nothing to install.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    install = [*pip, "--python", python, "install", "--no-deps", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True, env=kept)
     (packages,) = (place / "env" / "lib").glob("python*/site-packages")
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     write_recordings(place / "data", count=8)
@@ -70,6 +74,7 @@ def test_pretraining_from_the_wheel(place):
 
 
 def test_two_processes_from_the_wheel(place):
+    # "multi_gpu" is what accelerate calls several processes; where there is no GPU they meet over gloo.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     recipe = ["-m", "bridle_hf.pretraining", "audio_demo", "--data", "data", "--output_dir", "two"]
     run(place, "python", *launch, *recipe, *SMALL)
