@@ -2,7 +2,7 @@
 What watching a run costs, as a share of the step time, probes off: the same steps of a recipe with the monitor and
 without it. Run:
 
-    python tests/benchmarks/bench_monitoring.py [--recipe training/recipes/audio_demo.yaml] [--pairs 100]
+    python tests/benchmarks/bench_monitoring.py [--recipe audio_demo] [--pairs 100]
 
 Watched are the norms of the gradients by part, how often each code is the encoder's target, the sums on the device,
 the row of metrics.jsonl, the progress bar and TensorBoard. Steps with and without take turns, so that a busy machine

@@ -402,8 +402,7 @@ RECIPES = finetune.Path(finetune.__file__).parents[1] / "recipes"
 @pytest.mark.parametrize("recipe", sorted([*RECIPES.glob("*finetune*.yaml"), *RECIPES.glob("*linear*.yaml")]), ids=str)
 def test_recipes_parse(recipe, tmp_path):
     argv = [str(recipe), "--model", "M", "--data", "D", "--output_dir", str(tmp_path), "--bf16", "false"]
-    kinds = (FinetuneArguments, finetune.FinetuneTrainingArguments)
-    args, training_args = parse_command_line(*kinds, argv=argv)
+    args, training_args = parse_command_line(FinetuneArguments, finetune.FinetuneTrainingArguments, argv=argv)
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
     config = BridleConfig(modality=recipe.name.split("_")[0])
