@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.tiny_run import ROOT, pretrain, rows, run_script, weights, write_recipe, write_recordings
+from helpers.waiting import DEADLINE
 
 import bridle_hf.pretraining.run
 from bridle_hf.interleaving.interleaving import Interleaving
@@ -32,6 +33,8 @@ def interrupted(self, number, batch):
             receiver = os.getppid() if rank == "launcher" else os.getpid()
             (os.killpg if rank == "group" else os.kill)(receiver, getattr(signal, sent))
             time.sleep(0.6)
+            while rank == "launcher" and os.getppid() == receiver:
+                time.sleep(0.1)
     return take(self, number, batch)
 
 Interleaving.step = interrupted
@@ -153,5 +156,5 @@ def run_program(arguments, folder, *launcher):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, *launcher, str(folder / "program.py"), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT, start_new_session=True
+        command, capture_output=True, text=True, timeout=DEADLINE, env=environment, cwd=ROOT, start_new_session=True
     )

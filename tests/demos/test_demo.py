@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.waiting import DEADLINE
 
 from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
 
@@ -23,7 +24,7 @@ def demo(tmp_path_factory) -> tuple[Path, str]:
 def run_demo(modality: str, out: Path, data: str) -> str:
     command = [sys.executable, str(ROOT / "training/demo.py"), "--modality", modality, "--output_dir", str(out)]
     command += ["--data", data, "--steps_scale", "0.003", "--finetune_epochs", "1"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
 

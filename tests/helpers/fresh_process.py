@@ -6,6 +6,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from helpers.waiting import DEADLINE
+
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +38,7 @@ def run_fresh(code: str, folder: Path, package: bool, **environment: str) -> str
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=DEADLINE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

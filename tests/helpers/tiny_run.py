@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 import yaml
 from accelerate.state import AcceleratorState
+from helpers.waiting import DEADLINE
 from safetensors.torch import load_file
 
 
@@ -102,7 +103,7 @@ def run_script(code: str, *argv: str, processes: int = 1, **environment: str) ->
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE")}
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment}
     return subprocess.run(
-        [*launcher, str(path), *argv[:-1]], capture_output=True, text=True, timeout=300, env=kept, cwd=ROOT
+        [*launcher, str(path), *argv[:-1]], capture_output=True, text=True, timeout=DEADLINE, env=kept, cwd=ROOT
     )
 
 

@@ -5,7 +5,6 @@ import json
 import re
 import runpy
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -144,9 +143,7 @@ def test_final_numbers_of_a_phase_are_means_of_its_last_rows(finished):
 def test_writing_again_changes_nothing_and_leaves_no_temporary_file(finished):
     out, _ = finished
     before = (out / "report.html").read_bytes()
-    started = time.perf_counter()
     write_report(str(out))
-    assert time.perf_counter() - started < 10, "it is rewritten as the run goes (about 1 s on an idle core)"
     assert (out / "report.html").read_bytes() == before
     assert not [path for path in out.rglob("*") if "tmp" in path.name]
 

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 from helpers.tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_recipe, write_recordings
+from helpers.waiting import DEADLINE
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
@@ -231,7 +232,7 @@ def run_killed(folder: Path, moments: list[dict]) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
-        timeout=900,
+        timeout=DEADLINE,
     )
     check_against_undisturbed(folder, moments)
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 import yaml
 from helpers.tiny_run import PHASES, ROOT, rows, weights, write_recipe, write_recordings
+from helpers.waiting import DEADLINE
 
 
 CONFIGS = ROOT / "training" / "accelerate_configs"
+# Seconds that children may need to end after the process that started them.
+LINGER = 60
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
 LAUNCHERS = {
@@ -35,14 +38,14 @@ def launch(log: Path, launcher: list[str], *argv: str) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, *launcher, *argv], env=kept, cwd=ROOT, stdout=file, stderr=file)
 
 
-def ended(process: subprocess.Popen, log: Path, seconds: float = 240) -> str:
+def ended(process: subprocess.Popen, log: Path) -> str:
     """What was said, once it has ended; that takes too long, or leaves a process behind, is an error."""
-    family, deadline = set(), time.monotonic() + seconds
+    family, deadline = set(), time.monotonic() + DEADLINE
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(psutil.NoSuchProcess):
             family |= set(psutil.Process(process.pid).children(recursive=True))
         time.sleep(0.1)
-    left = [*psutil.wait_procs(family, timeout=1)[1], *([process] if process.poll() is None else [])]
+    left = [*psutil.wait_procs(family, timeout=LINGER)[1], *([process] if process.poll() is None else [])]
     for member in left:
         member.kill()
     process.wait()
@@ -203,7 +206,8 @@ def fateful_step(interleaving, number, batch):
         if fate == "refuses":
             raise TooManyBadFiles("rank 1 alone has met too many bad files")
         if fate == "hangs":
-            time.sleep(600)
+            while True:
+                time.sleep(1)
     return step(interleaving, number, batch)
 
 def fateful_save(*args):
@@ -213,11 +217,11 @@ def fateful_save(*args):
 
 def fateful_evaluate(*args):
     if fate == "takes long":
-        time.sleep(8)
+        time.sleep(25)
     return evaluate(*args)
 
-if fate in ("hangs", "takes long"):
-    processes.STEP_TIMEOUT = timedelta(seconds=5)
+# Where none hangs, only the end of another process can end one before the test gives up.
+processes.STEP_TIMEOUT = timedelta(seconds=20) if fate in ("hangs", "takes long") else timedelta(days=1)
 run.Interleaving.step, run.save_checkpoint = fateful_step, fateful_save
 run.evaluate_tokenizer = fateful_evaluate
 main("pretrain")
@@ -229,7 +233,7 @@ def meet(fate: str, folder: Path, launcher: list[str]) -> tuple[subprocess.Popen
     data = ["--data", str(folder / "data"), "--output_dir", str(folder / "out")]
     log = folder / "fate.log"
     process = launch(log, launcher, str(folder / "fate.py"), fate, str(folder / "joint.yaml"), *data)
-    return process, ended(process, log, 120)
+    return process, ended(process, log)
 
 
 @pytest.mark.slow
@@ -244,11 +248,8 @@ def meet(fate: str, folder: Path, launcher: list[str]) -> tuple[subprocess.Popen
     ],
 )
 def test_the_end_of_one_process_is_the_end_of_all(folder, launcher, fate, message):
-    started = time.monotonic()
     process, errors = meet(fate, folder, LAUNCHERS[launcher])
-    # Launchers leave the process that hangs half a minute to end by itself.
-    assert process.returncode != 0 and time.monotonic() - started < (100 if fate == "hangs" else 60)
-    assert message in errors
+    assert process.returncode != 0 and message in errors
     # What the launcher says aside, there are lines and no tracebacks.
     assert "[rank" not in errors
 
@@ -282,7 +283,7 @@ def test_a_machine_that_dies_ends_the_other(folder):
         for rank in range(2)
     ]  # fmt: skip
     metrics = folder / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + DEADLINE
     while not metrics.exists() or not metrics.read_text():
         assert time.monotonic() < deadline and machines[0].poll() is None
         time.sleep(0.2)
@@ -290,7 +291,7 @@ def test_a_machine_that_dies_ends_the_other(folder):
     for process in (*machine.children(recursive=True), machine):
         process.kill()
     machines[1].wait()
-    errors = ended(machines[0], folder / "0.log", 60)
+    errors = ended(machines[0], folder / "0.log")
     assert machines[0].returncode != 0 and "error: another process of the run has ended" in errors
 
 

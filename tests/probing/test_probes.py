@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.pixels import pixel_config, save_pixel_encoder, write_pixels
 from helpers.sounds import save_encoder, tiny_config, write_sounds
+from helpers.waiting import DEADLINE
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
 
@@ -247,7 +248,7 @@ def sounds(tmp_path):
 
 def run_script(*arguments):
     command = [sys.executable, str(ROOT / "training" / "probe.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
 
 
 def test_script_prints_a_table_and_json(saved_encoder, sounds):

@@ -14,6 +14,7 @@ import pytest
 from helpers.shard_sets import digest, digests, make_shards
 from helpers.sounds import write_tone, write_tones
 from helpers.tiny_run import ROOT
+from helpers.waiting import DEADLINE
 
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.data.finding import find_samples
@@ -126,7 +127,7 @@ def test_killed_and_resumed(tmp_path):
     while process.poll() is None and len(list(out.glob("*.tar"))) < 5:
         time.sleep(0.001)
     process.kill()
-    process.communicate(timeout=60)  # ends when nobody holds the pipe: its workers have gone, too
+    process.communicate(timeout=DEADLINE)  # ends when nobody holds the pipe: its workers have gone, too
     assert len(list(out.glob("*.tar"))) >= 5
     make_shards(tones, out, *options, "--resume")
     assert hashes(out) == expected
