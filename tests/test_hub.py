@@ -18,7 +18,7 @@ PUBLISH = """
     from huggingface_hub import HfApi, ModelCard
     from bridle_hf.cards.card import write_card
     from helpers.saved_folders import OWN_CLASS, make_models, save_all
-    from test_model_cards import RESULTS, RUN
+    from cards.test_model_cards import RESULTS, RUN
 
     models = make_models()
     save_all(models, Path())

@@ -43,7 +43,7 @@ class MaskedLoader:
         values = loaded[INPUT_NAMES[self.config.modality]][None]
         grid = patchify(values, self.config)[1]
         steps = grid[0]
-        if "attention_mask" in sample:
+        if "attention_mask" in loaded:
             real = patch_attention_mask(loaded["attention_mask"][None], self.config)
             steps = int(real.sum()) // math.prod(grid[1:])
         kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]

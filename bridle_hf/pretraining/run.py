@@ -89,7 +89,7 @@ class Run:
         self.args, self.accelerator = args, accelerator
         self.rank_0 = Rank0(accelerator)
         self.out = Path(args.output_dir)
-        self.samples = self._find_items()
+        self.samples = self._find_samples()
         self.encoder_config, self.tokenizer_config = make_configs(args)
         self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
         self.processor = make_processor(self.encoder_config, args.processor)

@@ -176,7 +176,7 @@ def test_a_machine_without_git(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
     check_tracker("none")
     check_tracker("tensorboard")
-    monkeypatch.setattr("bridle_hf.monitoring.monitor.get_available_trackers", list)
+    monkeypatch.setattr("bridle_hf.monitoring.trackers.get_available_trackers", list)
     for name in ("tensorboard", "trackio"):
         with pytest.raises(ValueError, match=f"--tracker {name}: the package is not installed; pip install {name}"):
             check_tracker(name)
@@ -271,7 +271,7 @@ def test_json_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_json(path, {"name": "Übung"})
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr("bridle_hf.monitoring.monitor.os.replace", lambda *args: (_ for _ in ()).throw(OSError()))
+        patch.setattr("bridle_hf.common.files.os.replace", lambda *args: (_ for _ in ()).throw(OSError()))
         write_json(path, {"name": "other"})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "Übung"}
 
