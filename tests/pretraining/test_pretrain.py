@@ -245,7 +245,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
     )
     kills = [
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
-        ("phases", [[step, 2], [forward, 14], ["pretraining.checkpointing:_sha256", 2]]),
+        ("phases", [[step, 2], [forward, 14], ["common.manifest:sha256", 2]]),
         # A save that is all but renamed; the start of the second phase; its k-means.
         ("phases", [["pretraining.checkpointing:os.replace", 3],
                     ["interleaving.interleaving:Interleaving.enter_phase", 1], ["quantization_bridle:kmeans", 1]]),
