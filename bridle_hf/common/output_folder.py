@@ -103,7 +103,8 @@ def prepare(
     _refuse_overlap(out, inputs)
     if out.exists() and {path.name for path in out.iterdir()} - {_LOCK, _OWNER}:
         if not resume and not overwrite:
-            raise ValueError(f"output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew")
+            or_else = "another folder" if kind is SHARDS else "--overwrite to start anew"
+            raise ValueError(f"output_dir {out} is not empty: give --resume to go on, or {or_else}")
         if not holds_run(out, kind):
             raise ValueError(f"output_dir {out} does not hold a run of {kind.name}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -207,6 +208,13 @@ def _lock(out: Path) -> FileLock:
     write_json(out / _OWNER, {"host": socket.gethostname(), "process": process.pid, "since": process.create_time()})
     _held[key] = lock
     return lock
+
+
+def release(lock: FileLock | None) -> None:
+    """End what `prepare` began, where this process did."""
+    if lock is not None:
+        Path(lock.lock_file).with_name(_OWNER).unlink(missing_ok=True)
+        lock.release()
 
 
 def _owner(out: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ as they come near each other (`DrawDataset`). What differs between modalities st
 data/loaders.py.
 """
 
+import contextlib
 import logging
 import signal
 import threading
@@ -177,26 +178,33 @@ def make_loader(
     )
 
 
-def failing_as_os_error(batches: Iterator[dict[str, Any]], timeout: float) -> Iterator[dict[str, Any]]:
-    """The batches of a loader; what it says of its workers in RuntimeErrors, as the OSErrors that they are.
+@contextlib.contextmanager
+def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
+    """What a DataLoader says of its workers in RuntimeErrors, as the OSErrors that they are.
 
     Raises:
-        TimeoutError: a batch took longer than `timeout`.
+        TimeoutError: a batch took longer than `timeout`, in seconds.
         ChildProcessError: a worker has died.
     """
     try:
-        for batch in batches:
-            if threading.current_thread() is threading.main_thread():
-                # Torch's handler would raise in the middle of whatever is going on, as in a step or a save; without
-                # it, the next batch says that a worker has died.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            yield batch
+        yield
     except RuntimeError as error:
         if "DataLoader timed out" in str(error):
             raise TimeoutError(f"the loader gave no batch within {timeout:g} s: is the file system there?") from error
         if "DataLoader worker" in str(error):
             raise ChildProcessError("a loader worker has died, of memory most likely") from error
         raise
+
+
+def without_interruptions(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader; that a worker has died shows when the next one is asked for, not before.
+
+    Torch's handler of SIGCHLD would raise in the middle of whatever is going on, such as a step or a save.
+    """
+    for batch in batches:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield batch
 
 
 def train_batches(loader: DataLoader, ledger: SkippedFiles) -> Iterator[dict[str, Any]]:

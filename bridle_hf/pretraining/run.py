@@ -17,7 +17,7 @@ from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
 from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import PRETRAINING, changed, hash_of_names, prepare, run_record
+from bridle_hf.common.output_folder import PRETRAINING, changed, hash_of_names, prepare, release, run_record
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles, SkippedSteps
 from bridle_hf.data.batches import (
@@ -25,10 +25,11 @@ from bridle_hf.data.batches import (
     GlobalBatches,
     Sample,
     collate,
-    failing_as_os_error,
     iterate_eval,
+    loader_errors_as_os_errors,
     make_loader,
     train_batches,
+    without_interruptions,
 )
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.masked_loader import MaskedLoader
@@ -281,7 +282,8 @@ class Run:
             OSError: A worker died, or took too long.
         """
         try:
-            return next(batches)
+            with loader_errors_as_os_errors(self.args.loader_timeout):
+                return next(batches)
         except OSError:
             # Of several processes the others are in a step: they cannot save with this one.
             if self.accelerator.num_processes == 1 and done > 0:
@@ -306,7 +308,7 @@ class Run:
             self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory,
             timeout=self.args.loader_timeout,
         )  # fmt: skip
-        batches = failing_as_os_error(train_batches(loader, self.ledger), self.args.loader_timeout)
+        batches = without_interruptions(train_batches(loader, self.ledger))
         return itertools.repeat(next(batches)) if self.args.overfit_one_batch else batches
 
     def _sampler(self, first_step: int) -> GlobalBatches:
@@ -396,8 +398,7 @@ class Run:
 
     def _end(self) -> None:
         self.accelerator.end_training()
-        if self.lock is not None:
-            self.lock.release()
+        release(self.lock)
 
     def _write_run_json(self) -> None:
         args = self.args

@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny_run import ROOT
 
 from bridle_hf.common import output_folder
-from bridle_hf.common.output_folder import FINETUNING, PRETRAINING, SHARDS, changed, hash_of_names, prepare
+from bridle_hf.common.output_folder import FINETUNING, PRETRAINING, SHARDS, changed, hash_of_names, prepare, release
 
 
 KINDS = pytest.mark.parametrize("kind", [PRETRAINING, FINETUNING, SHARDS], ids=lambda kind: kind.name)
@@ -115,7 +115,8 @@ def test_two_runs_on_one_folder(tmp_path):
         first.communicate()
     lock = prepare(out, PRETRAINING, {}, resume=True)
     assert prepare(out, PRETRAINING, {}, resume=True) is lock, "a run of this process may go on"
-    lock.release()
+    release(lock)
+    assert not any(path.suffix == ".json" for path in out.iterdir()), "nothing of this process is left"
 
 
 def test_where_nothing_can_be_locked_the_run_says_so_and_goes_on(tmp_path, monkeypatch, caplog):
