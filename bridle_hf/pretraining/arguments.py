@@ -67,7 +67,7 @@ class PretrainArguments:
         default=None, metadata={"help": "TFLOP/s that one process could do at most, for the MFU; default: measured"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
-    overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
+    overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
     dry_run: bool = field(
         default=False, metadata={"help": "do a step of each phase, tell what the run would take, and write nothing"}
     )
