@@ -1,19 +1,21 @@
-"""Skipped files: the ledger of what could not be read, kept in OUT/skipped.jsonl."""
+"""Skipped files, the ledger of what could not be read, kept in OUT/skipped.jsonl; and skipped steps, not finite."""
 
 import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bridle_hf.common.errors import TooManyBadFiles
+from bridle_hf.common.errors import NonFiniteError, TooManyBadFiles
 from bridle_hf.common.files import write_text
 
 
 logger = logging.getLogger(__name__)
 
 MAX_BAD_FRACTION = 0.1
+# A run ends when more than so many of so many steps in a row are skipped: a tenth.
+MAX_SKIPPED_STEPS, STEPS_LOOKED_BACK = 20, 200
 
 
 class SkippedFiles:
@@ -77,3 +79,46 @@ class SkippedFiles:
 
     def _line(self, path: str) -> str:
         return json.dumps({"path": path, "reason": self.reasons[path]}, ensure_ascii=False) + "\n"
+
+
+class SkippedSteps:
+    """Steps left out because their loss or gradient was not finite: the first is warned of, a share ends the run."""
+
+    def __init__(self) -> None:
+        self.recent: list[int] = []
+        self._warned = False
+
+    def update(self, step: int, skipped: bool, files: Sequence[str]) -> None:
+        """Take in a step that is done; `files` are those of its batch, as far as this process had them.
+
+        Raises:
+            NonFiniteError: More than 20 of the last 200 steps have been skipped.
+        """
+        if not skipped:
+            return
+        if not self._warned:
+            self._warned = True
+            logger.warning("step %d is skipped, because its loss or gradient is not finite; its files: %s",
+                           step, ", ".join(files))  # fmt: skip
+        self.recent = [*(number for number in self.recent if number > step - STEPS_LOOKED_BACK), step]
+        if len(self.recent) > MAX_SKIPPED_STEPS:
+            raise NonFiniteError(
+                f"loss or gradient not finite in {len(self.recent)} of the last {STEPS_LOOKED_BACK} steps, up to "
+                f"{step}: lower the learning rate, or look into the files of the last: {', '.join(files)}"
+            )
+
+    def check_whole_run(self, skipped: int, total: int) -> None:
+        """Refuse to call a run done of which most steps have been skipped.
+
+        Raises:
+            NonFiniteError: More than half of them have.
+        """
+        if skipped > total / 2:
+            raise NonFiniteError(f"loss or gradient not finite in {skipped} of all {total} steps: nothing was learned")
+
+    def state_dict(self) -> list[int]:
+        """The steps skipped of late, JSON-serialisable."""
+        return list(self.recent)
+
+    def load_state_dict(self, state: list[int]) -> None:
+        self.recent = list(state)

@@ -12,7 +12,10 @@ as they come near each other (`DrawDataset`). What differs between modalities st
 data/loaders.py.
 """
 
+import contextlib
 import logging
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -154,8 +157,13 @@ def make_loader(
     collate: Callable[[Sequence[dict]], dict] = collate,
     num_workers: int = 0,
     pin_memory: bool = False,
+    timeout: float = 0.0,
 ) -> DataLoader:
-    """A DataLoader that yields `batches` of `dataset` in order; workers run one torch thread each (torch's rule)."""
+    """A DataLoader that yields `batches` of `dataset` in order; workers run one torch thread each (torch's rule).
+
+    Args:
+        timeout: seconds that workers may take for a batch; 0: any time.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -164,9 +172,39 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,  # their caches live as long as they do
         prefetch_factor=4 if num_workers > 0 else None,
+        timeout=timeout,
         worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # the loader seeds its workers from it, and leaves torch's global state alone
     )
+
+
+@contextlib.contextmanager
+def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
+    """What a DataLoader says of its workers in RuntimeErrors, as the OSErrors that they are.
+
+    Raises:
+        TimeoutError: a batch took longer than `timeout`, in seconds.
+        ChildProcessError: a worker has died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader timed out" in str(error):
+            raise TimeoutError(f"the loader gave no batch within {timeout:g} s: is the file system there?") from error
+        if "DataLoader worker" in str(error):
+            raise ChildProcessError("a loader worker has died, of memory most likely") from error
+        raise
+
+
+def without_interruptions(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The batches of a loader; that a worker has died shows when the next one is asked for, not before.
+
+    Torch's handler of SIGCHLD would raise in the middle of whatever is going on, such as a step or a save.
+    """
+    for batch in batches:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield batch
 
 
 def train_batches(loader: DataLoader, ledger: SkippedFiles) -> Iterator[dict[str, Any]]:

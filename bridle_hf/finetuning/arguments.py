@@ -65,13 +65,17 @@ class FinetuneArguments:
     eval_crops: int = field(default=1, metadata={"help": "crops per clip in the last evaluation, side by side"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
+    loader_timeout: float = field(
+        default=0.0, metadata={"help": "seconds that the loader's workers may take for a batch; 0: no limit"}
+    )
+
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
 
     def __post_init__(self):
         ranges = {
             "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "std": (1e-9, 1e9), "mixup_alpha": (1e-9, 1e9),
-            "draws_per_epoch": (1, 1e9), "cache_mb": (0, 1e9),
+            "draws_per_epoch": (1, 1e9), "cache_mb": (0, 1e9), "loader_timeout": (0, 1e9),
         }  # fmt: skip
         check_ranges(self, ranges)
         if len(self.patch_dropout) != 2:

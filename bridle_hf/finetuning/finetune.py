@@ -8,18 +8,18 @@ run.json, skipped.jsonl and checkpoints/.
 """
 
 import json
-import shutil
+import logging
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForAudioClassification,
@@ -27,21 +27,22 @@ from transformers import (
     AutoModelForVideoClassification,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
-import bridle_hf
 from bridle_hf.cards.card import write_card
 from bridle_hf.common.arguments import make_arguments
-from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
+from bridle_hf.common.errors import ArgumentError, RunError, TooManyBadFiles
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import git_revision
+from bridle_hf.common.manifest import CheckpointError
+from bridle_hf.common.output_folder import FINETUNING, release, run_record
+from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.batches import iterate_eval
+from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_errors
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
+from bridle_hf.finetuning.resume import global_batch_size, prepare_folder
 from bridle_hf.finetuning.task import Task, make_task
 from bridle_hf.finetuning.trainer import (
     EvaluationSamples,
@@ -49,11 +50,12 @@ from bridle_hf.finetuning.trainer import (
     TrainingDraws,
     ViewLoader,
     balanced_weights,
-    collate_samples,
 )
 from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 
+
+logger = logging.getLogger(__name__)
 
 # What opens a classifier, by modality.
 AUTO_MODELS = {
@@ -67,16 +69,17 @@ OPTIONS_OF = {
     ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
     ("video",): ("eval_clips", "eval_crops"),
 }
-# What a run leaves in its folder beside the saved model; --overwrite removes it.
-RUN_FILES = ("results.json", "run.json", "skipped.jsonl", "checkpoints")
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What fine-tuning has made: a `from_pretrained` folder, and what results.json holds."""
+    """What fine-tuning has made: a `from_pretrained` folder, and what results.json holds.
+
+    `results` is `None` where a signal ended the run before its last step: `resume=True` goes on.
+    """
 
     output_dir: Path
-    results: dict[str, Any]
+    results: dict[str, Any] | None
 
 
 def finetune(recipe: str | None = None, **options: Any) -> FinetuneResult:
@@ -106,20 +109,28 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         model, processor = load_model(args, training_args, task)
         loaders = make_loaders(args, model.config, processor, task)
         # Nothing that could refuse the arguments follows --overwrite's deletion.
-        with training_args.main_process_first():
-            prepare_folder(out, args, training_args)
+        run = run_record(
+            FINETUNING, arguments, args.data, training_args.seed, samples=len(task.train),
+            global_batch_size=global_batch_size(training_args), task=task.describe(),
+        )  # fmt: skip
+        lock, checkpoint = prepare_folder(out, args, training_args, run)
         trainer = make_trainer(args, training_args, task, model, processor, loaders, out / "skipped.jsonl")
-    except (ValueError, OSError, TooManyBadFiles) as error:
+    except (ValueError, OSError, TooManyBadFiles, CheckpointError) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(str(error)) from error
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir) if args.resume else None)
-    seconds = time.monotonic() - started
-    results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
-    if trainer.is_world_process_zero():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
-        processor.save_pretrained(out)
-        write_outputs(out, arguments, config.modality, task, results, seconds)
+    results = None
+    try:
+        if train(trainer, checkpoint):
+            seconds = time.monotonic() - started
+            results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
+            if trainer.is_world_process_zero():
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
+                processor.save_pretrained(out)
+                write_outputs(out, run, config.modality, results, seconds)
+    except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
+        raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
+    release(lock)
     return FinetuneResult(out, results)
 
 
@@ -143,6 +154,8 @@ def check_arguments(
                 suited = " and ".join(modalities)
                 raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
     _check_training_arguments(training_args, task)
+    if args.loader_timeout and not training_args.dataloader_num_workers:
+        raise ValueError("--loader_timeout is for loader workers: give --dataloader_num_workers 1 or more")
     if training_args.remove_unused_columns or not 0 < args.layer_decay <= 1:
         raise ValueError("--remove_unused_columns must be false, --layer_decay in (0, 1]")
     _check_augmentation(args, config)
@@ -153,6 +166,8 @@ def check_arguments(
 def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Task) -> None:
     if training_args.resume_from_checkpoint:
         raise ValueError("--resume_from_checkpoint: give --resume, which takes the newest checkpoint of --output_dir")
+    if training_args.restore_callback_states_from_checkpoint:
+        raise ValueError("--restore_callback_states_from_checkpoint: --resume restores what a run needs by itself")
     if training_args.push_to_hub:
         raise ValueError(
             "--push_to_hub would push what checkpoints are made of: load the finished model of --output_dir with "
@@ -190,12 +205,16 @@ def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model and folder
+# Model
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments, task: Task) -> tuple[nn.Module, Any]:
-    """The classifier, with pretrained weights unless from scratch, and its processor."""
+    """The classifier, with pretrained weights unless from scratch, and its processor.
+
+    Raises:
+        ValueError: no model is there, or its weights are not finite.
+    """
     config = load_config(args.model)
     config.id2label = dict(enumerate(task.labels.names))
     config.label2id = {name: number for number, name in config.id2label.items()}
@@ -214,29 +233,12 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
         model = auto_model.from_config(config)
     else:
         model = auto_model.from_pretrained(args.model, config=config)
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"--model {args.model}: {name} is not finite: take another checkpoint")
     if args.freeze_encoder:
         model.bridle.requires_grad_(False)
     return model, processor
-
-
-def prepare_folder(out: Path, args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> None:
-    """Make sure that nothing is overwritten unasked, and send the Trainer's checkpoints to OUT/checkpoints.
-
-    Raises:
-        ValueError: the folder is not empty, and neither --resume nor --overwrite is given.
-    """
-    checkpoints = out / "checkpoints"
-    training_args.output_dir = str(checkpoints)
-    if training_args.process_index > 0:
-        return
-    if out.exists() and any(out.iterdir()) and not (args.resume or args.overwrite):
-        raise ValueError(f"--output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew")
-    if args.resume and not (checkpoints.is_dir() and get_last_checkpoint(checkpoints)):
-        raise ValueError(f"--resume: {checkpoints} holds no checkpoint")
-    if args.overwrite and not args.resume:
-        for path in (out / name for name in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    checkpoints.mkdir(parents=True, exist_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,14 +307,30 @@ def make_trainer(
         args=training_args,
         train_dataset=draws,
         eval_dataset=EvaluationSamples(task.evaluation, loaders.epoch, task.targets),
-        data_collator=collate_samples,
+        data_collator=collate,
         processing_class=processor,
         compute_metrics=lambda outputs: metric.compute(
             predictions=outputs.predictions, references=outputs.label_ids.astype(np.int64)
         ),
         layer_decay=args.layer_decay,
         ledger=ledger,
+        stop=StopRequest(),
+        loader_timeout=args.loader_timeout,
     )
+
+
+def train(trainer: FinetuneTrainer, checkpoint: str | None) -> bool:
+    """Train, from a checkpoint on if there is one.
+
+    Returns:
+        Whether the last step has been done; `False` if a signal ended the run, with a checkpoint, before that.
+    """
+    with trainer.stop_and_resume.stop, loader_errors_as_os_errors(trainer.loader_timeout):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    state = trainer.state
+    if trainer.stop_and_resume.stopped:
+        logger.warning("stopped after step %d of %d: --resume goes on", state.global_step, state.max_steps)
+    return not trainer.stop_and_resume.stopped
 
 
 def readable(samples: list[Sample], load: Load, ledger: SkippedFiles, num_workers: int) -> list[Sample]:
@@ -374,9 +392,7 @@ def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingA
     return json.loads(json.dumps(vars(args) | given, default=str))
 
 
-def write_outputs(
-    out: Path, arguments: dict[str, Any], modality: str, task: Task, results: dict[str, Any], seconds: float
-) -> None:
+def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[str, Any], seconds: float) -> None:
     """results.json, run.json and the model card."""
     note = f"epoch: {results['epoch']}"
     if results["views_per_sample"] > 1:
@@ -387,21 +403,7 @@ def write_outputs(
         "split": results["evaluated_on"],
         "note": note,
     }
-    run = {
-        "arguments": arguments,
-        "data": arguments["data"],
-        "samples": len(task.train),
-        "seed": arguments["seed"],
-        "seconds": round(seconds, 1),
-        "versions": {
-            "bridle_hf": bridle_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "git_revision": git_revision(),
-        "results": {f"{modality} classification": measured},
-    }
+    run = run | {"seconds": round(seconds, 1), "results": {f"{modality} classification": measured}}
     write_json(out / "results.json", results)
     write_json(out / "run.json", run)
     write_card(out, run)

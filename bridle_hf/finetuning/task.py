@@ -7,6 +7,7 @@ import torch
 from accelerate import PartialState
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 
+from bridle_hf.common.output_folder import hash_of_names
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import canonical_split, split_by_groups
 from bridle_hf.data.labels import Labels
@@ -28,6 +29,17 @@ class Task:
     @property
     def kind(self) -> str:
         return "multi_label" if self.labels.multi_label else "single_label"
+
+    def describe(self) -> dict[str, int | str]:
+        """What must be alike when a run is resumed: numbers, and hashes of names and labels, JSON-serialisable."""
+        described = {"number of classes": len(self.labels.names), "classes": hash_of_names(["", *self.labels.names])}
+        for name in ("train", "evaluation", "test"):
+            samples = getattr(self, name)
+            described[f"number of {name} samples"] = len(samples)
+            described[f"names of the {name} samples"] = hash_of_names([sample.path for sample in samples])
+            labels = [repr(sample.labels if self.labels.multi_label else sample.label) for sample in samples]
+            described[f"labels of the {name} samples"] = hash_of_names(["", *labels])
+        return described
 
 
 def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:

@@ -1,23 +1,30 @@
 """Fine-tuning on `transformers.Trainer`: samples in order, optimizer groups, bad input.
 
-TrainingDraws (sample of a draw) ─► EpochDraws ─► collate_samples ─► FinetuneTrainer ◄─ EvaluationSamples
+TrainingDraws (sample of a draw) ─► EpochDraws ─► collate ─► FinetuneTrainer ◄─ EvaluationSamples
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerState
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
 
-from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError, TooManyBadFiles
+from bridle_hf.common.errors import NonFiniteError, TooManyBadFiles
+from bridle_hf.common.manifest import CheckpointError, write_manifest
+from bridle_hf.common.signals import StopRequest, leave_signals_to_parent
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.batches import DrawDataset, collate
+from bridle_hf.data.batches import DrawDataset
 from bridle_hf.data.loaders import Load, VideoLoader
 from bridle_hf.data.sample import Sample
+from bridle_hf.finetuning.callbacks import SkipNonFinite, StopAndResume
+from bridle_hf.finetuning.checkpoints import path_of, remove_old
 
 
 BALANCED_STREAM = 3  # of random numbers, beside those of data/batches.py
@@ -112,28 +119,40 @@ class ViewLoader:
         return {"views": self.load.views(sample, self.num_clips, self.num_crops)}
 
 
-def collate_samples(loaded_samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of what the model takes, and `skipped` for the trainer."""
-    batch = collate(loaded_samples)
-    del batch["index"]
-    return batch
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class FinetuneTrainer(Trainer):
-    """`Trainer` with layer-wise learning rates, our own order of draws and a ledger of bad files."""
+    """`Trainer` with layer-wise learning rates, our own order of draws, a ledger of bad files and whole checkpoints.
 
-    def __init__(self, *args: Any, layer_decay: float, ledger: SkippedFiles, **kwargs: Any):
+    Args:
+        stop: signals that end the training in good order; entered by who trains.
+        loader_timeout: seconds that loader workers may take for a batch; 0: any time.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        layer_decay: float,
+        ledger: SkippedFiles,
+        stop: StopRequest,
+        loader_timeout: float = 0.0,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
-        self.layer_decay, self.ledger = layer_decay, ledger
-        self.skip_non_finite = SkipNonFinite()
+        self.layer_decay, self.ledger, self.loader_timeout = layer_decay, ledger, loader_timeout
+        self.draws = EpochDraws(len(self.train_dataset))
+        self.batch_files: list[str] = []  # of the step at hand, as far as this process has them
+        self.stop_and_resume = StopAndResume(self, stop)
+        self.skip_non_finite = SkipNonFinite(self)
+        self.add_callback(self.stop_and_resume)
         self.add_callback(self.skip_non_finite)
         # The model takes any keyword (for its attention), which the Trainer reads as "divides its loss by itself".
         self.model_accepts_loss_kwargs = False
+        # The Trainer would remove checkpoints before the newest is whole, and the newest in the end.
+        self.keep_last, self.args.save_total_limit = self.args.save_total_limit, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -145,17 +164,74 @@ class FinetuneTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        return EpochDraws(len(self.train_dataset))
+        return self.draws
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        # What is random about a sample hangs on its draw alone, so that workers need no seed of the Trainer's.
+        for entry in (loader, getattr(loader, "base_dataloader", loader)):
+            entry.worker_init_fn = leave_signals_to_parent
+            entry.timeout = self.loader_timeout
+        return loader
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Any]:
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        samples = self.train_dataset.samples
+        self.batch_files = [samples[index].path for batch in batches for index in batch["index"].tolist()]
+        return batches, number
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's checkpoint, there whole or not at all; older ones are removed last.
+
+        Raises:
+            CheckpointError: The file system refused; checkpoints written before are untouched.
+        """
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        target = path_of(folder, step)
+        try:
+            if self.args.should_save:
+                shutil.rmtree(target, ignore_errors=True)  # what a kill has left
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(target)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who writes
+            shutil.rmtree(target, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write the checkpoint {target}: {error}; the one before is intact"
+            ) from error
+        if self.args.should_save:
+            remove_old(folder, step, self.state.best_global_step, self.keep_last)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         skipped = inputs.pop("skipped")
+        inputs.pop("index", None)
         self.ledger.update(skipped)
         if "labels" not in inputs:
             raise TooManyBadFiles(f"no file of a whole batch could be read; the last is {': '.join(skipped[-1])}")
         return super()._prepare_inputs(inputs)
 
+    def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._evaluated = eval_dataset or self.eval_dataset
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        """Where a batch holds several `views` of each sample: the mean loss, and the mean of the probabilities."""
+        """Where a batch holds several `views` of each sample: the mean loss, and the mean of the probabilities.
+
+        Raises:
+            NonFiniteError: The model's output is not: names the files.
+        """
+        indices = inputs["index"].tolist()
+        loss, scores, labels = self._predict(model, inputs, *args, **kwargs)
+        bad = (~torch.isfinite(scores).all(dim=-1)).tolist()
+        if any(bad):
+            files = [self._evaluated.samples[index].path for index, is_bad in zip(indices, bad) if is_bad]
+            names = ", ".join(files)
+            raise NonFiniteError(f"the classifier's output is not finite for {names}: lower --learning_rate")
+        return loss, scores, labels
+
+    def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
         if "views" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)
         views, name = inputs.pop("views"), self.model.main_input_name
@@ -166,34 +242,6 @@ class FinetuneTrainer(Trainer):
         multi_label = self.model.config.problem_type == "multi_label_classification"
         probabilities = [entry.sigmoid() if multi_label else entry.softmax(dim=-1) for entry in logits]
         return torch.stack(losses).mean(), torch.stack(probabilities).mean(dim=0), labels[0]
-
-
-class SkipNonFinite(TrainerCallback):
-    """Leave the weights alone in a step whose gradient is not finite, as pretraining does, and count it.
-
-    Raises, when called:
-        NonFiniteError: The 20th such step in a row.
-    """
-
-    def __init__(self) -> None:
-        self.skipped_steps = self.skipped_in_a_row = 0
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: TrainerState, control: Any, model: nn.Module, **kwargs: Any
-    ) -> None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            self.skipped_in_a_row = 0
-            return
-        # An optimizer passes over parameters without a gradient.
-        model.zero_grad(set_to_none=True)
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"loss or gradient not finite in {self.skipped_in_a_row} steps in a row, up to {state.global_step}: "
-                "lower --learning_rate"
-            )
 
 
 def parameter_groups(

@@ -72,9 +72,15 @@ class PretrainArguments:
         default=None, metadata={"help": "TFLOP/s that one process could do at most, for the MFU; default: measured"}
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
-    overwrite: bool = field(default=False, metadata={"help": "delete what output_dir holds"})
+    overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
     dry_run: bool = field(
         default=False, metadata={"help": "do a step of each phase, tell what the run would take, and write nothing"}
+    )
+    allow_changed_data: bool = field(
+        default=False, metadata={"help": "resume though the list of files has changed; run.json records it"}
+    )
+    loader_timeout: float = field(
+        default=0.0, metadata={"help": "seconds that the loader's workers may take for a batch; 0: no limit"}
     )
     overfit_one_batch: bool = field(
         default=False, metadata={"help": "see the first batch at every step: a check that the loss can fall"}
@@ -87,8 +93,11 @@ class PretrainArguments:
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
             "probe_samples": (1, 1e9), "peak_tflops": (1e-9, 1e9),
+            "loader_timeout": (0, 1e9),
         }  # fmt: skip
         check_ranges(self, ranges)
+        if self.loader_timeout and not self.num_workers:
+            raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":

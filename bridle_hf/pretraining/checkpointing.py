@@ -9,7 +9,6 @@ OUT/checkpoints/
     step_2000/ ...
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -22,16 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bridle_hf.common.errors import RunError
+from bridle_hf.common.manifest import CheckpointError, check_manifest, sync, unreadable, write_manifest
 
 
 logger = logging.getLogger(__name__)
-
-_FILES = ("encoder.safetensors", "optimizers.pt", "state.json", "tokenizer.safetensors")
-
-
-class CheckpointError(RunError):
-    """A checkpoint that cannot be written or read: names the file."""
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> Path:
@@ -58,13 +51,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
         torch.save(state["optimizers"], temporary / "optimizers.pt")
         rest = {key: value for key, value in state.items() if key not in ("encoder", "tokenizer", "optimizers")}
         (temporary / "state.json").write_text(json.dumps({"step": step, **rest}, indent=1), encoding="utf-8")
-        hashes = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _sync(path)
+        write_manifest(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(temporary, target)
-        _sync(folder)
+        sync(folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three, by who writes
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write the checkpoint {target}: {error}; the one before is intact") from error
@@ -119,28 +109,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: A file is missing, or not what was written.
     """
+    check_manifest(path)
     try:
-        hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        for name in _FILES:
-            if _sha256(path / name) != hashes[name]:
-                raise CheckpointError(f"checkpoint file {path / name} is not what was written (sha256 differs)")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         state |= {name: load_file(path / f"{name}.safetensors") for name in ("encoder", "tokenizer")}
         state["optimizers"] = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        message = f"checkpoint {path} cannot be read: {type(error).__name__}: {error}"
-        raise CheckpointError(" ".join(message.split())) from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
+        raise unreadable(path, error) from error
     return state
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,8 @@
 """One pretraining run: what it is made of, its steps, and what it leaves in OUT."""
 
-import hashlib
 import itertools
 import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -21,17 +17,19 @@ from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
 from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import git_revision
+from bridle_hf.common.output_folder import PRETRAINING, changed, hash_of_names, prepare, release, run_record
 from bridle_hf.common.signals import StopRequest
-from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.common.skipped import SkippedFiles, SkippedSteps
 from bridle_hf.data.batches import (
     DrawDataset,
     GlobalBatches,
     Sample,
     collate,
     iterate_eval,
+    loader_errors_as_os_errors,
     make_loader,
     train_batches,
+    without_interruptions,
 )
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.masked_loader import MaskedLoader
@@ -66,7 +64,7 @@ EVALUATED_CLIPS = 1000
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
     "report_every", "probe_every", "probe_samples", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
-    "data", "peak_tflops", "dry_run",
+    "data", "peak_tflops", "dry_run", "allow_changed_data", "loader_timeout",
 }  # fmt: skip
 
 
@@ -96,8 +94,17 @@ class Run:
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
-        self._prepare_folder()
+        self.lock = None
+        if accelerator.is_main_process:
+            self.lock = prepare(self.out, PRETRAINING, {"data": args.data}, args.resume, args.overwrite)
+        self.rank_0.wait()
         self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.samples), shared=True)
+        self.skipped_steps = SkippedSteps()
+        self.data_changes: list[dict[str, Any]] = []
+        state = self._load_newest() if args.resume else None
+        self.scheduled_samples = len(self.samples)
+        if state is not None:
+            self._check_unchanged(state)
         self.interleaving = Interleaving(
             accelerator,
             self.schedule,
@@ -112,7 +119,7 @@ class Run:
             shard=asked_to_shard() and accelerator.num_processes > 1,
         )
         self.seconds = 0.0
-        self.first_step = self._resume()
+        self.first_step = self._resume(state)
         self.monitor = self._make_monitor()
 
     # -- before the first step ----------------------------------------------------------------------------------------
@@ -132,22 +139,6 @@ class Run:
             check_probes(kept, args.probe_samples, self.accelerator.is_main_process)
         return kept
 
-    def _prepare_folder(self) -> None:
-        args, out = self.args, self.out
-        if self.accelerator.is_main_process and out.exists() and any(out.iterdir()):
-            if not args.resume and not args.overwrite:
-                raise ValueError(
-                    f"output_dir {out} is not empty: give --resume to go on, or --overwrite to start anew"
-                )
-            if not any((out / name).exists() for name in ("run.json", "checkpoints", "skipped.jsonl")):
-                raise ValueError(f"output_dir {out} does not hold a run: choose another folder")
-            if args.overwrite and not args.resume:
-                # What it holds, not itself: it may be a link, or where a disk is mounted.
-                for entry in out.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        out.mkdir(parents=True, exist_ok=True)
-        self.rank_0.wait()
-
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
         measured = [None]
@@ -161,9 +152,37 @@ class Run:
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         return DrawDataset(self.samples, MaskedLoader(self.load, config, args.masks), seed=args.seed)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint if asked to; returns the first step to do."""
-        state = self._load_newest() if self.args.resume else None
+    def _check_unchanged(self, state: dict[str, Any]) -> None:
+        """See that the run goes on as it began; note what data it has lost or got, if it may.
+
+        Raises:
+            ValueError: Arguments differ, or data do and need not be as they were only by `allow_changed_data`.
+        """
+        differing = changed(_plain(self.args), state["arguments"], FREE_ON_RESUME)
+        data = {"samples": len(self.samples), "names_of_samples": self.names_of_samples}
+        before = {name: state.get(name, value) for name, value in data.items()}
+        if data != before and not self.args.allow_changed_data:
+            if data["samples"] != before["samples"]:
+                differing.append(f"the number of samples ({before['samples']}, now {data['samples']})")
+            else:
+                differing.append("the names of the samples")
+        if differing:
+            raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(differing)}; give the same "
+                             "values, or, where files alone have changed, --allow_changed_data true")  # fmt: skip
+        self.data_changes = state.get("data_changes", [])
+        # The schedule stays as long as it was, wherever epochs say how long that is.
+        self.scheduled_samples = state.get("scheduled_samples", before["samples"])
+        args = self.args
+        self.schedule = Schedule(args.phases, self.scheduled_samples / args.global_batch_size, args.steps_scale)
+        if data != before:
+            change = {"step": state["step"], "samples_before": before["samples"], "samples": data["samples"]}
+            self.data_changes = [*self.data_changes, change]
+            logger.warning("--allow_changed_data: %s: from step %d on, the run draws from another list of files (%d, "
+                           "before %d): it is not the run that it would have been; run.json says so",
+                           args.data, state["step"], data["samples"], before["samples"])  # fmt: skip
+
+    def _resume(self, state: dict[str, Any] | None) -> int:
+        """Go back to a checkpoint, if there is one; returns the first step to do."""
         if state is None:
             if self.accelerator.is_main_process:
                 self.ledger.output_path.unlink(missing_ok=True)  # files may have been mended since
@@ -171,16 +190,8 @@ class Run:
             if self.args.measure_normalization:
                 self._measure_normalization()
             return 0
-        ours, theirs = _plain(self.args), state["arguments"]
-        changed = [f"{name} ({theirs.get(name)!r}, now {ours.get(name)!r})" for name in sorted(ours.keys() | theirs)
-                   if name not in FREE_ON_RESUME and ours.get(name) != theirs.get(name)]  # fmt: skip
-        if state["samples"] != len(self.samples):
-            changed.append(f"the number of samples ({state['samples']}, now {len(self.samples)})")
-        elif state.get("names_of_samples", self.names_of_samples) != self.names_of_samples:
-            changed.append("the names of the samples")
-        if changed:
-            raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(changed)}; give the same values")
         self.interleaving.load_state_dict(state, state["step"])
+        self.skipped_steps.load_state_dict(state.get("skipped_among_the_last", []))
         if state["normalization"] is not None:
             self.processor.mean, self.processor.std = state["normalization"]
         self.seconds = state["seconds"]
@@ -193,10 +204,7 @@ class Run:
     @cached_property
     def names_of_samples(self) -> str:
         """Hash of the names of the samples and their order, wherever the data lie."""
-        paths = [sample.path for sample in self.samples]
-        folder = os.path.commonprefix(paths)  # noqa: RUF071 (they may be URLs)
-        names = "\n".join(path.removeprefix(folder) for path in paths)
-        return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
+        return hash_of_names([sample.path for sample in self.samples])
 
     def _load_newest(self) -> dict[str, Any] | None:
         state = load_newest(self.out / "checkpoints")
@@ -214,8 +222,8 @@ class Run:
         self.flops = ScheduleFlops(self.schedule, self.encoder_config, self.tokenizer_config, args.masks)
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
+            self._write_run_json()  # first: it says whose folder it is
             log = MetricsLog(self.out / "metrics.jsonl", resumed_from)
-            self._write_run_json()
         start_tracker(self.accelerator, self.out, resumed_from)
         return Monitor(log, self.accelerator, self.flops, self.peak["tflops"], self.first_step,
                        args.global_batch_size, self.seconds)  # fmt: skip
@@ -239,7 +247,7 @@ class Run:
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             asked = time.monotonic()
-            batch = next(batches)
+            batch = self._next(batches, done)
             waited = time.monotonic() - asked
             self.monitor.update(self._step(step, batch), asked, waited)
             done = step + 1
@@ -247,8 +255,7 @@ class Run:
             stops = stop.is_made(self.accelerator)
             saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
             if saves or done % args.log_every == 0:
-                position, skipped = self._position(number), self.interleaving.skipped_steps
-                self.monitor.flush(done, position, self._rates(step), skipped)
+                self._flush(done)
             self.seconds += time.monotonic() - started
             started = time.monotonic()
             if ends:
@@ -264,21 +271,47 @@ class Run:
         self.monitor.close()
         if done < schedule.total_steps:
             logger.warning("stopped after step %d of %d: --resume goes on", done, schedule.total_steps)
-            self.accelerator.end_training()
+            self._end()
         return done == schedule.total_steps
 
-    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _flush(self, done: int) -> None:
+        position = self._position(self.schedule.phase_number(done - 1))
+        self.monitor.flush(done, position, self._rates(done - 1), self.interleaving.skipped_steps)
+
+    def _next(self, batches: Iterator[dict[str, Any]], done: int) -> dict[str, Any]:
+        """The next batch; where the loader fails, what has been done so far is saved before the run ends.
+
+        Raises:
+            OSError: A worker died, or took too long.
+        """
         try:
-            return self.interleaving.step(step, batch)
+            with loader_errors_as_os_errors(self.args.loader_timeout):
+                return next(batches)
+        except OSError:
+            # Of several processes the others are in a step: they cannot save with this one.
+            if self.accelerator.num_processes == 1 and done > 0:
+                self._flush(done)
+                self._save(done)
+            raise
+
+    def _step(self, step: int, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        files = [self.samples[index].path for index in batch["index"].tolist()]
+        try:
+            metrics = self.interleaving.step(step, batch)
         except NonFiniteError as error:
-            files = [self.samples[index].path for index in batch["index"].tolist()]
             raise NonFiniteError(f"{error}. The last batch of this process was: {', '.join(files)}") from error
+        # A step that is left out has no metrics.
+        self.skipped_steps.update(step, not metrics, files)
+        return metrics
 
     def batches(self, first_step: int) -> Iterator[dict[str, Any]]:
         pin_memory = self.accelerator.device.type == "cuda"
         sampler = self._sampler(0 if self.args.overfit_one_batch else first_step)
-        loader = make_loader(self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory)
-        batches = train_batches(loader, self.ledger)
+        loader = make_loader(
+            self.dataset, sampler, num_workers=self.args.num_workers, pin_memory=pin_memory,
+            timeout=self.args.loader_timeout,
+        )  # fmt: skip
+        batches = without_interruptions(train_batches(loader, self.ledger))
         return itertools.repeat(next(batches)) if self.args.overfit_one_batch else batches
 
     def _sampler(self, first_step: int) -> GlobalBatches:
@@ -338,6 +371,8 @@ class Run:
                 "arguments": _plain(self.args), "samples": len(self.samples),
                 "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
                 "normalization": measured, "seconds": self.seconds,
+                "scheduled_samples": self.scheduled_samples, "data_changes": self.data_changes,
+                "skipped_among_the_last": self.skipped_steps.state_dict(),
             }  # fmt: skip
             save_checkpoint(self.out / "checkpoints", done, state, self.args.keep_last, self.args.keep_every)
         self.rank_0.wait()
@@ -354,6 +389,7 @@ class Run:
 
     def finish(self) -> None:
         """The models with their cards, run.json and the report of the finished run."""
+        self.skipped_steps.check_whole_run(self.interleaving.skipped_steps, self.schedule.total_steps)
         models = self.interleaving.whole_models()
         if self.accelerator.is_main_process:
             self._save_models(self.out, *models)
@@ -361,22 +397,20 @@ class Run:
             run = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
             for name in ("encoder", "tokenizer"):
                 write_card(self.out / name, run)
+        self._end()
+
+    def _end(self) -> None:
         self.accelerator.end_training()
+        release(self.lock)
 
     def _write_run_json(self) -> None:
-        write_json(self.out / "run.json", {
-            "arguments": _plain(self.args),
-            "modality": self.args.modality,
-            "data": self.args.data,
-            "samples": len(self.samples),
-            "phases": self.schedule.describe(),
-            "seed": self.args.seed,
-            "processes": self.accelerator.num_processes,
-            "peak": self.peak,
-            "seconds": round(self.seconds, 1),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "git_revision": git_revision(),
-        })  # fmt: skip
+        args = self.args
+        changes = {"data_changes": self.data_changes} if self.data_changes else {}
+        write_json(self.out / "run.json", run_record(
+            PRETRAINING, _plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
+            phases=self.schedule.describe(), processes=self.accelerator.num_processes, peak=self.peak,
+            seconds=round(self.seconds, 1), **changes,
+        ))  # fmt: skip
 
 
 def _plain(args: PretrainArguments) -> dict[str, Any]:

@@ -356,7 +356,7 @@ def test_errors_before_the_first_step(run, sounds, tmp_path, capsys):
     fails("both say what to evaluate on", validation_fraction=0.5)
     fails("--mel_mask must be at most 32", mel_mask=33)
     fails("--freeze_encoder leaves nothing for", freeze_encoder="true", layer_decay=0.5)
-    fails("--resume:", resume="true")
+    fails("--loader_timeout is for loader workers", loader_timeout=5)
     fails("--resume_from_checkpoint: give --resume", resume_from_checkpoint="checkpoint-3")
     fails("--push_to_hub would push what checkpoints are made of", push_to_hub="true")
     fails("nowhere: no model is there", model=tmp_path / "nowhere")
@@ -413,8 +413,8 @@ def test_recipes_parse(recipe, tmp_path):
 
 def test_overwrite_removes_what_a_run_left_and_nothing_else(run, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    (tmp_path / "out" / "skipped.jsonl").write_text("of an earlier run\n")
+    for name, text in {"thesis.txt": "mine", "skipped.jsonl": "", "run.json": '{"kind": "fine-tuning"}'}.items():
+        (tmp_path / "out" / name).write_text(text)
     out = run(eval_group=["1"], num_train_epochs=1, overwrite="true")
     assert (out / "thesis.txt").read_text() == "mine" and not (out / "skipped.jsonl").exists()
 

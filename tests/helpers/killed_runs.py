@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ def kill_at_call(target: str, number: int) -> None:
     setattr(owner, name, call)
 
 
-def run_child(arguments: tuple, kill: list | float | None) -> bool:
-    """Whether the run was killed; anything but a kill or a finished run is an error."""
+def run_child(run: Callable[..., None], arguments: tuple, kill: list | float | None) -> bool:
+    """Whether a run was killed; anything but a kill or an end without error is an error."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -46,7 +47,7 @@ def run_child(arguments: tuple, kill: list | float | None) -> bool:
             kill_at_call(*kill)
         status = 1
         try:
-            pretrain(*arguments)
+            run(*arguments)
             status = 0
         finally:
             sys.stderr.flush()
@@ -69,14 +70,15 @@ def main() -> None:
     options = ("--micro_batch_size", "3")
     recipes = {name: write_recipe(folder / f"{name}.yaml", name) for name in ("phases", "joint", "alternate")}
     for schedule in {entry["schedule"] for entry in moments}:
-        assert not run_child((recipes[schedule], data, folder / f"undisturbed_{schedule}", *options), None)
+        arguments = (recipes[schedule], data, folder / f"undisturbed_{schedule}", *options)
+        assert not run_child(pretrain, arguments, None)
     for number, entry in enumerate(moments):
         arguments = (recipes[entry["schedule"]], data, folder / str(number), *options)
         for kill in entry["kills"]:
-            killed = run_child(arguments, kill)
+            killed = run_child(pretrain, arguments, kill)
             assert killed or isinstance(kill, float), f"{kill} never came"
             arguments = (*arguments, "--resume")
-        assert not run_child(arguments, None)
+        assert not run_child(pretrain, arguments, None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bridle_hf.common import manifest
 from bridle_hf.pretraining import checkpointing
 from bridle_hf.pretraining.checkpointing import (
     CheckpointError,
@@ -145,9 +146,11 @@ def test_a_full_disk_leaves_the_one_before(saved, limit):
     assert load_newest(saved)["value"] == 2.0
 
 
-@pytest.mark.parametrize("function", ["save_file", "_sha256", "_sync", "os.replace"])
+@pytest.mark.parametrize("function", ["save_file", "sha256", "sync", "os.replace"])
 def test_a_fault_in_the_middle_leaves_the_one_before(saved, monkeypatch, function):
-    owner, name = (checkpointing.os, "replace") if "." in function else (checkpointing, function)
+    owner, name = {"os.replace": (checkpointing.os, "replace"), "save_file": (checkpointing, "save_file")}.get(
+        function, (manifest, function)
+    )
 
     def fail(*args):
         raise OSError(30, "Read-only file system")
@@ -216,8 +219,8 @@ def test_nothing_is_unpickled_but_tensors(saved):
             return os.mkdir, (str(saved / "run_by_pickle"),)
 
     torch.save({"encoder": Evil()}, saved / "step_2" / "optimizers.pt")
-    manifest = json.loads((saved / "step_2" / "manifest.json").read_text())
-    manifest["optimizers.pt"] = checkpointing._sha256(saved / "step_2" / "optimizers.pt")
-    (saved / "step_2" / "manifest.json").write_text(json.dumps(manifest))
+    hashes = json.loads((saved / "step_2" / "manifest.json").read_text())
+    hashes["optimizers.pt"] = manifest.sha256(saved / "step_2" / "optimizers.pt")
+    (saved / "step_2" / "manifest.json").write_text(json.dumps(hashes))
     assert load_newest(saved)["step"] == 1
     assert not (saved / "run_by_pickle").exists()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,10 @@ from helpers.tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_
 from helpers.waiting import DEADLINE
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
+import bridle_hf.pretraining.run
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError, NonFiniteError, RunError, TooManyBadFiles
+from bridle_hf.pretraining.checkpointing import list_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -160,16 +163,72 @@ def test_existing_folders(finished, data, labelled, tmp_path, quick):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(finished).items())
 
 
-def test_overwrite_leaves_a_link_and_what_it_points_to(data, tmp_path, quick):
-    """OUT may be a link to a larger disk, and hold links to what is not the run's."""
+def test_overwrite_removes_what_the_run_wrote_and_nothing_else(data, tmp_path, quick):
+    """OUT may be a link to a larger disk, and hold links and files that are not the run's."""
     disk, other, out = tmp_path / "disk", tmp_path / "other", tmp_path / "out"
-    for folder in (disk, other):
-        (folder / "checkpoints").mkdir(parents=True)
+    (other / "checkpoints").mkdir(parents=True)
+    disk.mkdir()
     out.symlink_to(disk)
+    recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
+    pretrain(recipe, data, out, "--phases.0.steps", "2")
     (out / "link").symlink_to(other)
-    pretrain(write_recipe(tmp_path / "recipe.yaml", "joint"), data, out, "--phases.0.steps", "1", "--overwrite")
-    assert out.is_symlink() and (disk / "run.json").exists()
-    assert not (disk / "link").exists() and (other / "checkpoints").exists()
+    foreign = ("thesis.txt", "checkpoints/mine.pt", "figures/photo.jpg", "encoder/notes.txt")
+    for name in foreign:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    pretrain(recipe, data, out, "--phases.0.steps", "1", "--overwrite")
+    assert out.is_symlink() and (out / "link" / "checkpoints").exists()
+    assert all((out / name).read_text() == "mine" for name in foreign)
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step_1"]
+    (disk / "run.json").write_text('{"kind": "fine-tuning"}')
+    assert "does not hold a run of pretraining" in refusal(recipe, data, out, "--overwrite")
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step_1"]
+
+
+def test_data_and_output_keep_apart(tmp_path, quick):
+    recipe, data = write_recipe(tmp_path / "recipe.yaml"), write_recordings(tmp_path / "out" / "data")
+    (tmp_path / "out" / "run.json").write_text('{"kind": "pretraining"}')
+    assert "lies inside output_dir" in refusal(recipe, data, tmp_path / "out", "--overwrite")
+    assert "would become data" in refusal(recipe, data, Path(data) / "runs" / "1")
+    assert "is --data itself" in refusal(recipe, data, Path(data), "--overwrite")
+    assert len(list(Path(data).iterdir())) == 24
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+def test_a_run_killed_as_it_starts_can_go_on_or_start_anew(data, tmp_path, quick, monkeypatch, option):
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", "joint", measure_normalization=False), tmp_path / "out"
+    for killed in ("run_record", "MetricsLog", "start_tracker"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"bridle_hf.pretraining.run.{killed}", interrupt)
+            pretrain(recipe, data, out, "--phases.0.steps", "1", *([option] if out.exists() else []))
+    pretrain(recipe, data, out, "--phases.0.steps", "1", option)
+    run = json.loads((out / "run.json").read_text())
+    assert run["kind"] == "pretraining" and {"bridle_hf", "torch", "transformers", "accelerate"} == set(
+        run["versions"]
+    )
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_a_list_of_files_that_has_changed(data, tmp_path, quick, caplog):
+    """One file of 24 is gone; epochs say how long the phase is, and it stays as long."""
+    phase = {"train": "joint", "epochs": 4, "learning_rate": 1e-3}
+    recipe = write_recipe(tmp_path / "recipe.yaml", measure_normalization=False, phases=[phase])
+    options = ("--save_every", "5")
+    fewer, out = Path(shutil.copytree(data, tmp_path / "fewer")), tmp_path / "out"
+    pretrain(recipe, data, out, *options)
+    shutil.rmtree(out / "checkpoints" / "step_12")
+    (fewer / "7.wav").unlink()
+    assert "--allow_changed_data" in refusal(recipe, str(fewer), out, "--resume", *options)
+    pretrain(recipe, str(fewer), out, "--resume", "--allow_changed_data", "true", *options)
+    assert "from step 10 on, the run draws from another list of files (23, before 24)" in caplog.text
+    run = json.loads((out / "run.json").read_text())
+    assert run["data_changes"] == [{"step": 10, "samples_before": 24, "samples": 23}]
+    assert rows(out)[-1]["step"] == 12, "as many steps as it began with"
+    pretrain(recipe, str(fewer), out, "--resume", *options)
+    assert len(json.loads((out / "run.json").read_text())["data_changes"]) == 1
 
 
 def test_processes_that_find_different_checkpoints_are_refused(data, tmp_path, quick, monkeypatch):
@@ -244,7 +303,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
     )
     kills = [
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
-        ("phases", [[step, 2], [forward, 14], ["pretraining.checkpointing:_sha256", 2]]),
+        ("phases", [[step, 2], [forward, 14], ["common.manifest:sha256", 2]]),
         # A save that is all but renamed; the start of the second phase; its k-means.
         ("phases", [["pretraining.checkpointing:os.replace", 3],
                     ["interleaving.interleaving:Interleaving.enter_phase", 1], ["quantization_bridle:kmeans", 1]]),
@@ -333,3 +392,49 @@ def test_not_a_number_stops_the_run_and_names_the_files(data, tmp_path, quick, m
         pretrain(recipe, data, tmp_path / "out", "--phases.0.steps", "40")
     message = str(caught.value)
     assert "20 in a row" in message.replace("steps ", "") and ".wav" in message and "\n" not in message
+
+
+def test_skipped_steps_are_warned_of_and_a_share_of_them_ends_the_run(data, tmp_path, quick, monkeypatch, caplog):
+    """Every third step: never two in a row."""
+    import bridle_hf.pretraining.run
+
+    step = bridle_hf.pretraining.run.Interleaving.step
+
+    def poisoned(self, number, batch):
+        if number % 3 == 1:
+            batch["input_values"][0] = float("nan")
+        return step(self, number, batch)
+
+    monkeypatch.setattr(bridle_hf.pretraining.run.Interleaving, "step", poisoned)
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", "joint"), tmp_path / "out"
+    with pytest.raises(RunError) as caught:
+        pretrain(recipe, data, out, "--phases.0.steps", "70")
+    assert "in 21 of the last 200 steps, up to 61" in str(caught.value) and ".wav" in str(caught.value)
+    warned = [
+        record.getMessage() for record in caplog.records if "is skipped, because its loss" in record.getMessage()
+    ]
+    assert len(warned) == 1 and warned[0].startswith("step 1 ") and warned[0].count(".wav") == 8
+
+
+@pytest.mark.parametrize("failure", ["killed", "hung"])
+def test_a_loader_that_fails_saves_and_ends_the_run(data, tmp_path, quick, monkeypatch, failure):
+    load = bridle_hf.pretraining.run.MaskedLoader.__call__
+
+    def fail(self, sample, rng):
+        in_worker = torch.utils.data.get_worker_info() is not None
+        if in_worker and sample.path.endswith("/11.wav") and not (tmp_path / "mended").exists():
+            if failure == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return load(self, sample, rng)
+
+    monkeypatch.setattr(bridle_hf.pretraining.run.MaskedLoader, "__call__", fail)
+    recipe, out = write_recipe(tmp_path / "recipe.yaml", "joint", measure_normalization=False), tmp_path / "out"
+    options = ("--num_workers", "1", "--loader_timeout", "3", "--save_every", "0", "--seed", "3")
+    with pytest.raises(RunError) as caught:
+        pretrain(recipe, data, out, *options)
+    assert ("a loader worker has died" if failure == "killed" else "no batch within 3 s") in str(caught.value)
+    assert "--resume goes on" in str(caught.value) and "\n" not in str(caught.value)
+    assert list_checkpoints(out / "checkpoints"), "what was done is saved"
+    (tmp_path / "mended").touch()
+    pretrain(recipe, data, out, *options, "--resume")

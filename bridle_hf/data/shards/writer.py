@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from bridle_hf.common.errors import ArgumentError, MediaError, RunError, TooManyBadFiles, reason_of
-from bridle_hf.common.files import write_text
+from bridle_hf.common.files import read_json, write_json, write_text
+from bridle_hf.common.output_folder import SHARDS, prepare, release
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.decoding import read_audio, read_image, read_video
 from bridle_hf.data.finding import find_samples
@@ -93,9 +95,10 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
             config=args.data_config, revision=args.data_revision,
         )  # fmt: skip
         plans = make_plans(args, samples)
-        prepare_folder(out, args, plans)
+        lock = prepare_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))
         write_text(out / INDEX_NAME, "".join(map(index_line, entries)))
+        release(lock)
     except (ValueError, TooManyBadFiles) as error:
         raise ArgumentError(str(error)) from error
     except OSError as error:
@@ -165,23 +168,28 @@ def _num_bytes(sample: Sample) -> int:
         return 0  # whoever writes its shard reports it
 
 
-def prepare_folder(out: Path, args: ShardArguments, plans: Sequence[Plan]) -> None:
+def prepare_folder(out: Path, args: ShardArguments, plans: Sequence[Plan]) -> FileLock:
     """Make the folder, or see that what it holds belongs to the same plans.
 
+    Returns:
+        Its lock: see `output_folder.prepare`.
+
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or the folder is not for shards of these data.
     """
     samples = "\n".join(repr((plan.name, plan.columns, s.key, s.row)) for plan in plans for s in plan.members)
-    ours = {"modality": args.modality, "shards": len(plans), "plan": hashlib.sha256(samples.encode()).hexdigest()}
-    path = out / "plan.json"
-    if out.exists() and any(out.iterdir()):
-        if not args.resume:
-            raise ValueError(f"output_dir {out} is not empty: give --resume to go on, or another folder")
-        theirs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if theirs != ours:
-            raise ValueError(f"--resume: {out} was begun with other data or arguments: give the same, or start anew")
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(ours) + "\n")
+    ours = {
+        "kind": SHARDS.name,
+        "modality": args.modality,
+        "shards": len(plans),
+        "plan": hashlib.sha256(samples.encode()).hexdigest(),
+    }
+    lock = prepare(out, SHARDS, {"data": args.data}, args.resume)
+    theirs = read_json(out / SHARDS.record)
+    if theirs not in (None, ours):
+        raise ValueError(f"--resume: {out} was begun with other data or arguments: give the same, or start anew")
+    write_json(out / SHARDS.record, ours)
+    return lock
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_of_shards_and_of_hub_sets(tmp_path):
         (("--shard_size", "3"), "unknown argument '--shard_size'; did you mean 'shard_size_mb'"),
         (("--split", "test"), "no samples of split 'test'"),
         (("--modality", "image"), "no image files found"),
-        (("--resume",), "was begun with other data or arguments"),
+        (("--resume",), "does not hold a run of shards"),
         ((), "is not empty: give --resume"),
     ],
 )
