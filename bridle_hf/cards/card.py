@@ -1,4 +1,4 @@
-"""Write a saved folder's model card, `README.md`, from its configuration, its run and measured results.
+"""Model card of a saved folder, `README.md`: from its configuration, its run and measured results.
 
 bridle card OUT/encoder --run OUT/run.json [--repo_id ORG/NAME]
 """

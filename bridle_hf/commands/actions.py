@@ -1,4 +1,4 @@
-"""What each command does with its arguments, by its name, and what it prints. Rooms are imported by those in need."""
+"""Actions of the commands, by their names: what each does and prints. Each imports the rooms that it needs."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What `bridle info` shows: versions, devices and extras, for bug reports."""
+"""Information for bug reports, as `bridle info` shows it: versions, devices and extras, for bug reports."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""From samples to batches: draw them in an order that nothing can disturb, read them, keep a ledger of the bad ones.
+"""Batches: samples drawn in an order that nothing can disturb, read, and stacked; bad files go to a ledger.
 
 The order of the data and every random choice about a sample are pure functions of (seed, draw), where a *draw* is the
 position of a sample in the whole run: 0, 1, 2, ... without end. Workers, processes and restarts only decide who

@@ -1,4 +1,4 @@
-"""What a file or a part of a shard holds: recordings by libsndfile, images by Pillow, videos by PyAV.
+"""Decoding of files and parts of shards: recordings by libsndfile, images by Pillow, videos by PyAV.
 
     Sample ─► read_audio ─► waveform (channels, samples)
          ─► read_image ─► pixels (height, width, channels)

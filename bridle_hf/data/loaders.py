@@ -1,10 +1,10 @@
-"""From samples to model input: the loaders and processors of every modality, and the one table of what differs.
+"""Loaders of samples into model input, one a modality: decode, crop or choose frames, augment, normalise.
 
     read_audio ─► AudioLoader ─► input_values (frames, mel bins), attention_mask (frames,)
     read_image ─► ImageLoader ─► pixel_values (channels, height, width)
     read_video ─► VideoLoader ─► pixel_values_videos (frames, channels, height, width)
 
-Scripts know no modality: `make_processor` or `load_processor`, then `make_sample_loader`, serve any.
+Nothing else knows a modality: `make_sample_loader` of modalities.py chooses by its table.
 """
 
 from collections.abc import Callable, Iterator, Sequence

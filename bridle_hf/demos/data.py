@@ -1,4 +1,4 @@
-"""The sets of the demo: **notes** (audio), **digits** (images) and **moving digits** (video).
+"""Data of the demos: **notes** (audio), **digits** (images) and **moving digits** (video).
 
 Notes are one second each of the General MIDI instruments, rendered from a real soundfont; digits are 5,000 images of
 MNIST; moving digits are videos of them. Nothing is fetched: the soundfont (TimGM6mb.sf2) lies in the installed package

@@ -1,4 +1,4 @@
-"""What fine-tuning does to a sample before the model sees it: views, mixtures, masks; and its target, mixed alike.
+"""Augmentation of samples in fine-tuning: views, mixtures, masks; and the target, mixed alike.
 
     image, video: loader (random crop, flip, rand_augment) ─► erase ─► mixup or cutmix with another sample
     audio:        waveform ─► mixup with another sample ─► roll, gain ─► log-mel ─► spec_augment

@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained encoder into a classifier, on `transformers.Trainer`.
+"""Fine-tuning of a pretrained encoder into a classifier, on `transformers.Trainer`.
 
     bridle finetune RECIPE --model DIR_OR_ID --data DIR_OR_HUB_ID --output_dir OUT
 

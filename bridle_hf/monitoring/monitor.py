@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a tracker, a progress bar, pictures and the report."""
+"""Metrics logging while a run goes: sums on the device, rows of metrics.jsonl, a tracker, a progress bar."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The report of a run: curves from its metrics.jsonl, and one HTML file that holds everything and needs no network.
+"""Report of a run: curves from its metrics.jsonl, and one HTML file that holds everything and needs no network.
 
     bridle report OUT
 

@@ -39,7 +39,10 @@ class PretrainArguments:
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
 
     phases: YamlSequence = field(
-        default=(), metadata={"help": "the schedule: a list of phases, see interleaving.schedule.Phase"}
+        default=(),
+        metadata={
+            "help": "the schedule: a list of phases, each as {train: encoder, epochs: 140, learning_rate: 5.0e-4}"
+        },
     )
     steps_scale: float = field(default=1.0, metadata={"help": "factor on the length of every phase"})
     global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
@@ -74,7 +77,8 @@ class PretrainArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
     dry_run: bool = field(
-        default=False, metadata={"help": "do a step of each phase, tell what the run would take, and write nothing"}
+        default=False,
+        metadata={"help": "do three steps of each phase, tell what the run would take, and write nothing"},
     )
     allow_changed_data: bool = field(
         default=False, metadata={"help": "resume though the list of files has changed; run.json records it"}

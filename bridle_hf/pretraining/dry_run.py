@@ -1,4 +1,4 @@
-"""What a run would do and take, found out without doing it: `pretrain.py ... --dry_run`.
+"""Dry run: what a run would do and take, found out without doing it (`bridle pretrain ... --dry_run`).
 
 Reads a real batch, does three steps of each phase with it (to warm up, to be timed, to have their memory counted) in a
 temporary folder, and prints shapes, parameters, FLOPs, memory and the schedule. OUT is neither read nor written.

@@ -1,4 +1,4 @@
-"""A look at the models of a run at the end of a phase: how well the tokenizer codes, what a probe reads, pictures."""
+"""Evaluation of a run's models at the end of a phase: how well the tokenizer codes, what a probe reads, pictures."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Pretrain an encoder and its tokenizer in turns, from a folder or Hub id of unlabelled data.
+"""Pretraining of an encoder and its tokenizer in turns, from a folder or Hub id of unlabelled data.
 
     accelerate launch -m bridle_hf.pretraining audio_base --data DIR_OR_HUB_ID --output_dir OUT
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they start, how they wait for each other, and how they end together."""
+"""Processes of a run: how they start, how they wait for each other, and how they end together."""
 
 import contextlib
 import os

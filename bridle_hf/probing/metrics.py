@@ -1,4 +1,4 @@
-"""How good a classifier is: accuracy, top-5 accuracy, or mean average precision where samples carry several labels."""
+"""Metrics of classifiers: accuracy, top-5 accuracy, or mean average precision where samples carry several labels."""
 
 import datasets
 import evaluate

@@ -1,4 +1,4 @@
-"""Probe a frozen encoder (linear, nearest neighbours) beside an untrained one, the input itself and the majority.
+"""Probing of a frozen encoder (linear, nearest neighbours) beside an untrained one, the input itself and the majority.
 
     bridle probe --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
 

@@ -1,4 +1,4 @@
-"""What frozen features know: pooled features, linear and nearest-neighbour probes, and controls to set beside them.
+"""Probes of frozen features, linear and nearest-neighbour, with the controls to set beside them.
 
     Sample -> loader -> batch --encoder--> patches' features --POOLINGS--> (samples, dim) -- folds --> ProbeResult
                             \\--as it is--> frames of log-mel --POOLINGS--> the control (pixels: not pooled)

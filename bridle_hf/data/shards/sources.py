@@ -1,4 +1,4 @@
-"""Where the bytes of a sample lie within a shard, and how shards are opened: in place, or as a local copy.
+"""Sources of samples within shards: where their bytes lie, and how shards are opened, in place or as a copy.
 
 A remote shard is copied whole to a local folder when it is first needed, once for all processes of a machine: one
 large request in place of thousands of small ones, and servers that know no byte ranges do, too. The environment says

@@ -1,4 +1,4 @@
-"""Make shards, tar or parquet with the files' bytes inside, of a folder or of anything else that pretraining reads.
+"""Writer of shards, tar or parquet with the files' bytes inside, of a folder or of what else pretraining reads.
 
     bridle shard --data DIR --modality audio --output_dir OUT --num_workers 8
 
