@@ -1,12 +1,19 @@
-# Everything is installed into $(VENV), with the versions of constraints.txt.
+# Everything is installed into $(VENV), with the versions of $(CONSTRAINTS).
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 MODALITY ?= audio
 DEMO_DIR ?= runs/demo_$(MODALITY)
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 RUN = $(VENV)/bin/python
 
-.PHONY: help install install-demo demo test test-all bench lint format clean
+LOWEST_VENV = .venv-lowest
+# What calls the libraries most: models, processors, data, pictures, short runs.
+LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py tests/test_hub.py \
+	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
+	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
+
+.PHONY: help install install-demo demo test test-all test-lowest bench lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -20,6 +27,10 @@ test: install ## the tests, in parallel, with the coverage of bridle_hf
 
 test-all: install ## the tests, the slow ones too
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --cov --cov-report=term
+
+test-lowest: ## tests of models, data and short runs, with the lowest versions that pyproject.toml allows
+	@$(MAKE) install VENV=$(LOWEST_VENV) CONSTRAINTS=constraints-lowest.txt
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" $(LOWEST_TESTS)
 
 bench: install ## speed side by side with peers, as ratios
 	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
@@ -36,7 +47,7 @@ install: $(VENV)/.installed-dev ## what development needs
 install-demo: $(VENV)/.installed-demo ## what the demo needs
 
 # torch comes first and alone: a looser request would take a build with CUDA where a CPU build will do.
-$(VENV)/.installed-torch: constraints.txt
+$(VENV)/.installed-torch: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	@touch $@
@@ -52,4 +63,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	@touch $@
 
 clean: ## remove the environment and what runs wrote
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage
+	rm -rf $(VENV) $(LOWEST_VENV) runs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage
