@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,13 @@ from hypothesis import strategies as st
 
 from bridle_hf import teacher_hidden_states
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+from bridle_hf.data.masked_loader import MaskedLoader
+from bridle_hf.data.sample import Sample
 from bridle_hf.encoder_bridle import BridleDropPath
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import random_mask
-from bridle_hf.patching_bridle import patch_attention_mask
+from bridle_hf.patching_bridle import patch_attention_mask, patchify
 
 
 # The schedule
@@ -581,3 +584,26 @@ def test_a_state_resumes_bit_equal_at_every_step(build):
         resumed.load_state_dict(state, done)
         train(resumed, done)
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
+
+
+def test_patches_are_cut_once_by_the_encoder_and_once_by_the_tokenizer(build, monkeypatch):
+    """In an encoder step, of iteration 0 and of iteration 1; the loader that draws the masks cuts none."""
+    cuts = []
+
+    def counted(values, config):
+        cuts.append(config.model_type)
+        return patchify(values, config)
+
+    for module in ("patching_bridle", "modeling_bridle_tokenizer"):
+        monkeypatch.setattr(f"bridle_hf.{module}.patchify", counted)
+    run = build([{"train": kind, "steps": 1} for kind in ("encoder", "tokenizer", "encoder")])
+    for step in range(3):
+        run.enter_phase(step, peek)
+        cuts.clear()
+        run.step(step, make_batch(step))
+        if step != 1:
+            assert sorted(cuts) == ["bridle", "bridle_tokenizer"]
+    cuts.clear()
+    loaded = {name: value[0] for name, value in make_batch(0).items() if name != "bool_masked_pos"}
+    load = MaskedLoader(lambda sample, rng: loaded, run.encoder_config, {})
+    assert load(Sample("a.wav"), np.random.default_rng(0))["bool_masked_pos"].shape == (24,) and not cuts
