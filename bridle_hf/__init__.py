@@ -132,8 +132,9 @@ def _starts_a_command() -> bool:
 
 
 if _starts_a_command():
-    # The threads of libgomp spin while they wait: beside one busy process that costs ten times. It reads this once.
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # libgomp's threads spin long while they wait, which costs dearly beside a busy process; not to spin at all costs a
+    # tenth where nothing else runs (tests/benchmarks/bench_busy_machine.py). It reads this once, when torch loads it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 else:
     load()

@@ -2,7 +2,7 @@
 Steps of training beside a busy process, by how OpenMP's threads wait for each other: libgomp's default (they spin
 long, then sleep), a short spin (GOMP_SPINCOUNT), none (OMP_WAIT_POLICY=passive). Run:
 
-    python tests/benchmarks/bench_busy_machine.py [--rounds 15] [--spins 1000 10000]
+    python tests/benchmarks/bench_busy_machine.py [--rounds 7] [--spins 1000 10000]
 
 A process of each kind takes its turn on the same cores, so many steps each: first with nothing beside it, then beside
 one that computes without end. Reported, for the audio demo's encoder step and for a ViT-B (forward and backward, two
@@ -18,12 +18,12 @@ import sys
 import time
 
 
-STEPS = {"demo": 20, "vit_b": 1}
+STEPS = {"demo": 10, "vit_b": 1}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--spins", type=int, nargs="*", default=[1000, 10000], help="values of GOMP_SPINCOUNT")
     parser.add_argument("--steps", nargs="+", choices=sorted(STEPS), default=list(STEPS))
     parser.add_argument("--worker", choices=sorted(STEPS), help=argparse.SUPPRESS)
