@@ -16,12 +16,13 @@ import contextlib
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, dataloader
 
 from bridle_hf.common.errors import TooManyBadFiles, reason_of
 from bridle_hf.common.signals import leave_signals_to_parent
@@ -180,7 +181,7 @@ def make_loader(
 
 @contextlib.contextmanager
 def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
-    """What a DataLoader says of its workers in RuntimeErrors, as the OSErrors that they are.
+    """What a DataLoader says of its workers in errors of any kind, as the OSErrors that they are.
 
     Raises:
         TimeoutError: a batch took longer than `timeout`, in seconds.
@@ -194,6 +195,14 @@ def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
         if "DataLoader worker" in str(error):
             raise ChildProcessError("a loader worker has died, of memory most likely") from error
         raise
+    except (ConnectionError, EOFError) as error:
+        # It died while it handed a batch over. What a worker itself has met says "Caught ... in DataLoader worker".
+        of_loader = any(
+            frame.f_code.co_filename == dataloader.__file__ for frame, _ in traceback.walk_tb(error.__traceback__)
+        )
+        if not of_loader or "DataLoader worker" in str(error):
+            raise
+        raise ChildProcessError("a loader worker has died while it handed over a batch") from error
 
 
 def without_interruptions(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

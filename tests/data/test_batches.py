@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from bridle_hf.common.errors import MediaError, TooManyBadFiles
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.batches import DrawDataset, GlobalBatches, iterate_eval, make_loader, train_batches
+from bridle_hf.data.batches import (
+    DrawDataset,
+    GlobalBatches,
+    iterate_eval,
+    loader_errors_as_os_errors,
+    make_loader,
+    train_batches,
+)
 from bridle_hf.data.decoding import read_audio
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds, group_folds, split_by_groups
@@ -445,3 +452,28 @@ def test_fold_errors():
         group_folds([Sample("a", group="1"), Sample("b")], 2)
     with pytest.raises(ValueError, match="3 folds of 2 groups"):
         group_folds([Sample("a", group="1"), Sample("b", group="2")], 3)
+
+
+# --- what a DataLoader says of its workers ---
+
+
+class _Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.full((8,), index)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_is_called_dead(monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    batches = iter(make_loader(_Numbers(), [[0, 1], [2, 3]], num_workers=1))
+    # In this process alone, the workers have been started. What the parent calls to take a tensor from a worker.
+    monkeypatch.setattr("torch.multiprocessing.reductions.rebuild_storage_fd", fail)
+    with pytest.raises(ChildProcessError, match="a loader worker has died"), loader_errors_as_os_errors(0):
+        next(batches)
+    with pytest.raises(type(error)), loader_errors_as_os_errors(0):
+        fail()  # of something else, such as a tracker
