@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         BridleForVideoClassification,
         BridleModel,
     )
-    from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_hidden_states
+    from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features
     from .pretraining.pretrain import pretrain
     from .probing.probe import probe
 
@@ -47,7 +47,7 @@ __all__ = [
     "make_image_processor",
     "pretrain",
     "probe",
-    "teacher_hidden_states",
+    "teacher_features",
 ]
 # Files of training/ in a checkout.
 _SCRIPTS = ("demo.py", "finetune.py", "flops.py", "pretrain.py", "probe.py", "report.py", "shard.py")
@@ -80,7 +80,7 @@ def load() -> None:
         BridleForVideoClassification,
         BridleModel,
     )
-    from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_hidden_states  # noqa: F401 (a public name)
+    from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features  # noqa: F401 (a public name)
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)

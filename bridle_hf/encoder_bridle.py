@@ -183,7 +183,11 @@ class BridleSwinAttention(nn.Module):
 
 
 class BridleSwinLayer(GradientCheckpointingLayer):
-    """Post-norm layer whose attention is confined to windows of the (time, mel) or (height, width) grid."""
+    """Post-norm layer whose attention is confined to windows of the (time, mel) or (height, width) grid.
+
+    Its norms have the names of `transformers`' Swinv2Layer: there, too, `layernorm_before` comes after the attention,
+    before the MLP.
+    """
 
     def __init__(
         self,

@@ -215,7 +215,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
         Args:
             inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
-            teacher_hidden_states: (batch, patches, teacher_hidden_size), see [`teacher_hidden_states`].
+            teacher_hidden_states: (batch, patches, teacher_hidden_size), see [`teacher_features`].
 
         Raises:
             ValueError: A teacher for a random projection, or features that do not fit the patches.
@@ -277,7 +277,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
 
 @torch.no_grad()
-def teacher_hidden_states(
+def teacher_features(
     encoder: BridleModel,
     inputs: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
@@ -300,4 +300,4 @@ def teacher_hidden_states(
     return sum(F.layer_norm(state, state.shape[-1:]) for state in states) / len(states)
 
 
-__all__ = ["BridleTokenizerModel", "BridleTokenizerOutput", "teacher_hidden_states"]
+__all__ = ["BridleTokenizerModel", "BridleTokenizerOutput", "teacher_features"]

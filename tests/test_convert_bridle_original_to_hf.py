@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bridle_hf import teacher_hidden_states
+from bridle_hf import teacher_features
 from bridle_hf.convert_bridle_original_to_hf import convert_state_dict
 
 
@@ -98,7 +98,7 @@ def test_logits_and_loss_of_the_encoder_phase(golden):
 
 @torch.no_grad()
 def test_quantized_estimate_and_losses_of_the_tokenizer_phase(golden):
-    teacher = teacher_hidden_states(golden.model.bridle, golden.inputs)
+    teacher = teacher_features(golden.model.bridle, golden.inputs)
     output = golden.tokenizer(golden.inputs, teacher_hidden_states=teacher)
     decoded = golden.tokenizer.decode(output.codes)
     torch.testing.assert_close(decoded, golden.expected["tokenizer.quantized"], **FLOATS)

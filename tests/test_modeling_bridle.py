@@ -15,7 +15,7 @@ from bridle_hf import (
     BridleForVideoClassification,
     BridleModel,
     BridleTokenizerModel,
-    teacher_hidden_states,
+    teacher_features,
 )
 from bridle_hf.encoder_bridle import BridleDropPath, BridleSwinAttention
 from bridle_hf.masking_bridle import make_mask
@@ -671,12 +671,12 @@ def test_teacher_layers(tiny_config, tiny_input, modality):
     encoder, values = BridleModel(tiny_config(modality)).eval(), tiny_input(modality)
     first = int(encoder.config.use_class_token)
     outputs = encoder(values, output_hidden_states=True)
-    assert torch.equal(teacher_hidden_states(encoder, values), outputs.last_hidden_state[:, first:])
+    assert torch.equal(teacher_features(encoder, values), outputs.last_hidden_state[:, first:])
     states = [outputs.hidden_states[layer][:, first:] for layer in (1, -1)]
     standardised = [
         (state - state.mean(-1, keepdim=True)) / state.std(-1, keepdim=True, unbiased=False) for state in states
     ]
-    teacher = teacher_hidden_states(encoder, values, layers=[1, -1])
+    teacher = teacher_features(encoder, values, layers=[1, -1])
     torch.testing.assert_close(teacher, sum(standardised) / 2, atol=1e-3, rtol=0)
 
 

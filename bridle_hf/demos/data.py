@@ -32,7 +32,7 @@ VELOCITY = 100
 SILENCE_PEAK = 0.01
 SOUNDFONT_SHA256 = "82475b91a76de15cb28a104707d3247ba932e228bada3f47bba63c6b31aaf7a1"
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
-COLUMNS = ("file_name", "label", "group", "pitch_class", "octave", "pitch", "program")
+NOTE_COLUMNS = ("file_name", "label", "group", "pitch_class", "octave", "pitch", "program")
 
 DIGITS_SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 DIGIT_PIXELS = 28
@@ -160,7 +160,7 @@ def _hash(*content: object) -> str:
 
 
 def _content_hash(programs: list[int], pitches: list[int]) -> str:
-    rules = [SAMPLING_RATE, NOTE_ON_SAMPLES, NOTE_SAMPLES, VELOCITY, SILENCE_PEAK, SOUNDFONT_SHA256, COLUMNS]
+    rules = [SAMPLING_RATE, NOTE_ON_SAMPLES, NOTE_SAMPLES, VELOCITY, SILENCE_PEAK, SOUNDFONT_SHA256, NOTE_COLUMNS]
     return _hash(rules, programs, pitches)
 
 
@@ -187,7 +187,7 @@ def _write_notes(folder: Path, programs: list[int], pitches: list[int]) -> None:
         rows.append((file_name, names[program], octave, PITCH_CLASSES[pitch % 12], octave, pitch, program))
     if not rows:
         raise ValueError(f"every note of programs {programs} at pitches {pitches} is silent: choose others")
-    _write_table(folder, COLUMNS, rows)
+    _write_table(folder, NOTE_COLUMNS, rows)
 
 
 def _rendered(programs: list[int], pitches: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -41,7 +41,7 @@ from bridle_hf.probing.features import collect_features, untrained_encoder
 from bridle_hf.probing.probes import linear_probe, majority
 
 
-POOLINGS = ("mean_std", "mean")
+SHOWN_POOLINGS = ("mean_std", "mean")
 CORES = os.cpu_count() or 1
 HALF_THE_CORES, ALL_CORES_BUT_ONE = max(1, CORES // 2), max(1, CORES - 1)
 
@@ -208,7 +208,7 @@ def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, o
         jobs[task.title, "majority", ""] = (majority, (labels, folds), groups)
         for name, poolings in features.items():
             # One pooling is enough to see a second task beside the first.
-            wanted = POOLINGS if task is demo.tasks[0] else POOLINGS[:1]
+            wanted = SHOWN_POOLINGS if task is demo.tasks[0] else SHOWN_POOLINGS[:1]
             for pooling in [pooling for pooling in (*wanted, "") if pooling in poolings]:
                 jobs[task.title, name, pooling] = (linear_probe, (poolings[pooling], labels, folds), groups)
     # One thread each: a logistic regression of this size gains nothing from a second one.
@@ -326,7 +326,7 @@ def card_results(demo: Demo, probes: dict[str, Any]) -> dict[str, dict[str, Any]
     for task in demo.tasks:
         rows = probes[task.title]
         newest = max(name for name in rows if name.startswith("iteration"))
-        scores = {name: (row.get(POOLINGS[0]) or row[""])["score"] for name, row in rows.items()}
+        scores = {name: (row.get(SHOWN_POOLINGS[0]) or row[""])["score"] for name, row in rows.items()}
         value = scores.pop(newest)
         seen = f"pretraining saw the inputs without labels{f', but for {demo.held_out}' if demo.unseen else ''}"
         note = f"frozen linear probe, mean over folds; {seen}"

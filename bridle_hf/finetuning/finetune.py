@@ -352,14 +352,14 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_sample:
     """What results.json holds: the final model's figures, how they came about, and the history."""
     name = METRIC_NAMES[task.kind]
     history = [
-        {"epoch": entry["epoch"], **_figures(entry, "eval")}
+        {"epoch": entry["epoch"], **_measured(entry, "eval")}
         for entry in trainer.state.log_history
         if f"eval_{name}" in entry
     ]
     is_best = trainer.args.load_best_model_at_end
     results = {
         "metric": name,
-        "evaluation": _figures(trainer.evaluate(EvaluationSamples(task.evaluation, load, task.targets)), "eval"),
+        "evaluation": _measured(trainer.evaluate(EvaluationSamples(task.evaluation, load, task.targets)), "eval"),
         "evaluated_on": task.held_out,
         # A best epoch chosen on the very samples that it is measured on flatters itself: say so.
         "epoch": "the best, chosen on the same samples" if is_best else "the last",
@@ -372,11 +372,11 @@ def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_sample:
     }
     if task.test:
         test_samples = EvaluationSamples(task.test, load, task.targets)
-        results["test"] = _figures(trainer.evaluate(test_samples, metric_key_prefix="test"), "test")
+        results["test"] = _measured(trainer.evaluate(test_samples, metric_key_prefix="test"), "test")
     return results
 
 
-def _figures(found: dict[str, float], prefix: str) -> dict[str, float]:
+def _measured(found: dict[str, float], prefix: str) -> dict[str, float]:
     """Metrics and loss out of what the Trainer measured."""
     names = (*METRIC_NAMES.values(), TOP5, "loss")
     return {name: found[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in found}

@@ -14,7 +14,7 @@ from bridle_hf import (
     BridleForPreTraining,
     BridleTokenizerConfig,
     BridleTokenizerModel,
-    teacher_hidden_states,
+    teacher_features,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
@@ -245,7 +245,7 @@ class Interleaving:
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         encoder = self.unwrapped_encoder.bridle.eval()
-        return teacher_hidden_states(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+        return teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
 
     def _count(self, codes: torch.Tensor, part: MicroBatch) -> torch.Tensor:
         rows, real = codes[..., 0], part.real(self.encoder_config)

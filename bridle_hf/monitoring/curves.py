@@ -49,7 +49,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Phase:
+class LoggedPhase:
     """A phase as far as it has been logged: steps from `start` (excluded) to `end`."""
 
     number: int
@@ -70,15 +70,15 @@ def step_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [found[step] for step in sorted(found)]
 
 
-def find_phases(rows: Iterable[dict[str, Any]]) -> list[Phase]:
+def find_phases(rows: Iterable[dict[str, Any]]) -> list[LoggedPhase]:
     """The phases in `rows`, in order; each begins where the one before ended."""
     by_number: dict[int, list[dict[str, Any]]] = {}
     for row in step_rows(rows):
         by_number.setdefault(row["phase"], []).append(row)
-    phases: list[Phase] = []
+    phases: list[LoggedPhase] = []
     for number, own in sorted(by_number.items()):
         start = phases[-1].end if phases else 0
-        phases.append(Phase(number, own[0]["kind"], own[0]["iteration"], start, own[-1]["step"], tuple(own)))
+        phases.append(LoggedPhase(number, own[0]["kind"], own[0]["iteration"], start, own[-1]["step"], tuple(own)))
     return phases
 
 
@@ -162,7 +162,7 @@ def _plot(rows: list[dict[str, Any]], panels: Sequence[Panel], title: str) -> Fi
     return figure
 
 
-def _draw_panel(ax: Axes, panel: Panel, rows: list[dict[str, Any]], phases: Sequence[Phase]) -> None:
+def _draw_panel(ax: Axes, panel: Panel, rows: list[dict[str, Any]], phases: Sequence[LoggedPhase]) -> None:
     curves = [(key, label, curve) for key, label in panel.lines.items() for curve in _curves(rows, key).items()]
     for number, (key, label, (level, (steps, values))) in enumerate(curves):
         style = LINE_STYLES[number % len(LINE_STYLES)]
@@ -190,7 +190,12 @@ def _draw_panel(ax: Axes, panel: Panel, rows: list[dict[str, Any]], phases: Sequ
 
 
 def _draw_curve(
-    ax: Axes, steps: np.ndarray, values: np.ndarray, phases: Sequence[Phase], smoothed: bool, line: dict[str, Any]
+    ax: Axes,
+    steps: np.ndarray,
+    values: np.ndarray,
+    phases: Sequence[LoggedPhase],
+    smoothed: bool,
+    line: dict[str, Any],
 ) -> None:
     """One line, broken where a phase ends; if `smoothed`, thick over a thin one as logged."""
     for phase in phases:
@@ -206,7 +211,7 @@ def _draw_curve(
         line = line | {"label": None}
 
 
-def _shade(ax: Axes, phases: Sequence[Phase], with_names: bool) -> None:
+def _shade(ax: Axes, phases: Sequence[LoggedPhase], with_names: bool) -> None:
     """Shade each phase in the colour of its kind; the names of those wide enough stand above the panel."""
     for phase in phases:
         ax.axvspan(phase.start, phase.end, color=PHASE_COLORS[phase.kind], linewidth=0, zorder=0)

@@ -40,7 +40,7 @@ def sample_flops(
 
     Args:
         sides: Whether encoder and tokenizer are trained (see `Schedule.sides`).
-        visible: Patches that the mask leaves to the encoder, see `visible_patches`.
+        visible: Patches that the mask leaves to the encoder, see `num_visible_patches`.
         distilled: Codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
 
     Returns:
@@ -60,7 +60,7 @@ def sample_flops(
     return parts
 
 
-def visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
+def num_visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
     """Patches that the encoder sees of a full-length input; with masks of several kinds, the most.
 
     Args:
@@ -146,7 +146,7 @@ class ScheduleFlops:
     def __init__(
         self, schedule: Schedule, encoder: BridleConfig, tokenizer: BridleTokenizerConfig, masks: dict[str, float]
     ):
-        self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), visible_patches(encoder, masks)
+        self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), num_visible_patches(encoder, masks)
         self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
 
     def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:

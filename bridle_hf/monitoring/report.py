@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bridle_hf.common.files import read_json, write_bytes
 from bridle_hf.monitoring.curves import (
-    Phase,
+    LoggedPhase,
     _finite,
     find_phases,
     plot_losses,
@@ -79,7 +79,7 @@ def write_report(out_dir: str | os.PathLike) -> Path:
         summary=_summary(run, rows),
         results=[_cells(table) for table in (results if isinstance(results, list) else [results])],
         phases=_phase_table(find_phases(rows), run),
-        figures=list(_figures(out / "figures")),
+        figures=list(_pictures(out / "figures")),
         skipped=[(str(row.get("path", row)), str(row.get("reason", ""))) for row in skipped[:MAX_SKIPPED_SHOWN]],
         num_skipped=len(skipped),
         settings=_settings(run),
@@ -100,7 +100,7 @@ def _write_curves(folder: Path, rows: list[dict[str, Any]], run: dict[str, Any])
         os.replace(temporary, folder / f"{name}.png")
 
 
-def _figures(folder: Path) -> Iterable[dict[str, str]]:
+def _pictures(folder: Path) -> Iterable[dict[str, str]]:
     """Name, caption and data URI of every complete PNG of `folder`, in the order of `CAPTIONS`."""
     kinds = list(CAPTIONS)
     found = []
@@ -141,7 +141,7 @@ def _training_seconds(rows: Sequence[dict[str, Any]]) -> float:
     return float(sum(samples / [max(row.get("samples_per_second", 0.0), 1e-9) for row in rows]))
 
 
-def _phase_table(phases: Sequence[Phase], run: dict[str, Any]) -> dict[str, Any]:
+def _phase_table(phases: Sequence[LoggedPhase], run: dict[str, Any]) -> dict[str, Any]:
     """One row per phase; the last columns are means over the phase's last `FINAL_ROWS` logged rows."""
     keys = {
         "encoder loss": "encoder/loss",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_hidden_states
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_features
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import Sample
 from bridle_hf.data.folds import assign_folds
@@ -51,7 +51,7 @@ def evaluate_tokenizer(
         errors.append(output.usage.quantization_error * len(inputs))
         if clips < CLIPS_FOR_VARIANCE:
             layers = tokenizer.config.teacher_layers
-            teachers.append(teacher_hidden_states(encoder.bridle, inputs, mask, layers).float().cpu())
+            teachers.append(teacher_features(encoder.bridle, inputs, mask, layers).float().cpu())
             codes.append(output.codes.cpu())
             real = torch.ones(output.codes.shape[:2]) if mask is None else patch_attention_mask(mask, tokenizer.config)
             reals.append(real.bool().cpu())
@@ -63,7 +63,7 @@ def evaluate_tokenizer(
     return {**measured, "explained_variance": codes_explained_variance(*parts), "clips": clips}
 
 
-def probe(
+def probe_accuracies(
     encoder: BridleForPreTraining, samples: Sequence[Sample], load: Any, ledger: SkippedFiles, device: Any, seed: int
 ) -> dict[str, float]:
     """Linear and kNN accuracy of the frozen encoder and of its controls, named as in metrics.jsonl."""

@@ -49,7 +49,7 @@ from bridle_hf.pretraining.evaluation import (
     check_probes,
     draw_example,
     evaluate_tokenizer,
-    probe,
+    probe_accuracies,
     probe_samples,
     spread,
 )
@@ -358,9 +358,8 @@ class Run:
         samples = probe_samples(self.samples, self.args.probe_samples)
         encoder, device = self.interleaving.whole_models()[0], self.accelerator.device
         if samples and self.accelerator.is_main_process:
-            self.monitor.event(
-                {"step": done, **probe(encoder, samples, self.load, self.ledger, device, self.args.seed)}
-            )
+            found = probe_accuracies(encoder, samples, self.load, self.ledger, device, self.args.seed)
+            self.monitor.event({"step": done, **found})
         self.rank_0.wait()
 
     def _save(self, done: int) -> None:

@@ -60,47 +60,25 @@ MOST_PIXELS_A_SIDE, MOST_PIXELS, PIXEL_COMPONENTS, SAMPLES_PER_COMPONENT = 32, 1
 Features = dict[str, np.ndarray]
 
 
-def extract_features(encoder: Any, batches: Iterable[dict[str, torch.Tensor]], device: Any) -> Features:
-    """Frozen features of a `BridleModel`: its last hidden states, pooled over real patches (not the class token).
-
-    Args:
-        encoder: the model; moved to `device`, run in evaluation mode and left in the mode it was in.
-        batches: model inputs, with `attention_mask` where there is padding.
-
-    Returns:
-        For each pooling that fits the modality: (samples, dim) float32.
-    """
-    return _collect(batches, {"encoder": _encoder_features(encoder, device)})["encoder"]
-
-
-def input_features(batches: Iterable[dict[str, torch.Tensor]]) -> Features:
-    """The control: the input itself, pooled over real frames. For each pooling: (samples, dim) float32; pixels: ""."""
-    return _collect(batches, {"input": _pool_input})["input"]
-
-
 def collect_features(
     encoders: dict[str, Any], batches: Iterable[dict[str, torch.Tensor]], device: Any = "cpu", with_input: bool = True
 ) -> dict[str, Features]:
-    """Features of several encoders, by name, in one pass; with those of the input itself (see `INPUT_CONTROLS`)."""
+    """Frozen features of several encoders, in one pass; with those of the input itself (see `INPUT_CONTROLS`).
+
+    Args:
+        encoders: a `BridleModel` by name; moved to `device`, run in evaluation mode and left in the mode it was in.
+        batches: model inputs, with `attention_mask` where there is padding.
+
+    Returns:
+        By name, for each pooling that fits the modality: (samples, dim) float32, the last hidden states pooled over
+        real patches, not the class token; of the input its real frames pooled, of pixels the pixels, as pooling "".
+    """
     extractors = {name: _encoder_features(encoder, device) for name, encoder in encoders.items()}
     if with_input:
         modality = next(iter(encoders.values())).config.modality
         control, _ = INPUT_CONTROLS[INPUT_NAMES[modality]]
         extractors[control] = _pool_input
-    return _collect(batches, extractors)
-
-
-def untrained_encoder(encoder: Any, seed: int = 0) -> Any:
-    """A `BridleModel` of the same configuration with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return type(encoder)(encoder.config)
-
-
-def _collect(
-    batches: Iterable[dict[str, torch.Tensor]], extractors: dict[str, Callable[[dict], dict[str, torch.Tensor]]]
-) -> dict[str, Features]:
-    """One pass over the batches for all extractors: reading is what takes the time."""
+    # One pass over the batches for all: reading is what takes the time.
     parts: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in extractors}
     for batch in batches:
         for name, extract in extractors.items():
@@ -114,6 +92,13 @@ def _collect(
         }
         for name, poolings in parts.items()
     }
+
+
+def untrained_encoder(encoder: Any, seed: int = 0) -> Any:
+    """A `BridleModel` of the same configuration with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(encoder)(encoder.config)
 
 
 def _principal_components(features: np.ndarray) -> np.ndarray:

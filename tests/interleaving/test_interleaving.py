@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle_hf import teacher_hidden_states
+from bridle_hf import teacher_features
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.sample import Sample
@@ -277,9 +277,7 @@ def test_losses_are_means_over_the_patches_of_the_whole_batch(build):
     encoder = copy.deepcopy(run.unwrapped_encoder).train()
     logits = encoder(**batch).logits[batch["bool_masked_pos"]]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes[batch["bool_masked_pos"]].flatten())
-    teacher = teacher_hidden_states(
-        run.unwrapped_encoder.bridle.eval(), batch["input_values"], batch["attention_mask"]
-    )
+    teacher = teacher_features(run.unwrapped_encoder.bridle.eval(), batch["input_values"], batch["attention_mask"])
     tokenizer = copy.deepcopy(run.unwrapped_tokenizer).eval()
     estimate = tokenizer(**{name: batch[name] for name in ("input_values", "attention_mask")},
                          teacher_hidden_states=teacher).estimate  # fmt: skip

@@ -14,7 +14,7 @@ from bridle_hf.commands import main
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
-from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, visible_patches
+from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, num_visible_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
 
 
@@ -97,11 +97,11 @@ def test_sums_over_a_schedule():
 
 def test_masks_of_several_kinds_count_as_the_one_that_shows_most():
     config = BridleConfig(modality="audio", mask_ratio=0.7)
-    assert visible_patches(config, {}) == visible_patches(config, {"random": 1.0}) == math.floor(512 * 0.3)
+    assert num_visible_patches(config, {}) == num_visible_patches(config, {"random": 1.0}) == math.floor(512 * 0.3)
     # 2 of 8 bands are visible, or 30% of the patches.
-    assert visible_patches(config, {"mel_band": 1.0}) == 128
-    assert visible_patches(config, {"mel_band": 1.0, "random": 0.1}) == 153
-    assert visible_patches(config, {"mel_band": 1.0, "random": 0.0}) == 128
+    assert num_visible_patches(config, {"mel_band": 1.0}) == 128
+    assert num_visible_patches(config, {"mel_band": 1.0, "random": 0.1}) == 153
+    assert num_visible_patches(config, {"mel_band": 1.0, "random": 0.0}) == 128
 
 
 def test_peak_is_given_or_measured():

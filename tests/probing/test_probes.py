@@ -20,7 +20,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.pretraining.evaluation import check_probes
 from bridle_hf.probing import probe
 from bridle_hf.probing.explained_variance import codes_explained_variance
-from bridle_hf.probing.features import collect_features, extract_features, input_features, untrained_encoder
+from bridle_hf.probing.features import collect_features, untrained_encoder
 from bridle_hf.probing.metrics import TOP5, ClassificationMetric, mean_average_precision
 from bridle_hf.probing.probes import format_probes, knn_probe, linear_probe, majority
 
@@ -85,12 +85,12 @@ def test_padding_does_not_change_features(encoder, rng):
     clip = torch.tensor(rng.normal(size=(1, 32, 32)), dtype=torch.float32)
     padded = torch.cat([clip, torch.full((1, 16, 32), 7.0)], dim=1)
     mask = (torch.arange(48) < 32).long()[None]
-    alone = extract_features(encoder, [{"input_values": clip}], "cpu")
-    beside = extract_features(encoder, [{"input_values": padded, "attention_mask": mask}], "cpu")
+    alone = collect_features({"encoder": encoder}, [{"input_values": clip}])["encoder"]
+    found = collect_features({"encoder": encoder}, [{"input_values": padded, "attention_mask": mask}])
+    beside, control = found["encoder"], found["log-mel regression"]
     assert alone.keys() == {"mean", "mean_std", "band_mean"}
     for name in alone:
         np.testing.assert_allclose(alone[name], beside[name], atol=1e-5)
-    control = input_features([{"input_values": padded, "attention_mask": mask}])
     expected = torch.cat([clip.mean(dim=1), clip.std(dim=1, correction=0)], dim=1)
     np.testing.assert_allclose(control["mean_std"], expected, atol=1e-5)
 
@@ -98,7 +98,7 @@ def test_padding_does_not_change_features(encoder, rng):
 def test_poolings_against_the_model(encoder, rng):
     batches = [{"input_values": torch.tensor(rng.normal(size=(size, 48, 32)), dtype=torch.float32)} for size in (3, 2)]
     encoder.train()
-    features = extract_features(encoder, iter(batches), "cpu")
+    features = collect_features({"encoder": encoder}, iter(batches), with_input=False)["encoder"]
     assert encoder.training, "left in the mode it was in"
     encoder.eval()
     with torch.no_grad():
@@ -134,7 +134,9 @@ def test_pixels_beside_their_encoder(pixels, rng):
 def test_large_pictures_are_averaged():
     blocks = torch.arange(32 * 32.0).view(1, 1, 32, 32)
     picture = blocks.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    np.testing.assert_array_equal(input_features([{"pixel_values": picture}])[""], blocks.flatten(1))
+    encoder = BridleModel(pixel_config("image", image_size=64))
+    found = collect_features({"encoder": encoder}, [{"pixel_values": picture}])
+    np.testing.assert_array_equal(found["pixel regression"][""], blocks.flatten(1))
 
 
 def test_untrained_encoder_leaves_the_global_state_alone(encoder):

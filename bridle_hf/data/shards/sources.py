@@ -148,10 +148,6 @@ class _Recent:
             self._drop_oldest()
         return self.values[key]
 
-    def clear(self) -> None:
-        while self.values:
-            self._drop_oldest()
-
     def _drop_oldest(self) -> None:
         _, value = self.values.popitem(last=False)
         self.total -= self.weigh(value)

@@ -95,7 +95,7 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
             config=args.data_config, revision=args.data_revision,
         )  # fmt: skip
         plans = make_plans(args, samples)
-        lock = prepare_folder(out, args, plans)
+        lock = prepare_shard_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))
         write_text(out / INDEX_NAME, "".join(map(index_line, entries)))
         release(lock)
@@ -168,7 +168,7 @@ def _num_bytes(sample: Sample) -> int:
         return 0  # whoever writes its shard reports it
 
 
-def prepare_folder(out: Path, args: ShardArguments, plans: Sequence[Plan]) -> FileLock:
+def prepare_shard_folder(out: Path, args: ShardArguments, plans: Sequence[Plan]) -> FileLock:
     """Make the folder, or see that what it holds belongs to the same plans.
 
     Returns:

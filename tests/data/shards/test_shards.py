@@ -60,7 +60,8 @@ def copies(tmp_path, monkeypatch):
 def forget() -> None:
     """Close what is open: shards of the same name follow each other here."""
     for recent in (shard_sources._open_tars, shard_sources._open_parquets, shard_sources._row_groups):
-        recent.clear()
+        while recent.values:
+            recent._drop_oldest()
 
 
 def without_index(folder: str, target: Path) -> Path:
