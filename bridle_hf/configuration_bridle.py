@@ -360,9 +360,10 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         ema_decay (`float`, *optional*, defaults to 0.99):
             Decay of the codebooks' moving averages.
         ema_update (`str`, *optional*, defaults to `"count"`):
-            `"count"`: codes are the ratio of the moving averages of vector sums and counts. `"direction"`: the
-            reference implementation's rule, codes move towards the unit vector of their batch mean (with
-            `codebook_normalization="level"`, the residual is then taken from the moved codes).
+            `"count"`: codes are the ratio of the moving averages of vector sums and counts. Two rules of the reference
+            implementation: `"direction"`, codes move towards the unit vector of their batch mean (audio, images); and
+            `"smoothed_count"`, as `"count"` with Laplace-smoothed counts (video). With
+            `codebook_normalization="level"`, both take the residual from the moved codes.
         dead_code_threshold (`float`, *optional*, defaults to 0.2):
             A code whose moving count falls under this fraction of the expected one is re-seeded from current vectors;
             0 switches re-seeding off.
@@ -403,7 +404,7 @@ class BridleTokenizerConfig(BridleEncoderConfig):
     codebook_normalization: Literal["input", "level", "none"] = "input"
     unit_norm_codes: bool = False
     ema_decay: float = 0.99
-    ema_update: Literal["count", "direction"] = "count"
+    ema_update: Literal["count", "smoothed_count", "direction"] = "count"
     dead_code_threshold: float | int = 0.2
     num_soft_codes: int = 1
     commitment_weight: float | int = 0.25

@@ -3,6 +3,7 @@
 bridle convert checkpoint.pth OUT --modality audio
 """
 
+import argparse
 import math
 import pickle
 import re
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 from .configuration_bridle import BridleConfig, BridleTokenizerConfig
+from .feature_extraction_bridle import BridleFeatureExtractor
+from .image_processing_bridle import make_image_processor
 from .modeling_bridle import BridleForPreTraining
 from .modeling_bridle_tokenizer import BridleTokenizerModel
 from .patching_bridle import sincos_positions
@@ -59,6 +62,13 @@ _COLD_START_NAMES = [
     (r"^tokenizer\.pos_embed$", "random_projection.positions.table"),
     (r"^tokenizer\.(encoder\.)?cold_start_encoder\.", "random_projection.projection."),
 ]
+# What is read by name, or not needed: how far k-means went, and averages that the reference keeps and never uses.
+_QUANTIZER_NAMES = (
+    r"^tokenizer\.quantizer\.(cluster_size|codebooks\.\d+\.(weight|cluster_size_ema|embed_ema|initted)"
+    r"|embedding\.(weight|cluster_size|embed_avg|initted))$"
+)
+# Of values in [0, 1] per channel: ImageNet's, with which the reference trains on images and video.
+_IMAGE_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def convert_state_dict(
@@ -67,18 +77,27 @@ def convert_state_dict(
     """Build our models from a reference state dict; both come back in eval mode.
 
     Args:
-        state_dict: Tensors under the reference's names (`checkpoint["model"]`).
+        state_dict: Tensors under the reference's names (`checkpoint["model"]`), with or without the `module.` that
+            data-parallel training puts before them.
         modality: `"audio"`, `"image"` or `"video"`.
         config_kwargs: Fields of either config that shapes cannot tell: `num_attention_heads`,
             `decoder_num_attention_heads`, `estimator_num_attention_heads` (default: the reference ViT-B's),
-            `num_mel_bins`, or for video `image_size` and `num_frames`. `tokenizer_type="random_projection"` gives the
-            cold-start tokenizer of the same checkpoint instead of the trained one.
+            `num_mel_bins` where positions were trained, or for video `image_size` and `num_frames`.
+            `tokenizer_type="random_projection"` gives the cold-start tokenizer of the same checkpoint instead of the
+            trained one.
 
     Raises:
-        ValueError: A config field that no config has, or a tensor that is missing, left over, or of another shape.
+        ValueError: A config field that no config has; a tensor that is missing, left over, or of another shape; or
+            positions of another grid than the sizes that were given.
     """
-    sizes = _sizes_from_shapes(state_dict, modality)
+    state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+    # Video has its quantizer within its encoder.
+    state_dict = {
+        name.replace("tokenizer.encoder.quantizer.", "tokenizer.quantizer."): t for name, t in state_dict.items()
+    }
     _check_kwargs(config_kwargs)
+    sizes = _sizes_from_shapes(state_dict, modality, config_kwargs)
+    _check_names(state_dict)
     model_config = BridleConfig(**_fields_of(BridleConfig, {**sizes, **config_kwargs}))
     tokenizer_config = BridleTokenizerConfig(**_fields_of(BridleTokenizerConfig, {**sizes, **config_kwargs}))
     cold_start = tokenizer_config.tokenizer_type == "random_projection"
@@ -87,14 +106,14 @@ def convert_state_dict(
     tokenizer_weights = _renamed(state_dict, _COLD_START_NAMES if cold_start else _TOKENIZER_NAMES)
     for config, weights in ((model_config, model_weights), (tokenizer_config, tokenizer_weights)):
         _settle_positions(config, weights)
-    tokenizer_weights |= _quantizer_weights(state_dict)
+    tokenizer_weights |= _quantizer_weights(state_dict, tokenizer_config.ema_update)
     model, tokenizer = BridleForPreTraining(model_config), BridleTokenizerModel(tokenizer_config)
     _load(model, model_weights)
     _load(tokenizer, tokenizer_weights)
     return model.eval(), tokenizer.eval()
 
 
-def _sizes_from_shapes(state_dict: dict[str, torch.Tensor], modality: str) -> dict[str, Any]:
+def _sizes_from_shapes(state_dict: dict[str, torch.Tensor], modality: str, given: dict[str, Any]) -> dict[str, Any]:
     """Every config field that the shapes of the tensors tell, and the reference's fixed choices."""
     nested = "encoder." if modality == "video" else ""
     estimator = "tokenizer.decoder." if modality == "video" else "tokenizer.estimator_"
@@ -122,28 +141,44 @@ def _sizes_from_shapes(state_dict: dict[str, torch.Tensor], modality: str) -> di
         "code_dim": codebooks.shape[2],
         "num_codebooks": codebooks.shape[0],
         "codebook_size": codebooks.shape[1],
-        "ema_update": "direction",
         "dead_code_threshold": 0.0,
         "normalize_target_patches": False,
         "add_position_to_projection": True,
     }
     if "tokenizer.quantizer.embedding.weight" in state_dict:
-        sizes |= {"codebook_normalization": "input", "unit_norm_codes": True}
+        sizes |= {"codebook_normalization": "input", "unit_norm_codes": True, "ema_update": "direction"}
     else:
-        sizes |= {"codebook_normalization": "level"}
+        ema_update = "smoothed_count" if modality == "video" else "direction"
+        sizes |= {"codebook_normalization": "level", "ema_update": ema_update}
     if modality == "video":
         sizes["tubelet_size"] = patch_weight.shape[2]
     else:
-        num_patches = tensor("encoder_decoder.pos_embed").shape[1] - 1
+        table = tensor("encoder_decoder.pos_embed")[0, 1:]
         swin = f"{decoder}blocks.0.attn.tau" in state_dict
         sizes["decoder_type"] = "swin" if swin else "plain"
         if modality == "audio":
-            mel_bins = 128
-            sizes |= {"max_length": num_patches * math.prod(sizes["patch_size"]) // mel_bins, "num_mel_bins": mel_bins}
+            mel_bins = _mel_bins(table, sizes["patch_size"][1], given.get("num_mel_bins"))
+            sizes |= {"max_length": len(table) * math.prod(sizes["patch_size"]) // mel_bins, "num_mel_bins": mel_bins}
         else:
-            side = math.isqrt(num_patches)
-            sizes["image_size"] = [side * size for size in sizes["patch_size"]]
+            # The reference takes square images alone.
+            sizes["image_size"] = [math.isqrt(len(table)) * size for size in sizes["patch_size"]]
     return sizes
+
+
+def _mel_bins(table: torch.Tensor, patch: int, given: int | None) -> int:
+    """Mel bins that positions (patches, dim) span. The reference makes its table for (mel, time), not (time, mel)."""
+    rows = [rows for rows in range(1, len(table) + 1) if len(table) % rows == 0]
+    found = [n for n in rows if _is_sincos(table, (n, len(table) // n))]
+    if not found and given is None:
+        raise ValueError(
+            "the positions of this checkpoint were trained and do not tell its mel bins: give `num_mel_bins`"
+        )
+    if found and given not in (None, found[0] * patch):
+        raise ValueError(
+            f"`num_mel_bins` is {given}, but `encoder_decoder.pos_embed` is of {found[0] * patch} mel bins and "
+            f"{len(table) // found[0]} patches in time"
+        )
+    return found[0] * patch if given is None else given
 
 
 def _count(state_dict: dict[str, torch.Tensor], prefix: str) -> int:
@@ -158,24 +193,26 @@ def _codebooks(state_dict: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _levels(state_dict: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    pattern = re.compile(rf"^tokenizer\.(?:encoder\.)?quantizer\.codebooks\.(\d+)\.{name}$")
+    pattern = re.compile(rf"^tokenizer\.quantizer\.codebooks\.(\d+)\.{name}$")
     found = {int(match[1]): tensor for key, tensor in state_dict.items() if (match := pattern.match(key))}
     if not found:
         raise ValueError("the checkpoint has no `tokenizer.quantizer` codebooks: this is not a reference checkpoint")
     return [found[level] for level in sorted(found)]
 
 
-def _quantizer_weights(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _quantizer_weights(state_dict: dict[str, torch.Tensor], ema_update: str) -> dict[str, torch.Tensor]:
     codebooks = _codebooks(state_dict)
     if "tokenizer.quantizer.cluster_size" in state_dict:
         cluster_size = state_dict["tokenizer.quantizer.cluster_size"][None]
     else:
         cluster_size = torch.stack(_levels(state_dict, "cluster_size_ema"))
+    # Where the reference moves its codes directly, a sum that agrees with them is all that there is to know.
+    direct = ema_update == "direction"
+    cluster_sum = codebooks * cluster_size[:, :, None] if direct else torch.stack(_levels(state_dict, "embed_ema"))
     return {
         "quantizer.codebooks": codebooks,
         "quantizer.cluster_size": cluster_size,
-        # The reference moves its codes directly: a sum that agrees with them is all that there is to know.
-        "quantizer.cluster_sum": codebooks * cluster_size[:, :, None],
+        "quantizer.cluster_sum": cluster_sum,
         "quantizer.initialized": torch.tensor(True),
     }
 
@@ -185,6 +222,14 @@ def _check_kwargs(config_kwargs: dict[str, Any]) -> None:
     unknown = sorted(set(config_kwargs) - known)
     if unknown:
         raise ValueError(f"{unknown} are fields of neither BridleConfig nor BridleTokenizerConfig")
+
+
+def _check_names(state_dict: dict[str, torch.Tensor]) -> None:
+    known = [pattern for pattern, _ in (*_MODEL_NAMES, *_TOKENIZER_NAMES, *_COLD_START_NAMES)] + [_QUANTIZER_NAMES]
+    unknown = [name for name in state_dict if not any(re.search(pattern, name) for pattern in known)]
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise ValueError(f"the checkpoint has tensors that the reference has not: {', '.join(unknown[:5])}{more}")
 
 
 def _fields_of(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -227,15 +272,18 @@ def _settle_positions(config: BridleConfig | BridleTokenizerConfig, weights: dic
     for name, table in tables.items():
         extra = table[: len(table) - patches]
         if len(table) < patches or extra.any():
-            raise ValueError(f"`{name}` does not fit a grid of {config.patch_grid} patches: give `num_mel_bins`")
+            size = "num_mel_bins" if config.modality == "audio" else "image_size"
+            raise ValueError(f"`{name}` does not fit a grid of {config.patch_grid} patches: give `{size}`")
     tables = {name: table[len(table) - patches :] for name, table in tables.items()}
-    computed = all(
-        torch.allclose(table, sincos_positions(config.patch_grid, table.shape[1]), atol=1e-6)
-        for table in tables.values()
-    )
-    if not computed:
+    if not all(_is_sincos(table, config.patch_grid) for table in tables.values()):
         config.position_embedding_type = "table"
         weights |= tables
+
+
+def _is_sincos(table: torch.Tensor, grid: tuple[int, ...]) -> bool:
+    """Whether (patches, dim) are the positions that we compute, as far as the precision of `table` goes."""
+    tolerance = max(1e-6, torch.finfo(table.dtype).eps)
+    return torch.allclose(table.float(), sincos_positions(grid, table.shape[1]), atol=tolerance, rtol=0.0)
 
 
 def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -245,25 +293,36 @@ def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {error}") from error
 
 
-def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality: str, **heads: int) -> None:
-    """Write OUT/encoder and OUT/tokenizer from a file that the authors' code saved: `{"model": state_dict}`.
+def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality: str, **config_kwargs: Any) -> None:
+    """Write OUT/encoder and OUT/tokenizer, with their processor, from a file that the authors' code saved.
 
     Args:
-        heads: `num_attention_heads` and the like, which shapes cannot tell; see [`convert_state_dict`].
+        checkpoint: What `torch.save` wrote of `{"model": state_dict, ...}`, or of the state dict alone.
+        config_kwargs: `num_attention_heads` and the like, which shapes cannot tell; see [`convert_state_dict`].
 
     Raises:
-        ValueError: the file is not such a checkpoint. OSError: it cannot be read.
+        ValueError: The file is not such a checkpoint. OSError: It cannot be read.
     """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        # The authors save the arguments of their run beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{checkpoint} is not a file of weights that torch.save wrote") from error
     saved = saved.get("model", saved) if isinstance(saved, dict) else None
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} does not hold a state dict, nor one under the name 'model'")
-    models = convert_state_dict(saved, modality=modality, **heads)
+    models = convert_state_dict(saved, modality=modality, **config_kwargs)
     for name, model in zip(("encoder", "tokenizer"), models):
         model.save_pretrained(Path(output_dir) / name)
+        make_original_processor(model.config).save_pretrained(Path(output_dir) / name)
+
+
+def make_original_processor(config: BridleConfig | BridleTokenizerConfig) -> Any:
+    """The processor of a converted model: AudioSet's statistics for audio, ImageNet's for images and video."""
+    if config.modality == "audio":
+        return BridleFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
+    return make_image_processor(config, **(_IMAGE_STATISTICS if config.num_channels == 3 else {}))
 
 
 __all__ = ["convert_checkpoint", "convert_state_dict"]

@@ -103,6 +103,17 @@ class BridleFeatureExtractor(SequenceFeatureExtractor):
         self.std = std
         self.downmix = downmix
 
+    @classmethod
+    def from_dict(cls, feature_extractor_dict: dict, **kwargs):
+        """As in transformers, but the settings of an image or video processor are refused: they share a file name."""
+        for kind in ("image_processor_type", "video_processor_type"):
+            if kind in feature_extractor_dict:
+                raise ValueError(
+                    f"these are the settings of {feature_extractor_dict[kind]}, not of a feature extractor of audio: "
+                    "load them with AutoImageProcessor, or with AutoProcessor"
+                )
+        return super().from_dict(feature_extractor_dict, **kwargs)
+
     def __call__(
         self,
         raw_speech: np.ndarray | torch.Tensor | list,

@@ -93,6 +93,19 @@ class BridleImageProcessor(PilBackend):
     do_rescale = True
     do_normalize = True
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        """As in transformers, but the settings of a feature extractor are refused: they share a file name.
+
+        `AutoProcessor` tries image processors first, and goes on to feature extractors where one raises.
+        """
+        if "feature_extractor_type" in image_processor_dict:
+            raise ValueError(
+                f"these are the settings of {image_processor_dict['feature_extractor_type']}, not of an image "
+                "processor: load them with AutoFeatureExtractor, or with AutoProcessor"
+            )
+        return super().from_dict(image_processor_dict, **kwargs)
+
     def _prepare_images_structure(self, images, expected_ndims=3):
         # The base class takes a bare (height, width) array for a batch, and fails.
         if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 2:

@@ -15,6 +15,9 @@ from transformers.utils import ModelOutput
 from .configuration_bridle import BridleTokenizerConfig
 
 
+LAPLACE_SMOOTHING = 1e-5  # vectors that `ema_update="smoothed_count"` adds to every code's count
+
+
 @dataclass
 class CodebookUsage(ModelOutput):
     """What each level of the quantizer did with one set of vectors; every field has shape (num_codebooks,).
@@ -128,7 +131,7 @@ class BridleResidualQuantizer(nn.Module):
         if self.config.codebook_normalization == "input":
             latents = F.normalize(latents, dim=-1)
         # The reference's RQ moves a level's codes before it takes the residual; all else moves all levels afterwards.
-        reference_rq = self.config.ema_update == "direction" and self.config.codebook_normalization == "level"
+        reference_rq = self.config.ema_update != "count" and self.config.codebook_normalization == "level"
         move_within_chain = move and reference_rq
         residual, loss, levels = latents, 0.0, []
         reseeded = torch.zeros(self.config.num_codebooks, dtype=torch.long, device=latents.device)
@@ -246,6 +249,9 @@ class BridleResidualQuantizer(nn.Module):
             # A code that nobody chose for long decays in count and sum alike: the ratio must not become 0 / 0.
             tiny = torch.finfo(torch.float32).tiny
             moved = torch.where(size[:, None] > 1e-6 * expected, total / size[:, None].clamp(min=tiny), codebook)
+        elif self.config.ema_update == "smoothed_count":
+            smoothed = (size + LAPLACE_SMOOTHING) / (size + LAPLACE_SMOOTHING).sum() * size.sum()
+            moved = total / smoothed[:, None]
         else:
             towards = F.normalize(sums / counts[:, None].clamp(min=1.0), dim=-1)
             moved = torch.where(counts[:, None] > 0, codebook.lerp(towards, rate), codebook)

@@ -5,7 +5,16 @@ import json
 import pytest
 import torch
 from helpers.fresh_process import run_fresh
-from helpers.saved_folders import OWN_CLASS, assert_equal, expected, load_everything, make_models, save_all
+from helpers.saved_folders import (
+    OWN_CLASS,
+    assert_equal,
+    expected,
+    load_everything,
+    load_processors,
+    make_models,
+    save_all,
+    save_processors,
+)
 from transformers import Trainer, TrainingArguments
 
 
@@ -91,3 +100,36 @@ def test_saved_config_names_all_classes_whatever_was_saved_or_loaded(models, kin
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map == type(model.config)._auto_map
     assert all((tmp_path / f"{target.split('.')[0]}.py").is_file() for target in auto_map.values())
+
+
+def assert_right_processors(root, found: dict[str, str]) -> None:
+    for name in ("audio", "image", "grey", "video"):
+        saved = json.loads((root / name / "preprocessor_config.json").read_text())
+        fitting, other = ("AutoFeatureExtractor", "AutoImageProcessor")[:: 1 if name == "audio" else -1]
+        # Saved anew, it is what was there, not a mixture.
+        assert json.loads(found[f"{name} {fitting}"]) == saved
+        assert json.loads(found[f"{name} AutoProcessor"]) == saved
+        assert "Error: " in found[f"{name} {other}"], f"{other} took the folder of {name}"
+
+
+def test_no_auto_class_takes_another_modalitys_processor(tmp_path):
+    save_processors(tmp_path)
+    found = load_processors(str(tmp_path), trust_remote_code=False, again=tmp_path / "again")
+    assert_right_processors(tmp_path, found)
+    assert "settings of BridleFeatureExtractor" in found["audio AutoImageProcessor"]
+    assert "settings of VideoMAEImageProcessor" in found["video AutoFeatureExtractor"]
+    assert "settings of ViTImageProcessor" in found["image AutoFeatureExtractor"]
+    assert "settings of BridleImageProcessor" in found["grey AutoFeatureExtractor"]
+
+
+def test_no_auto_class_takes_another_modalitys_processor_by_remote_code(tmp_path):
+    save_processors(tmp_path)
+    code = f"""
+        import json
+        from pathlib import Path
+        from helpers.saved_folders import load_processors
+
+        print(json.dumps(load_processors({str(tmp_path)!r}, True, Path("again"))))
+    """
+    found = json.loads(run_fresh(code, tmp_path / "fresh", package=False).splitlines()[-1])
+    assert_right_processors(tmp_path, found)

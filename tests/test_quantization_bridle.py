@@ -11,12 +11,13 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
-from vector_quantize_pytorch import ResidualVQ
+from vector_quantize_pytorch import ResidualVQ, VectorQuantize
 
 from bridle_hf import BridleTokenizerConfig, BridleTokenizerModel
 from bridle_hf.quantization_bridle import BridleResidualQuantizer, codebook_usage, count_codes, kmeans
 
 
+EMA_UPDATES = ["count", "smoothed_count", "direction"]
 EXACT = {"atol": 1e-5, "rtol": 0.0}
 
 
@@ -176,7 +177,26 @@ def test_ema_equals_the_literal_formula():
     np.testing.assert_allclose(quantizer.cluster_sum.numpy(), total, atol=1e-4)
 
 
-@pytest.mark.parametrize("ema_update", ["count", "direction"])
+def test_smoothed_counts_equal_the_oracle_library():
+    ours = make_quantizer(num_codebooks=1, ema_update="smoothed_count", dead_code_threshold=0.0).train()
+    oracle = VectorQuantize(dim=8, codebook_size=16, decay=0.99, threshold_ema_dead_code=0, kmeans_init=False).train()
+    sizes = 10 * torch.rand(16)
+    sizes[:2] = 1e-6  # as good as dead: their counts are what smoothing is for
+    for (codes, size, total) in (
+        (ours.codebooks, ours.cluster_size, ours.cluster_sum),
+        (oracle._codebook.embed, oracle._codebook.cluster_size, oracle._codebook.embed_avg),
+    ):  # fmt: skip
+        codes.copy_(ours.codebooks)
+        size.copy_(sizes)
+        total.copy_(ours.codebooks * sizes[:, None])
+    for _ in range(5):
+        latents = torch.randn(200, 8)
+        assert torch.equal(ours(latents).codes[:, 0], oracle(latents[None])[1][0])
+    torch.testing.assert_close(ours.codebooks, oracle._codebook.embed, **EXACT)
+    torch.testing.assert_close(ours.cluster_size, oracle._codebook.cluster_size, **EXACT)
+
+
+@pytest.mark.parametrize("ema_update", EMA_UPDATES)
 def test_unit_norm_codes_stay_of_unit_norm(ema_update):
     quantizer = make_quantizer(unit_norm_codes=True, codebook_normalization="input", ema_update=ema_update).train()
     for _ in range(3):
@@ -226,7 +246,7 @@ def test_no_churn_on_a_stationary_distribution():
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["none", "input", "level"]),
-    st.sampled_from(["count", "direction"]),
+    st.sampled_from(EMA_UPDATES),
     st.booleans(),
     st.sampled_from([0.0, 1e-20, 1.0, 1e10]),
 )
@@ -321,6 +341,7 @@ CASES = {
     "none": {},
     "input": {"codebook_normalization": "input", "unit_norm_codes": True},
     "level": {"codebook_normalization": "level", "ema_update": "direction"},
+    "smoothed": {"codebook_normalization": "level", "ema_update": "smoothed_count"},
 }
 
 

@@ -84,6 +84,11 @@ def write_card(
     return path
 
 
+def write_converted_card(folder: str | Path, checkpoint: str | Path) -> Path:
+    """Write `folder/README.md` of a model that was converted from a checkpoint, which tells nothing of its run."""
+    return write_card(folder, {"arguments": {}, "data": "unknown", "converted": Path(checkpoint).name})
+
+
 def kind_of(config: BridleEncoderConfig) -> str:
     """After the model that was saved: "encoder", "tokenizer" or "classifier"."""
     if config.model_type == "bridle_tokenizer":

@@ -56,14 +56,18 @@ def card(args: CardArguments) -> None:
 
 
 def convert(args: ConvertArguments) -> None:
+    from bridle_hf.cards.card import write_converted_card
     from bridle_hf.convert_bridle_original_to_hf import convert_checkpoint
 
-    heads = {name: value for name, value in vars(args).items() if name.endswith("heads") and value is not None}
+    fields = {name: value for name, value in vars(args).items() if value is not None}
+    checkpoint, folder = fields.pop("checkpoint"), Path(fields.pop("output_dir"))
     try:
-        convert_checkpoint(args.checkpoint, args.output_dir, args.modality, **heads)
+        convert_checkpoint(checkpoint, folder, **fields)
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from error
-    print(f"wrote {Path(args.output_dir) / 'encoder'} and {Path(args.output_dir) / 'tokenizer'}")
+    for name in ("encoder", "tokenizer"):
+        write_converted_card(folder / name, checkpoint)
+    print(f"wrote {folder / 'encoder'} and {folder / 'tokenizer'}")
 
 
 def flops(args: Any, recipe: Any) -> None:

@@ -32,3 +32,8 @@ class ConvertArguments:
     num_attention_heads: int | None = field(default=None, metadata={"help": "of the encoder (default: ViT-B's)"})
     decoder_num_attention_heads: int | None = field(default=None, metadata={"help": "of the decoder"})
     estimator_num_attention_heads: int | None = field(default=None, metadata={"help": "of the estimator"})
+    num_mel_bins: int | None = field(
+        default=None, metadata={"help": "of audio (default: what the checkpoint's positions tell)"}
+    )
+    image_size: int | None = field(default=None, metadata={"help": "height and width of video (default: 224)"})
+    num_frames: int | None = field(default=None, metadata={"help": "of a clip of video (default: 16)"})

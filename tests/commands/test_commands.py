@@ -1,5 +1,6 @@
 """The command `bridle`: help without torch, statuses, recipes by name; and the same from Python."""
 
+import argparse
 import ast
 import json
 import subprocess
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.hub_stand_in import metadata_errors
 from helpers.sounds import save_encoder, write_sounds
 from helpers.tiny_run import ROOT, write_recipe, write_recordings
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 import bridle_hf
 from bridle_hf.commands import COMMANDS, main
@@ -236,11 +238,34 @@ def test_pretrain_finetune_and_probe(tmp_path):
         bridle_hf.probe(model=tmp_path / "nowhere", data=sounds)
 
 
-def test_convert(tmp_path, capsys):
-    state = load_file(Path(__file__).parents[1] / "golden" / "audio_rq_state_dict.safetensors")
-    torch.save({"model": state}, tmp_path / "checkpoint.pth")
-    heads = {"num_attention_heads": 4, "estimator_num_attention_heads": 4, "decoder_num_attention_heads": 16}
-    words = [word for name, value in heads.items() for word in (f"--{name}", str(value))]
-    main(argv=["convert", str(tmp_path / "checkpoint.pth"), str(tmp_path / "out"), "--modality", "audio", *words])
+CONVERTED = {
+    "audio": ({"decoder_num_attention_heads": 16}, {"num_mel_bins": 128}),
+    "image": ({"decoder_num_attention_heads": 4}, {}),
+    "video": (
+        {"decoder_num_attention_heads": 2, "estimator_num_attention_heads": 2},
+        {"image_size": 32, "num_frames": 16},
+    ),
+}
+
+
+@pytest.mark.parametrize("modality", CONVERTED)
+def test_convert(modality, tmp_path, capsys):
+    heads, sizes = CONVERTED[modality]
+    options = {"num_attention_heads": 4, "estimator_num_attention_heads": 4, **heads, **sizes}
+    state = load_file(Path(__file__).parents[1] / "golden" / f"{modality}_rq_state_dict.safetensors")
+    # As the authors' code saves it: with the arguments of the run.
+    torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "checkpoint.pth")
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    main(argv=["convert", str(tmp_path / "checkpoint.pth"), str(tmp_path / "out"), "--modality", modality, *words])
     assert str(tmp_path / "out" / "encoder") in capsys.readouterr().out
-    assert AutoModel.from_pretrained(tmp_path / "out" / "encoder").config.num_attention_heads == 4
+    for kind in ("encoder", "tokenizer"):
+        folder = tmp_path / "out" / kind
+        model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        assert model.config.num_attention_heads == 4
+        assert all(getattr(model.config, name) == value for name, value in sizes.items())
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert metadata_errors(card) == [] and "Converted from `checkpoint.pth`" in card
+        if modality == "audio":
+            assert (processor.num_mel_bins, processor.max_length) == (128, 1024)
+        else:
+            assert list(processor.image_mean) == [0.485, 0.456, 0.406]  # of ImageNet, as in the authors' code

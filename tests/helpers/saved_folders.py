@@ -11,9 +11,11 @@ import torch
 from transformers import (
     AutoConfig,
     AutoFeatureExtractor,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForPreTraining,
+    AutoProcessor,
     pipeline,
 )
 
@@ -137,6 +139,35 @@ def pipeline_scores(name: str, trust_remote_code: bool) -> torch.Tensor:
     answers = classify({"raw": clips()[0], "sampling_rate": RATE})
     assert {answer["label"] for answer in answers} == {"flute", "oboe", "horn"}
     return torch.tensor([answer["score"] for answer in answers])
+
+
+def save_processors(root: Path) -> None:
+    """A config and its processor in a folder for audio, for images of three channels and of one, and for video."""
+    import bridle_hf
+
+    sizes = {"audio": INPUT, "image": {"image_size": 32}, "video": {"image_size": 32, "num_frames": 4}}
+    for name, fields in {**sizes, "grey": {**sizes["image"], "num_channels": 1}}.items():
+        config = bridle_hf.BridleConfig(modality="image" if name == "grey" else name, **fields, **SIZES)
+        config.save_pretrained(root / name)
+        audio = name == "audio"
+        processor = bridle_hf.BridleFeatureExtractor(**INPUT) if audio else bridle_hf.make_image_processor(config)
+        processor.save_pretrained(root / name)
+
+
+def load_processors(root: str, trust_remote_code: bool, again: Path) -> dict[str, str]:
+    """Every folder of [`save_processors`] through every Auto class of processors; what each saves, or its error."""
+    results = {}
+    for name in ("audio", "image", "grey", "video"):
+        for auto_class in (AutoProcessor, AutoFeatureExtractor, AutoImageProcessor):
+            try:
+                processor = auto_class.from_pretrained(f"{root}/{name}", trust_remote_code=trust_remote_code)
+            except (ValueError, AttributeError) as error:
+                results[f"{name} {auto_class.__name__}"] = f"{type(error).__name__}: {error}"
+            else:
+                processor.save_pretrained(again / name / auto_class.__name__)
+                saved = again / name / auto_class.__name__ / "preprocessor_config.json"
+                results[f"{name} {auto_class.__name__}"] = saved.read_text()
+    return results
 
 
 def assert_equal(actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
