@@ -242,7 +242,8 @@ class BridleConfig(BridleEncoderConfig):
         mask_type (`str`, *optional*, defaults to `None`):
             How they are chosen: a name of `masking_bridle.MASKS` that fits the modality.
         decoder_type (`str`, *optional*, defaults to `None`):
-            `"swin"` or `"plain"`.
+            `"swin"` or `"plain"`, whose layers see all patches, visible and hidden; or `"cross"`, whose hidden patches
+            read the encoder's tokens by cross-attention, and not each other (CrossMAE).
         decoder_hidden_size (`int`, *optional*, defaults to `None`):
             Width of the decoder.
         decoder_num_hidden_layers (`int`, *optional*, defaults to `None`):
@@ -255,6 +256,11 @@ class BridleConfig(BridleEncoderConfig):
             Window of the Swin layers, in patches.
         decoder_window_shift (pair, *optional*, defaults to `(2, 0)`):
             Shift of the window in every second Swin layer.
+        decoded_ratio (`float`, *optional*, defaults to 1.0):
+            Share of the hidden patches that a `"cross"` decoder decodes while it is trained, drawn for each sample.
+        decoder_encoder_layers (`list[int]`, *optional*, defaults to `None`):
+            States of the encoder that a `"cross"` decoder reads beside the encoder's output, as indices into
+            `hidden_states` (0 is the embedding): each of its layers reads a learned mix. `None`: the output alone.
         num_codebooks (`int`, *optional*, defaults to 4):
             Codes that each patch has.
         codebook_size (`int`, *optional*, defaults to 256):
@@ -291,13 +297,15 @@ class BridleConfig(BridleEncoderConfig):
 
     mask_ratio: float | None = None
     mask_type: str | None = None
-    decoder_type: Literal["swin", "plain"] | None = None
+    decoder_type: Literal["swin", "plain", "cross"] | None = None
     decoder_hidden_size: int | None = None
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
     decoder_intermediate_size: int | None = None
     decoder_window_size: list[int] | tuple[int, int] = (4, 4)
     decoder_window_shift: list[int] | tuple[int, int] = (2, 0)
+    decoded_ratio: float | int = 1.0
+    decoder_encoder_layers: list[int] | None = None
     num_codebooks: int = 4
     codebook_size: int = 256
     codebook_loss_weights: list[float] | None = None
@@ -330,6 +338,15 @@ class BridleConfig(BridleEncoderConfig):
             raise ValueError(
                 f"`codebook_loss_weights` has {len(self.codebook_loss_weights)} entries for `num_codebooks`="
                 f"{self.num_codebooks}; give one weight per codebook"
+            )
+        if not 0.0 < self.decoded_ratio <= 1.0:
+            raise ValueError(f"`decoded_ratio` is {self.decoded_ratio}; it must lie over 0 and be at most 1")
+        if self.decoder_encoder_layers is not None:
+            check_layers("decoder_encoder_layers", self.decoder_encoder_layers, self.num_hidden_layers)
+        if self.decoder_type != "cross" and (self.decoded_ratio != 1.0 or self.decoder_encoder_layers is not None):
+            raise ValueError(
+                f"`decoded_ratio` and `decoder_encoder_layers` are for `decoder_type='cross'`, this is "
+                f"'{self.decoder_type}': its layers see all patches, and the encoder's output alone"
             )
         if self.decoder_type == "swin" and self.modality == "video":
             raise ValueError("`decoder_type='swin'` works on 2-D grids; use 'plain' for video")
@@ -439,6 +456,12 @@ class BridleTokenizerConfig(BridleEncoderConfig):
 
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def check_layers(name: str, layers: list[int], depth: int) -> None:
+    """Raise a `ValueError` unless `layers` are indices into the `hidden_states` of an encoder of `depth` layers."""
+    if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
+        raise ValueError(f"{name} is {layers}: expected some of 0 (the embedding) to {depth}")
 
 
 def _check_fraction(name: str, value: float) -> None:

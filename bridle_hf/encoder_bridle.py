@@ -32,18 +32,21 @@ def eager_attention_forward(
 
 
 class BridleAttention(nn.Module):
-    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash, flex)."""
+    """Multi-head attention through transformers' attention interface (eager, SDPA, flash, flex).
+
+    Of tokens to themselves, or, with `context_size`, to a context of that width.
+    """
 
     is_causal = False
 
-    def __init__(self, config: BridleEncoderConfig, hidden_size: int, num_heads: int):
+    def __init__(self, config: BridleEncoderConfig, hidden_size: int, num_heads: int, context_size: int | None = None):
         super().__init__()
         self.config = config
         self.head_dim = hidden_size // num_heads
         self.scaling = self.head_dim**-0.5
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias and config.key_bias)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(context_size or hidden_size, hidden_size, bias=config.qkv_bias and config.key_bias)
+        self.v_proj = nn.Linear(context_size or hidden_size, hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     @property
@@ -52,12 +55,17 @@ class BridleAttention(nn.Module):
         return self.k_proj.bias
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        context = hidden_states if context is None else context
+        query, key, value = (
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in (self.q_proj(hidden_states), self.k_proj(context), self.v_proj(context))
+        )
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -131,8 +131,36 @@ def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = int(visible.sum(dim=1).max())
     # torch's own check, because torch.compile learns from it that there is at least one.
     torch._check_value(most > 0, lambda: "no patch is visible: the mask hides all of them")
-    indices = torch.argsort((~visible).to(torch.uint8), dim=1, stable=True)[:, :most]
-    return indices, visible.gather(1, indices)
+    return _first_of(visible, most)
+
+
+def chosen_patches(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`visible_patches`], of any choice of patches; one column that is not valid where none is chosen."""
+    most = int(chosen.sum(dim=1).max().clamp(min=1))
+    torch._check(most > 0)
+    return _first_of(chosen, most)
+
+
+def _first_of(chosen: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    indices = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)[:, :most]
+    return indices, chosen.gather(1, indices)
+
+
+def draw_share(chosen: torch.Tensor, share: float, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A random `share` of the chosen patches of each row, rounded, at least one; all of them where it is 1.
+
+    Args:
+        chosen: (rows, patches) bool.
+
+    Returns:
+        (rows, patches) bool.
+    """
+    if share == 1.0:
+        return chosen
+    scores = torch.rand(chosen.shape, generator=generator, device=chosen.device).masked_fill(~chosen, -1.0)
+    ranks = scores.argsort(dim=1, descending=True).argsort(dim=1)
+    kept = (chosen.sum(dim=1, keepdim=True) * share).round().clamp(min=1)
+    return chosen & (ranks < kept)
 
 
 def _hide_highest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -154,6 +182,8 @@ def _uniform(low: float, high: float, generator: torch.Generator | None) -> floa
 __all__ = [
     "MASKS",
     "block_mask",
+    "chosen_patches",
+    "draw_share",
     "make_mask",
     "mel_band_mask",
     "num_hidden",

@@ -19,8 +19,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bridle import BridleConfig, BridleEncoderConfig
-from .encoder_bridle import BridleAttention, BridleDropPath, BridleLayer, BridleSwinAttention, BridleSwinLayer
-from .masking_bridle import make_mask, visible_patches
+from .decoder_bridle import BridleDecoder, BridleLayerMix
+from .encoder_bridle import BridleAttention, BridleDropPath, BridleLayer, BridleSwinAttention
+from .masking_bridle import chosen_patches, draw_share, make_mask
 from .patching_bridle import (
     INPUT_NAMES,
     BridleEmbeddings,
@@ -35,16 +36,20 @@ from .patching_bridle import (
 @dataclass
 class BridleForPreTrainingOutput(ModelOutput):
     """
-    loss: mean cross-entropy over masked patches and codebooks, a scalar; where `labels` were given.
-    logits: (batch, patches, num_codebooks, codebook_size), for every patch of the grid.
-    accuracy: (num_codebooks,), share of masked patches whose code was predicted; where `labels` were given.
+    loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given.
+    logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not decoded.
+        A cross decoder decodes hidden patches alone; the others all patches, or, while training with `labels`, the
+        hidden ones, which the loss is over.
+    accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given.
     bool_masked_pos: (batch, patches) bool, the mask that was used.
+    bool_decoded_pos: (batch, patches) bool, the hidden patches that the loss and the accuracy are over.
     """
 
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     accuracy: torch.FloatTensor | None = None
     bool_masked_pos: torch.BoolTensor | None = None
+    bool_decoded_pos: torch.BoolTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -66,7 +71,7 @@ class BridlePreTrainedModel(PreTrainedModel):
     _auto_class = "AutoModel"
     input_modalities = ("audio", "image", "video")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BridleEmbeddings", "BridleLayer", "BridleSwinLayer"]
+    _no_split_modules = ["BridleEmbeddings", "BridleLayer", "BridleSwinLayer", "BridleCrossLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -118,6 +123,8 @@ class BridlePreTrainedModel(PreTrainedModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
         elif isinstance(module, BridleDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
+        elif isinstance(module, BridleLayerMix):
+            init.constant_(module.weight, 1.0 / module.weight.shape[1])
         elif isinstance(module, BridleSwinAttention):
             init.ones_(module.tau)
 
@@ -211,71 +218,6 @@ def mean_over_real(hidden_states: torch.Tensor, real: torch.Tensor | None) -> to
     return (hidden_states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1.0)
 
 
-class BridleDecoder(nn.Module):
-    """From visible patches' features and mask tokens on the full grid to logits per codebook."""
-
-    def __init__(self, config: BridleConfig):
-        super().__init__()
-        self.config = config
-        width = config.decoder_hidden_size
-        self.embed = nn.Linear(config.hidden_size, width, bias=config.modality != "video")
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = BridlePositions(config, width)
-        self.layers = nn.ModuleList(self._layer(index) for index in range(config.decoder_num_hidden_layers))
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.num_codebooks * config.codebook_size)
-
-    def _layer(self, index: int) -> nn.Module:
-        config = self.config
-        sizes = (config.decoder_hidden_size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
-        if config.decoder_type == "plain":
-            return BridleLayer(config, *sizes)
-        shift = config.decoder_window_shift if index % 2 else (0, 0)
-        return BridleSwinLayer(*sizes, config.hidden_act, config.decoder_window_size, shift)
-
-    def forward(
-        self, encoded: torch.Tensor, bool_masked_pos: torch.Tensor, real: torch.Tensor | None, grid: tuple[int, ...]
-    ) -> torch.Tensor:
-        """
-        Args:
-            encoded: (batch, [class] + visible patches, hidden).
-            bool_masked_pos: (batch, patches) bool.
-            real: (batch, patches) bool, or `None` where all patches are.
-
-        Returns:
-            (batch, patches, num_codebooks, codebook_size).
-        """
-        first = int(self.config.use_class_token)
-        decoded = self.embed(encoded)
-        tokens = self._on_grid(decoded[:, first:], bool_masked_pos, real)
-        tokens = tokens + self.positions(grid).to(tokens.dtype)
-        if self.config.decoder_type == "swin":
-            for layer in self.layers:
-                tokens = layer(tokens, grid, real)
-        else:
-            # The class token has no position of its own.
-            tokens = torch.cat([decoded[:, :first], tokens], dim=1)
-            real = None if real is None else F.pad(real, (first, 0), value=True)
-            mask = create_bidirectional_mask(config=self.config, inputs_embeds=tokens, attention_mask=real)
-            for layer in self.layers:
-                tokens = layer(tokens, mask)
-            tokens = tokens[:, first:]
-        logits = self.head(self.layernorm(tokens))
-        return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
-
-    def _on_grid(
-        self, visible_tokens: torch.Tensor, bool_masked_pos: torch.Tensor, real: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Visible tokens at their places, mask tokens at all others."""
-        visible = ~bool_masked_pos if real is None else ~bool_masked_pos & real
-        indices, valid = visible_patches(visible)
-        mask_token = self.mask_token.to(visible_tokens.dtype)
-        tokens = mask_token.expand(*bool_masked_pos.shape, -1)
-        # Where a clip has fewer visible patches than another, its index points at a masked one: leave that as it is.
-        visible_tokens = torch.where(valid[:, :, None], visible_tokens, mask_token)
-        return tokens.scatter(1, indices[:, :, None].expand_as(visible_tokens), visible_tokens)
-
-
 class BridleForPreTraining(BridlePreTrainedModel):
     """The encoder with a decoder that predicts the tokenizer's codes of masked patches (the encoder phase)."""
 
@@ -300,6 +242,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
         input_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        bool_decoded_pos: torch.Tensor | None = None,
         **kwargs,
     ) -> BridleForPreTrainingOutput:
         """Predict codes.
@@ -310,9 +253,11 @@ class BridleForPreTraining(BridlePreTrainedModel):
                 if not given.
             labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
                 weighted targets ("soft codes"); `accuracy` compares with the first.
+            bool_decoded_pos: (batch, patches) bool, the hidden patches whose codes are predicted and make the loss; if
+                not given, all of them, or, while a cross decoder is trained, the share `config.decoded_ratio`, drawn.
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or mask or labels that do not fit the input.
+            ValueError: As [`BridleModel.forward`]; or masks or labels that do not fit the input.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         grid = patch_grid_of(values, self.config)
@@ -320,20 +265,48 @@ class BridleForPreTraining(BridlePreTrainedModel):
         if bool_masked_pos is None:
             bool_masked_pos = self._draw_masks(len(values), grid, real).to(values.device)
         bool_masked_pos = bool_masked_pos.bool() if real is None else bool_masked_pos.bool() & real
-        encoded = self.bridle(values, attention_mask, bool_masked_pos, **kwargs)
-        logits = self.decoder(encoded.last_hidden_state, bool_masked_pos, real, grid)
+        encoded, read = self._encode(values, attention_mask, bool_masked_pos, kwargs)
+        decoded = self._decoded(bool_masked_pos, bool_decoded_pos, grid)
+        wanted = chosen_patches(decoded) if self._decodes_hidden_alone(labels) else None
+        rows = self.decoder(read, bool_masked_pos, real, grid, wanted)
         loss = accuracy = None
         if labels is not None:
             check_patch_shape("labels", labels, len(values), grid)
-            loss, accuracy = self._loss(logits, labels, bool_masked_pos)
+            loss, accuracy = self._loss(rows[decoded if wanted is None else wanted[1]], labels, decoded)
         return BridleForPreTrainingOutput(
             loss=loss,
-            logits=logits,
+            logits=rows if wanted is None else _on_grid(rows, *wanted, decoded.shape[1]),
             accuracy=accuracy,
             bool_masked_pos=bool_masked_pos,
+            bool_decoded_pos=decoded,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def _encode(
+        self, values: torch.Tensor, attention_mask: torch.Tensor | None, masked: torch.Tensor, options: dict
+    ) -> tuple[BaseModelOutputWithPooling, list[torch.Tensor]]:
+        """The encoder's output, and what of its states the decoder reads."""
+        layers = self.config.decoder_encoder_layers
+        if layers is None:
+            encoded = self.bridle(values, attention_mask, masked, **options)
+            return encoded, [encoded.last_hidden_state]
+        asked = options.get("output_hidden_states", self.config.output_hidden_states)
+        encoded = self.bridle(values, attention_mask, masked, **{**options, "output_hidden_states": True})
+        read = [*(encoded.hidden_states[layer] for layer in layers), encoded.last_hidden_state]
+        if not asked:
+            encoded.hidden_states = None
+        return encoded, read
+
+    def _decoded(self, masked: torch.Tensor, given: torch.Tensor | None, grid: tuple[int, ...]) -> torch.Tensor:
+        """(batch, patches) bool, the hidden patches that the loss is over."""
+        if given is not None:
+            check_patch_shape("bool_decoded_pos", given, len(masked), grid)
+            return masked & given.bool()
+        return draw_share(masked, self.config.decoded_ratio) if self.training else masked
+
+    def _decodes_hidden_alone(self, labels: torch.Tensor | None) -> bool:
+        return self.config.decoder_type == "cross" or (self.training and labels is not None)
 
     def _draw_masks(self, batch: int, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
         """One mask per sample, each over the real steps along the first axis of the grid."""
@@ -347,9 +320,9 @@ class BridleForPreTraining(BridlePreTrainedModel):
         return torch.stack(masks)
 
     def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, bool_masked_pos: torch.Tensor
+        self, logits: torch.Tensor, labels: torch.Tensor, decoded: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy and accuracy, over masked patches."""
+        """Cross-entropy and accuracy of `logits` (decoded patches, num_codebooks, codebook_size)."""
         if labels.dim() == 3:
             labels = labels[..., None]
         if labels.dim() != 4 or labels.shape[2] != self.config.num_codebooks:
@@ -357,7 +330,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
                 f"`labels` must be (batch, patches, {self.config.num_codebooks} codebooks[, soft codes]), got "
                 f"{tuple(labels.shape)}"
             )
-        logits, labels = logits[bool_masked_pos].float(), labels[bool_masked_pos]
+        logits, labels = logits.float(), labels[decoded]
         log_likelihood = logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=(0, 2))
         weights = self.config.codebook_loss_weights
         if weights is not None:
@@ -365,6 +338,14 @@ class BridleForPreTraining(BridlePreTrainedModel):
             log_likelihood = log_likelihood * weights / weights.mean()
         accuracy = (logits.argmax(dim=-1) == labels[..., 0]).float().mean(dim=0)
         return -log_likelihood.mean(), accuracy
+
+
+def _on_grid(rows: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor, patches: int) -> torch.Tensor:
+    """(batch, some, ...) laid out as (batch, `patches`, ...), 0 elsewhere."""
+    shape = (*indices.shape, *[1] * (rows.dim() - 2))
+    grid = rows.new_zeros(len(rows), patches, *rows.shape[2:])
+    # Where a row has fewer patches than another, its index points at one that is not chosen: that stays 0.
+    return grid.scatter(1, indices.view(shape).expand_as(rows), rows.masked_fill(~valid.view(shape), 0.0))
 
 
 class BridleForClassification(BridlePreTrainedModel):

@@ -178,7 +178,7 @@ def test_a_padded_clip_is_encoded_as_alone(prepare, tiny_config, attention):
 
 @torch.no_grad()
 @pytest.mark.parametrize("prepare", [untouched, sharpen])
-@pytest.mark.parametrize("decoder_type", ["swin", "plain"])
+@pytest.mark.parametrize("decoder_type", ["swin", "plain", "cross"])
 def test_a_padded_clip_is_decoded_as_alone(prepare, tiny_config, decoder_type):
     model = prepare(BridleForPreTraining(tiny_config("audio", decoder_type=decoder_type, decoder_window_shift=(2, 1))))
     values, mask = padded_batch(7.0, model.dtype)

@@ -8,14 +8,15 @@ import torch
 from bridle_hf import BridleConfig
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.sample import Sample
-from bridle_hf.masking_bridle import make_mask
+from bridle_hf.masking_bridle import draw_share, make_mask
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
 
 class MaskedLoader:
     """A loader whose samples carry `bool_masked_pos` (patches,), drawn for each sample from a mix of masks.
 
-    Only real patches are hidden, so that a padded clip has its share of visible ones.
+    Only real patches are hidden, so that a padded clip has its share of visible ones. Where a share of the hidden ones
+    is decoded (`config.decoded_ratio`), that is drawn, too: `bool_decoded_pos` (patches,).
 
     Args:
         load: loader of a modality.
@@ -49,4 +50,7 @@ class MaskedLoader:
         kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = make_mask(kind, (steps, *grid[1:]), self.config.mask_ratio, generator, padded_grid=grid)
-        return {**loaded, "bool_masked_pos": mask}
+        drawn = {"bool_masked_pos": mask}
+        if self.config.decoded_ratio < 1:
+            drawn["bool_decoded_pos"] = draw_share(mask[None], self.config.decoded_ratio, generator)[0]
+        return {**loaded, **drawn}

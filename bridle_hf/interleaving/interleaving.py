@@ -224,7 +224,8 @@ class Interleaving:
             if sides[0]:
                 codes = self.unwrapped_tokenizer.encode(inputs, attention_mask, soft=True)
                 self.encoder.train()
-                output = self.encoder(inputs, attention_mask, bool_masked_pos=part.bool_masked_pos, labels=codes)
+                masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
+                output = self.encoder(inputs, attention_mask, labels=codes, **masks)
                 loss = loss + output.loss * weights[0]
                 metrics |= {"encoder/loss": output.loss * weights[0], "encoder/accuracy": output.accuracy * weights[0]}
                 counts = self._count(codes, part)

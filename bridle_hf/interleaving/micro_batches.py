@@ -19,12 +19,14 @@ class MicroBatch:
         inputs: The modality's input, (samples, ...).
         attention_mask: (samples, frames) of audio, or `None` where the whole batch has no padding.
         bool_masked_pos: (samples, patches), True = hidden.
+        bool_decoded_pos: (samples, patches), True = hidden and decoded; `None`: all that are hidden.
         first: Which sample of this process's batch the first of these is.
     """
 
     inputs: torch.Tensor
     attention_mask: torch.Tensor | None
     bool_masked_pos: torch.Tensor
+    bool_decoded_pos: torch.Tensor | None
     first: int
 
     def real(self, config: BridleConfig) -> torch.Tensor | None:
@@ -41,7 +43,8 @@ def micro_batches(
     padded = attention_mask is not None and not bool(attention_mask.all())
     size = size or len(inputs)
     for first in range(0, len(inputs), size):
-        tensors = (inputs, attention_mask if padded else None, batch["bool_masked_pos"])
+        masks = batch["bool_masked_pos"], batch.get("bool_decoded_pos")
+        tensors = (inputs, attention_mask if padded else None, *masks)
         yield MicroBatch(
             *(
                 None if tensor is None else tensor[first : first + size].to(device, non_blocking=True)
@@ -52,7 +55,7 @@ def micro_batches(
 
 
 def shares(parts: list[MicroBatch], config: BridleConfig, accelerator: Accelerator) -> torch.Tensor:
-    """(micro batches, 2): what each holds of the hidden and of the real patches of all processes' batch.
+    """(micro batches, 2): what each holds of the decoded and of the real patches of all processes' batch.
 
     Times the number of processes, because gradients are averaged over them.
     """
@@ -61,6 +64,7 @@ def shares(parts: list[MicroBatch], config: BridleConfig, accelerator: Accelerat
         real = part.real(config)
         if real is None:
             real = torch.ones_like(part.bool_masked_pos, dtype=torch.bool)
-        counts.append(torch.stack([(part.bool_masked_pos.bool() & real).sum(), real.sum()]))
+        decoded = part.bool_masked_pos if part.bool_decoded_pos is None else part.bool_decoded_pos
+        counts.append(torch.stack([(decoded.bool() & real).sum(), real.sum()]))
     counts = torch.stack(counts).float()
     return counts * accelerator.num_processes / accelerator.reduce(counts.sum(dim=0), "sum")

@@ -82,15 +82,20 @@ def _encoder(config: BridleEncoderConfig, patches: int, train: bool) -> int:
 
 
 def _decoder(config: BridleConfig, visible: int) -> int:
-    width, first = config.decoder_hidden_size, int(config.use_class_token)
+    """The head is on hidden patches alone, and so is all of a cross decoder, on the share of them that is decoded."""
+    width, depth, read = config.decoder_hidden_size, config.decoder_num_hidden_layers, visible + config.use_class_token
     patches = math.prod(config.patch_grid)
+    decoded = max(1, round((patches - visible) * config.decoded_ratio))
+    head = _linear(decoded, width, config.num_codebooks * config.codebook_size)
+    if config.decoder_type == "cross":
+        states = 1 + len(config.decoder_encoder_layers or ())
+        mixes = depth * _linear(read, states, config.hidden_size) if states > 1 else 0
+        return mixes + depth * _cross_layer(config, decoded, read) + head
     if config.decoder_type == "swin":
         layer = _swin_layer(config)
     else:
-        layer = _layer(patches + first, width, config.decoder_intermediate_size)
-    embed = _linear(visible + first, config.hidden_size, width)
-    head = _linear(patches, width, config.num_codebooks * config.codebook_size)
-    return embed + config.decoder_num_hidden_layers * layer + head
+        layer = _layer(patches + config.use_class_token, width, config.decoder_intermediate_size)
+    return _linear(read, config.hidden_size, width) + depth * layer + head
 
 
 def _latents(config: BridleTokenizerConfig, distilled: bool, train: bool) -> int:
@@ -117,6 +122,13 @@ def _estimator(config: BridleTokenizerConfig) -> int:
 def _layer(tokens: int, width: int, intermediate: int) -> int:
     """Query, key, value and output; scores and their sum over values; the two of the MLP."""
     return 4 * _linear(tokens, width, width) + 4 * tokens * tokens * width + 2 * _linear(tokens, width, intermediate)
+
+
+def _cross_layer(config: BridleConfig, tokens: int, read: int) -> int:
+    """As `_layer`, but keys and values are those of `read` tokens of the encoder."""
+    width = config.decoder_hidden_size
+    products = 2 * _linear(tokens, width, width) + 2 * _linear(read, config.hidden_size, width)
+    return products + 4 * tokens * read * width + 2 * _linear(tokens, width, config.decoder_intermediate_size)
 
 
 def _swin_layer(config: BridleConfig) -> int:

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
-from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
 from bridle_hf.pretraining.arguments import PretrainArguments
 
 
@@ -28,9 +28,8 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         ours, theirs = getattr(encoder, name), getattr(tokenizer, name)
         if ours != theirs:
             raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
-    depth, layers = encoder.num_hidden_layers, tokenizer.teacher_layers
-    if layers is not None and not (layers and all(-depth - 1 <= layer <= depth for layer in layers)):
-        raise ValueError(f"tokenizer.teacher_layers is {layers}: expected some of 0 (the embedding) to {depth}")
+    if tokenizer.teacher_layers is not None:
+        check_layers("tokenizer.teacher_layers", tokenizer.teacher_layers, encoder.num_hidden_layers)
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer

@@ -19,7 +19,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.encoder_bridle import BridleDropPath
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.masking_bridle import random_mask
+from bridle_hf.masking_bridle import draw_share, random_mask
 from bridle_hf.patching_bridle import patch_attention_mask, patchify
 
 
@@ -262,6 +262,24 @@ def test_accumulated_micro_batches_equal_the_whole_batch(build, kind, size):
     whole, cut = build(phases, reseeding), build(phases, reseeding, micro_batch_size=size)
     for expected, found in zip(train(whole), train(cut)):
         assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+
+def test_a_decoded_share_weighs_the_same_in_micro_batches(build):
+    """Clips have different numbers of decoded patches, of which each counts the same."""
+    fields = {"decoder_type": "cross", "decoded_ratio": 0.5, "decoder_encoder_layers": [0]}
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 2, "learning_rate": 1e-3}]
+
+    def batch(number: int) -> dict:
+        made = make_batch(number)
+        decoded = draw_share(made["bool_masked_pos"], 0.5, torch.Generator().manual_seed(number))
+        return {**made, "bool_decoded_pos": decoded}
+
+    whole, cut = build(phases, encoder=fields), build(phases, encoder=fields, micro_batch_size=2)
+    for expected, found in zip(train(whole, batch=batch), train(cut, batch=batch)):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
     for name, value in tensors(whole).items():

@@ -13,7 +13,7 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.commands import main
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.masking_bridle import make_mask
+from bridle_hf.masking_bridle import draw_share, make_mask
 from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, num_visible_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
 
@@ -30,6 +30,9 @@ INPUTS = {
     "image": ({"patch_size": 8, "image_size": 32, "decoder_type": "plain"}, (3, 32, 32)),
     "video": ({"patch_size": 8, "image_size": 16, "num_frames": 8, "tubelet_size": 2}, (8, 3, 16, 16)),
 }
+CROSS = {"decoder_type": "cross", "decoded_ratio": 0.5}
+DECODERS = [*((modality, {}) for modality in INPUTS), *((modality, CROSS) for modality in INPUTS),
+            ("audio", {**CROSS, "decoder_encoder_layers": [0, 2]})]  # fmt: skip
 PHASES = [{"train": "encoder", "steps": 2}, {"train": "joint", "steps": 7, "tokenizer_every": 3},
           {"train": "tokenizer", "steps": 3}, {"train": "alternate", "steps": 10, "switch_every": 4},
           {"train": "encoder", "steps": 2}]  # fmt: skip
@@ -42,18 +45,21 @@ def accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def make_configs(modality: str) -> tuple[BridleConfig, BridleTokenizerConfig]:
+def make_configs(modality: str, **decoder) -> tuple[BridleConfig, BridleTokenizerConfig]:
     own, _ = INPUTS[modality]
     shared = {"modality": modality, **SMALL, **CODES}
     shape = {name: value for name, value in own.items() if name != "decoder_type"}
-    return BridleConfig(**shared, **own, **DECODER), BridleTokenizerConfig(**shared, **shape, **TOKENIZER)
+    encoder = BridleConfig(**{**shared, **own, **DECODER, **decoder})
+    return encoder, BridleTokenizerConfig(**shared, **shape, **TOKENIZER)
 
 
 def make_batch(config: BridleConfig, size: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(size)
     masks = [make_mask(config.mask_type, config.patch_grid, config.mask_ratio, generator) for _ in range(size)]
     inputs = torch.randn(size, *INPUTS[config.modality][1], generator=generator)
-    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
+    masks = torch.stack(masks)
+    decoded = draw_share(masks, config.decoded_ratio, generator)
+    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": masks, "bool_decoded_pos": decoded}
 
 
 def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor]) -> int:
@@ -63,10 +69,10 @@ def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor])
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("modality", INPUTS)
-def test_flops_are_those_that_torch_counts(modality, accelerator):
+@pytest.mark.parametrize(("modality", "decoder"), DECODERS, ids=str)
+def test_flops_are_those_that_torch_counts(modality, decoder, accelerator):
     """One more sample costs, to the last FLOP, what is computed from the configs: in each phase, for each side."""
-    encoder, tokenizer = make_configs(modality)
+    encoder, tokenizer = make_configs(modality, **decoder)
     schedule = Schedule(PHASES, steps_per_epoch=1.0)
     flops = ScheduleFlops(schedule, encoder, tokenizer, masks={})
     interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
@@ -117,7 +123,7 @@ def test_command(capsys):
     shown = capsys.readouterr().out
     # 200 epochs of 20 steps; ViT-B on 102 of 512 patches, 27 GMAC forward and backward.
     assert "4,000 steps of 1024 samples" in shown and "25% of the steps" in shown
-    assert "encoder 53.74, decoder 157.3, codes 98.12" in shown and "days on 64" in shown
+    assert "encoder 53.74, decoder 157, codes 98.12" in shown and "days on 64" in shown
     with pytest.raises(SystemExit) as caught:
         main("flops", ["audio_base_joint", "--samples", "0"])
     assert caught.value.code == 2 and "--samples" in capsys.readouterr().err

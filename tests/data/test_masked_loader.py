@@ -1,0 +1,34 @@
+"""Masks that come with the samples: drawn for each sample, of real patches alone, whatever else is drawn."""
+
+import numpy as np
+import torch
+
+from bridle_hf.data.masked_loader import MaskedLoader
+from bridle_hf.data.sample import Sample
+
+
+def load(frames: int):
+    """A loader of one clip of so many frames, padded to 96."""
+    mask = (torch.arange(96) < frames).long()
+    return lambda sample, rng: {"input_values": torch.zeros(96, 64), "attention_mask": mask}
+
+
+def draw(config, frames: int = 96, seed: int = 0) -> dict[str, torch.Tensor]:
+    return MaskedLoader(load(frames), config, {"random": 1, "mel_band": 1})(
+        Sample("a.wav"), np.random.default_rng(seed)
+    )
+
+
+def test_what_is_decoded_is_a_share_of_what_is_hidden(tiny_config):
+    whole, half = (tiny_config("audio", decoder_type="cross", decoded_ratio=ratio) for ratio in (1.0, 0.5))
+    shares = set()
+    for seed in range(20):
+        frames = [96, 50, 17][seed % 3]
+        found, expected = draw(half, frames, seed), draw(whole, frames, seed)
+        hidden, decoded = found["bool_masked_pos"], found["bool_decoded_pos"]
+        # The mask is the one that would be drawn without it.
+        assert torch.equal(hidden, expected["bool_masked_pos"]) and "bool_decoded_pos" not in expected
+        assert not (decoded & ~hidden).any() and int(decoded.sum()) == round(0.5 * int(hidden.sum()))
+        assert torch.equal(draw(half, frames, seed)["bool_decoded_pos"], decoded)
+        shares.add(tuple(decoded.tolist()))
+    assert len(shares) > 15

@@ -1,0 +1,164 @@
+"""Decoders: cross-attention against torch's own, hidden patches alone against all, and shares of them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from bridle_hf import BridleConfig, BridleForPreTraining
+from bridle_hf.decoder_bridle import BridleCrossLayer
+from bridle_hf.masking_bridle import chosen_patches, draw_share, make_mask
+
+
+EXACT = {"atol": 1e-5, "rtol": 0.0}
+LAYERS = [None, [0, 1], [-2]]
+SIZES = {
+    "modality": "audio", "max_length": 96, "num_mel_bins": 64, "hidden_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "intermediate_size": 96, "decoder_type": "cross", "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4, "num_codebooks": 3, "codebook_size": 16,
+}  # fmt: skip
+
+
+def make_masks(config: BridleConfig, batch: int = 2) -> torch.Tensor:
+    return torch.stack([make_mask(config.mask_type, config.patch_grid, config.mask_ratio) for _ in range(batch)])
+
+
+def cross(modality: str, tiny_config, **fields) -> BridleForPreTraining:
+    model = BridleForPreTraining(tiny_config(modality, decoder_type="cross", **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@torch.no_grad()
+def test_cross_attention_equals_that_of_torch(tiny_config):
+    layer = BridleCrossLayer(tiny_config("audio", decoder_type="cross", attn_implementation="sdpa")).eval()
+    ours, oracle = layer.attention, nn.MultiheadAttention(32, 4, kdim=48, vdim=48, batch_first=True)
+    for name in ("q", "k", "v"):
+        getattr(oracle, f"{name}_proj_weight").copy_(getattr(ours, f"{name}_proj").weight)
+    oracle.in_proj_bias.copy_(torch.cat([getattr(ours, f"{name}_proj").bias for name in "qkv"]))
+    oracle.out_proj.load_state_dict(ours.o_proj.state_dict())
+    tokens, context = torch.randn(2, 5, 32), torch.randn(2, 7, 48)
+    real = torch.ones(2, 7, dtype=torch.bool)
+    real[1, 4:] = False
+    normed = layer.layernorm_before(tokens)
+    expected = tokens + oracle(normed, context, context, key_padding_mask=~real, need_weights=False)[0]
+    expected = expected + layer.mlp(layer.layernorm_after(expected))
+    output = layer(tokens, context, real[:, None, None].expand(-1, -1, 5, -1))
+    torch.testing.assert_close(output, expected, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", LAYERS)
+def test_hidden_patches_alone_have_logits(tiny_config, tiny_input, modality, layers):
+    model = cross(modality, tiny_config, decoder_encoder_layers=layers)
+    hidden = make_masks(model.config)
+    output = model(tiny_input(modality), bool_masked_pos=hidden)
+    assert output.logits.shape == (*hidden.shape, 3, 16) and torch.equal(output.bool_decoded_pos, hidden)
+    assert not output.logits[~hidden].any() and output.logits[hidden].abs().amin(dim=-1).gt(0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_patch_is_decoded_alike_whichever_others_are(data):
+    """And whichever others are in the batch, padded or not: clips of 6, 4 and 2 steps of 4 patches."""
+    torch.manual_seed(data.draw(st.integers(0, 2**30)))
+    layers = data.draw(st.sampled_from(LAYERS))
+    model = BridleForPreTraining(BridleConfig(**SIZES, decoder_encoder_layers=layers)).double().eval()
+    steps = data.draw(st.permutations([6, 4, 2]))
+    values = torch.randn(3, 96, 64, dtype=torch.double)
+    mask = torch.arange(96) < 16 * torch.tensor(steps)[:, None]
+    hidden = torch.zeros(3, 24, dtype=torch.bool)
+    for row, count in enumerate(steps):
+        share = data.draw(st.integers(1, 4 * count - 1))
+        hidden[row, torch.randperm(4 * count)[:share]] = True
+    some = hidden & (torch.rand(hidden.shape) < 0.5)
+    with torch.no_grad():
+        whole = model(values, mask, hidden).logits
+        torch.testing.assert_close(model(values, mask, hidden, bool_decoded_pos=some).logits[some], whole[some])
+        for row, count in enumerate(steps):
+            alone = model(values[row : row + 1, : 16 * count], None, hidden[row : row + 1, : 4 * count]).logits
+            torch.testing.assert_close(alone[0], whole[row, : 4 * count])
+
+
+def test_a_share_of_the_hidden_patches_is_decoded_while_training(tiny_config, tiny_input, modality):
+    model = BridleForPreTraining(tiny_config(modality, decoder_type="cross", decoded_ratio=0.25))
+    hidden, values = make_masks(model.config), tiny_input(modality)
+    labels = torch.randint(16, (*hidden.shape, 3))
+    output = model.train()(values, bool_masked_pos=hidden, labels=labels)
+    decoded = output.bool_decoded_pos
+    assert decoded.sum(1).tolist() == [round(0.25 * int(count)) for count in hidden.sum(1)]
+    assert not (decoded & ~hidden).any() and not output.logits[~decoded].any()
+    expected = F.cross_entropy(output.logits[decoded].flatten(0, 1), labels[decoded].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    hits = output.logits[decoded].argmax(-1) == labels[decoded]
+    torch.testing.assert_close(output.accuracy, hits.float().mean(0))
+    assert torch.equal(model.eval()(values, bool_masked_pos=hidden, labels=labels).bool_decoded_pos, hidden)
+
+
+@pytest.mark.parametrize("decoder_type", ["plain", "cross"])
+def test_the_loss_is_that_of_all_logits(tiny_config, tiny_input, modality, decoder_type):
+    """While training, logits of hidden patches alone are computed: loss and gradients are those of all."""
+    model = BridleForPreTraining(tiny_config(modality, decoder_type=decoder_type))
+    hidden, values = make_masks(model.config), tiny_input(modality)
+    hidden[1] &= torch.rand(hidden.shape[1]) < 0.7
+    labels, gradients = torch.randint(16, (*hidden.shape, 3)), []
+    logits = model.eval()(values, bool_masked_pos=hidden).logits[hidden]
+    loss = F.cross_entropy(logits.flatten(0, 1), labels[hidden].flatten())
+    for each in (loss, model.train()(values, bool_masked_pos=hidden, labels=labels).loss):
+        model.zero_grad()
+        each.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        torch.testing.assert_close(each, loss, **EXACT)
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, **EXACT, msg=name)
+
+
+@torch.no_grad()
+def test_a_mix_of_one_state_reads_that_state(tiny_config, tiny_input):
+    """A mix whose weight is on the encoder's output alone reads what the decoder without mixes reads."""
+    plain = cross("audio", tiny_config)
+    mixed = BridleForPreTraining(tiny_config("audio", decoder_type="cross", decoder_encoder_layers=[0])).eval()
+    missing, unexpected = mixed.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("decoder.mix.") for name in missing)
+    mixed.decoder.mix.weight.copy_(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    mixed.decoder.mix.layernorms = nn.ModuleList([nn.Identity(), nn.Identity()])
+    hidden, values = make_masks(plain.config), tiny_input("audio")
+    expected = plain(values, bool_masked_pos=hidden)
+    output = mixed(values, bool_masked_pos=hidden)
+    torch.testing.assert_close(output.logits, expected.logits, **EXACT)
+    assert output.hidden_states is None
+    assert len(mixed(values, bool_masked_pos=hidden, output_hidden_states=True).hidden_states) == 3
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+def test_every_parameter_learns_with_and_without_checkpointing(tiny_config, tiny_input, modality, layers):
+    model = BridleForPreTraining(tiny_config(modality, decoder_type="cross", decoder_encoder_layers=layers)).train()
+    hidden, values, gradients = make_masks(model.config), tiny_input(modality), []
+    labels = torch.randint(16, (*hidden.shape, 3))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(values, bool_masked_pos=hidden, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert not [name for name, gradient in gradients[0].items() if gradient is None]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, msg=name)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 2**30))
+def test_shares_are_drawn_of_the_chosen_alone(patches, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.rand(5, patches, generator=generator) < 0.6
+    drawn = draw_share(chosen, share, generator)
+    assert not (drawn & ~chosen).any()
+    for count, left in zip(chosen.sum(1).tolist(), drawn.sum(1).tolist()):
+        assert abs(left - count * share) <= 0.5 + 1e-4 or left == min(1, count)
+    indices, valid = chosen_patches(drawn)
+    found = [sorted(row[good].tolist()) for row, good in zip(indices, valid)]
+    assert found == [row.nonzero()[:, 0].tolist() for row in drawn]
