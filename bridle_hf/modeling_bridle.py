@@ -35,9 +35,12 @@ from .patching_bridle import (
 @dataclass
 class BridleForPreTrainingOutput(ModelOutput):
     """
-    loss: mean cross-entropy over masked patches and codebooks, a scalar; where `labels` were given.
-    logits: (batch, patches, num_codebooks, codebook_size), for every patch of the grid.
-    accuracy: (num_codebooks,), share of masked patches whose code was predicted; where `labels` were given.
+    loss: mean cross-entropy over masked patches and codebooks, a scalar; where `labels` were given. Where the target
+        is no code, the mean squared error.
+    logits: (batch, patches, num_codebooks, codebook_size), for every patch of the grid; where the target is no code,
+        the predicted values (batch, patches, 1, values).
+    accuracy: (num_codebooks,), share of masked patches whose code was predicted; where `labels` were given and are
+        codes.
     bool_masked_pos: (batch, patches) bool, the mask that was used.
     """
 
@@ -223,7 +226,7 @@ class BridleDecoder(nn.Module):
         self.positions = BridlePositions(config, width)
         self.layers = nn.ModuleList(self._layer(index) for index in range(config.decoder_num_hidden_layers))
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.num_codebooks * config.codebook_size)
+        self.head = nn.Linear(width, math.prod(config.target_shape))
 
     def _layer(self, index: int) -> nn.Module:
         config = self.config
@@ -243,7 +246,7 @@ class BridleDecoder(nn.Module):
             real: (batch, patches) bool, or `None` where all patches are.
 
         Returns:
-            (batch, patches, num_codebooks, codebook_size).
+            (batch, patches, *config.target_shape): of codes (num_codebooks, codebook_size).
         """
         first = int(self.config.use_class_token)
         decoded = self.embed(encoded)
@@ -261,7 +264,7 @@ class BridleDecoder(nn.Module):
                 tokens = layer(tokens, mask)
             tokens = tokens[:, first:]
         logits = self.head(self.layernorm(tokens))
-        return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
+        return logits.unflatten(-1, self.config.target_shape)
 
     def _on_grid(
         self, visible_tokens: torch.Tensor, bool_masked_pos: torch.Tensor, real: torch.Tensor | None
@@ -309,7 +312,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
                 if not given.
             labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
-                weighted targets ("soft codes"); `accuracy` compares with the first.
+                weighted targets ("soft codes"); `accuracy` compares with the first. Of a model whose `config.target`
+                is no code: (batch, patches, values) float.
 
         Raises:
             ValueError: As [`BridleModel.forward`]; or mask or labels that do not fit the input.
@@ -348,8 +352,16 @@ class BridleForPreTraining(BridlePreTrainedModel):
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, bool_masked_pos: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy and accuracy, over masked patches."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross-entropy and accuracy, or the mean squared error of a regression, over masked patches."""
+        if self.config.target != "codes":
+            _, values = self.config.target_shape
+            if labels.shape[2:] != (values,):
+                raise ValueError(
+                    f"`labels` must be (batch, patches, {values}) for target='{self.config.target}', got "
+                    f"{tuple(labels.shape)}"
+                )
+            return F.mse_loss(logits[bool_masked_pos][:, 0].float(), labels[bool_masked_pos].float()), None
         if labels.dim() == 3:
             labels = labels[..., None]
         if labels.dim() != 4 or labels.shape[2] != self.config.num_codebooks:

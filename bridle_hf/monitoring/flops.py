@@ -89,7 +89,7 @@ def _decoder(config: BridleConfig, visible: int) -> int:
     else:
         layer = _layer(patches + first, width, config.decoder_intermediate_size)
     embed = _linear(visible + first, config.hidden_size, width)
-    head = _linear(patches, width, config.num_codebooks * config.codebook_size)
+    head = _linear(patches, width, math.prod(config.target_shape))
     return embed + config.decoder_num_hidden_layers * layer + head
 
 
