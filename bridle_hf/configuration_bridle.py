@@ -267,6 +267,11 @@ class BridleConfig(BridleEncoderConfig):
             Values that each code takes.
         codebook_loss_weights (`list[float]`, *optional*, defaults to `None`):
             Weight of each codebook in the loss; equal if not given.
+        target (`str`, *optional*, defaults to `"codes"`):
+            What the decoder predicts for hidden patches: `"codes"`, or, by regression and as controls, `"patches"`
+            (their own values, as MAE) or `"features"` (what the tokenizer would quantize).
+        target_feature_size (`int`, *optional*, defaults to `None`):
+            Width of these features, the tokenizer's `code_dim`; for `target="features"` alone.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Of the classifiers' single-label cross-entropy.
         patch_dropout (pair of `float`, *optional*, defaults to `(0.0, 0.0)`):
@@ -309,6 +314,8 @@ class BridleConfig(BridleEncoderConfig):
     num_codebooks: int = 4
     codebook_size: int = 256
     codebook_loss_weights: list[float] | None = None
+    target: Literal["codes", "patches", "features"] = "codes"
+    target_feature_size: int | None = None
     label_smoothing: float | int = 0.0
     patch_dropout: list[float] | tuple[float, float] = (0.0, 0.0)
     pooling: Literal["mean", "cls"] = "mean"
@@ -348,10 +355,19 @@ class BridleConfig(BridleEncoderConfig):
                 f"`decoded_ratio` and `decoder_encoder_layers` are for `decoder_type='cross'`, this is "
                 f"'{self.decoder_type}': its layers see all patches, and the encoder's output alone"
             )
+        if self.target == "features" and self.target_feature_size is None:
+            raise ValueError("`target='features'` needs `target_feature_size`, the tokenizer's `code_dim`")
         if self.decoder_type == "swin" and self.modality == "video":
             raise ValueError("`decoder_type='swin'` works on 2-D grids; use 'plain' for video")
         if self.pooling == "cls" and not self.use_class_token:
             raise ValueError("`pooling='cls'` needs `use_class_token=True`")
+
+    @property
+    def target_shape(self) -> tuple[int, int]:
+        """What the decoder predicts for each patch: (codebooks, codes in each), or (1, values of a regression)."""
+        if self.target == "codes":
+            return (self.num_codebooks, self.codebook_size)
+        return (1, self.patch_dim if self.target == "patches" else self.target_feature_size)
 
 
 @strict
@@ -369,9 +385,12 @@ class BridleTokenizerConfig(BridleEncoderConfig):
             Its codebooks; with 1 it is VQ.
         codebook_size (`int`, *optional*, defaults to 256):
             Codes in each of them.
+        independent_codebooks (`bool`, *optional*, defaults to `False`):
+            Each codebook quantizes a part of the latents of its own, `code_dim / num_codebooks` wide, in place of what
+            the ones before it left over. After a random projection these are independent projections (BEST-RQ).
         codebook_normalization (`str`, *optional*, defaults to `"input"`):
-            What is l2-normalised: `"input"`, the latents once; `"level"`, the residual at every level, for lookup and
-            EMA alone (the reference implementation); or `"none"`.
+            What is l2-normalised: `"input"`, the latents (or the part of each codebook) once; `"level"`, the residual
+            at every level, for lookup and EMA alone (the reference implementation); or `"none"`.
         unit_norm_codes (`bool`, *optional*, defaults to `False`):
             Whether the codes are re-normalised after each EMA step.
         ema_decay (`float`, *optional*, defaults to 0.99):
@@ -418,6 +437,7 @@ class BridleTokenizerConfig(BridleEncoderConfig):
     code_dim: int = 256
     num_codebooks: int = 4
     codebook_size: int = 256
+    independent_codebooks: bool = False
     codebook_normalization: Literal["input", "level", "none"] = "input"
     unit_norm_codes: bool = False
     ema_decay: float = 0.99
@@ -452,6 +472,15 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         if not 1 <= self.num_soft_codes <= self.codebook_size:
             raise ValueError(f"`num_soft_codes` is {self.num_soft_codes}; it must lie in 1..{self.codebook_size}")
         _check_fraction("dead_code_threshold", self.dead_code_threshold)
+        if self.independent_codebooks and self.code_dim % self.num_codebooks:
+            raise ValueError(
+                f"`code_dim` is {self.code_dim}; with `independent_codebooks` it must be a multiple of "
+                f"`num_codebooks`={self.num_codebooks}"
+            )
+        if self.independent_codebooks and self.codebook_normalization == "level":
+            raise ValueError(
+                "`codebook_normalization='level'` is for residuals; choose another for independent codebooks"
+            )
 
 
 def _pair(value) -> tuple[int, int]:

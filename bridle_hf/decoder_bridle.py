@@ -1,5 +1,6 @@
 """Decoder of pretraining: from the encoder's features of visible patches to logits of codes; plain, Swin or cross."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,7 @@ class BridleDecoder(nn.Module):
         self.positions = BridlePositions(config, width)
         self.layers = nn.ModuleList(self._layer(index) for index in range(config.decoder_num_hidden_layers))
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, config.num_codebooks * config.codebook_size)
+        self.head = nn.Linear(width, math.prod(config.target_shape))
 
     def _layer(self, index: int) -> nn.Module:
         config = self.config
@@ -101,7 +102,7 @@ class BridleDecoder(nn.Module):
             wanted: What to predict, as of `chosen_patches`; `None`: every patch (not of a cross decoder).
 
         Returns:
-            (batch, wanted patches, num_codebooks, codebook_size); where a row wants fewer than another, what is
+            (batch, wanted patches, *config.target_shape); where a row wants fewer than another, what is
             behind its own means nothing.
         """
         visible = ~bool_masked_pos if real is None else ~bool_masked_pos & real
@@ -111,7 +112,7 @@ class BridleDecoder(nn.Module):
             tokens = self._fill_in(self.embed(states[0]), visible, real, grid)
             tokens = tokens if wanted is None else take_patches(tokens, wanted[0])
         logits = self.head(self.layernorm(tokens))
-        return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_size))
+        return logits.unflatten(-1, self.config.target_shape)
 
     def _read(
         self,

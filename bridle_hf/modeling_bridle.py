@@ -36,11 +36,14 @@ from .patching_bridle import (
 @dataclass
 class BridleForPreTrainingOutput(ModelOutput):
     """
-    loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given.
-    logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not decoded.
+    loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given. Where the target
+        is no code, the mean squared error.
+    logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not decoded;
+        where the target is no code, the predicted values (batch, patches, 1, values).
         A cross decoder decodes hidden patches alone; the others all patches, or, while training with `labels`, the
         hidden ones, which the loss is over.
-    accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given.
+    accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given and are
+        codes.
     bool_masked_pos: (batch, patches) bool, the mask that was used.
     bool_decoded_pos: (batch, patches) bool, the hidden patches that the loss and the accuracy are over.
     """
@@ -252,7 +255,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
                 if not given.
             labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
-                weighted targets ("soft codes"); `accuracy` compares with the first.
+                weighted targets ("soft codes"); `accuracy` compares with the first. Of a model whose `config.target`
+                is no code: (batch, patches, values) float.
             bool_decoded_pos: (batch, patches) bool, the hidden patches whose codes are predicted and make the loss; if
                 not given, all of them, or, while a cross decoder is trained, the share `config.decoded_ratio`, drawn.
 
@@ -321,8 +325,16 @@ class BridleForPreTraining(BridlePreTrainedModel):
 
     def _loss(
         self, logits: torch.Tensor, labels: torch.Tensor, decoded: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy and accuracy of `logits` (decoded patches, num_codebooks, codebook_size)."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross-entropy and accuracy, or squared error, of `logits` (decoded patches, *config.target_shape)."""
+        if self.config.target != "codes":
+            _, values = self.config.target_shape
+            if labels.shape[2:] != (values,):
+                raise ValueError(
+                    f"`labels` must be (batch, patches, {values}) for target='{self.config.target}', got "
+                    f"{tuple(labels.shape)}"
+                )
+            return F.mse_loss(logits[:, 0].float(), labels[decoded].float()), None
         if labels.dim() == 3:
             labels = labels[..., None]
         if labels.dim() != 4 or labels.shape[2] != self.config.num_codebooks:

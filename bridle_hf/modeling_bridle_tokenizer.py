@@ -62,16 +62,18 @@ class BridleRandomProjection(nn.Module):
     def forward(self, values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """(batch, patches, code_dim); autocast is off, because half precision flips codes."""
         with torch.autocast(device_type=values.device.type, enabled=False):
-            return self._project(silence_padding(values, attention_mask))
+            embedded = self.embedding(target_patches(values, attention_mask, self.config).to(parameter_dtype(self)))
+            if self.config.add_position_to_projection:
+                embedded = embedded + self.positions(patch_grid_of(values, self.config)).to(embedded.dtype)
+            return self.projection(embedded)
 
-    def _project(self, values: torch.Tensor) -> torch.Tensor:
-        patches, grid = patchify(values, self.config)
-        if self.config.normalize_target_patches:
-            patches = F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-6)
-        embedded = self.embedding(patches.to(parameter_dtype(self)))
-        if self.config.add_position_to_projection:
-            embedded = embedded + self.positions(grid).to(embedded.dtype)
-        return self.projection(embedded)
+
+def target_patches(
+    values: torch.Tensor, attention_mask: torch.Tensor | None, config: BridleTokenizerConfig
+) -> torch.Tensor:
+    """Patches as targets, (batch, patches, patch_dim): normalised one by one where the config says so."""
+    patches, _ = patchify(silence_padding(values, attention_mask), config)
+    return F.layer_norm(patches.float(), patches.shape[-1:], eps=1e-6) if config.normalize_target_patches else patches
 
 
 class BridleEstimator(nn.Module):
@@ -300,4 +302,4 @@ def teacher_features(
     return sum(F.layer_norm(state, state.shape[-1:]) for state in states) / len(states)
 
 
-__all__ = ["BridleTokenizerModel", "BridleTokenizerOutput", "teacher_features"]
+__all__ = ["BridleTokenizerModel", "BridleTokenizerOutput", "target_patches", "teacher_features"]

@@ -60,6 +60,9 @@ class QuantizerOutput(ModelOutput):
 class BridleResidualQuantizer(nn.Module):
     """A chain of codebooks, each quantizing what the ones before it left over. One codebook is VQ.
 
+    With `independent_codebooks` each quantizes a part of the vectors of its own: its codes are 0 in all others, so
+    that sums, residuals and errors mean what they do in the chain.
+
     In training mode a forward moves the codebooks. A loop that accumulates gradients, or that leaves out steps whose
     gradient is not finite, sets `update_in_forward = False` and calls `update` once per optimizer step.
 
@@ -85,7 +88,8 @@ class BridleResidualQuantizer(nn.Module):
     def reset(self) -> None:
         """Random codes of unit norm, no statistics."""
         init.normal_(self.codebooks)
-        init.copy_(self.codebooks, F.normalize(self.codebooks, dim=-1))
+        codes = torch.stack([self._own_part(q, codebook) for q, codebook in enumerate(self.codebooks)])
+        init.copy_(self.codebooks, F.normalize(codes, dim=-1))
         init.zeros_(self.cluster_size)
         init.zeros_(self.cluster_sum)
         init.zeros_(self.initialized)
@@ -128,20 +132,20 @@ class BridleResidualQuantizer(nn.Module):
 
     def _quantize(self, latents: torch.Tensor, move: bool) -> QuantizerOutput:
         raw = latents.detach()
-        if self.config.codebook_normalization == "input":
-            latents = F.normalize(latents, dim=-1)
+        latents = self._normalized(latents)
         # The reference's RQ moves a level's codes before it takes the residual; all else moves all levels afterwards.
         reference_rq = self.config.ema_update != "count" and self.config.codebook_normalization == "level"
         move_within_chain = move and reference_rq
         residual, loss, levels = latents, 0.0, []
         reseeded = torch.zeros(self.config.num_codebooks, dtype=torch.long, device=latents.device)
         for q in range(self.config.num_codebooks):
-            vectors = self._lookup_vectors(residual)
+            own = self._own_part(q, residual)
+            vectors = self._lookup_vectors(own)
             nearest = self._nearest(q, vectors, self.config.num_soft_codes)
             if move_within_chain:
                 self._move_codes(q, vectors, nearest[:, 0])
             code = F.embedding(nearest[:, 0], self.codebooks[q])
-            loss = loss + self._level_loss(residual, code)
+            loss = loss + self._level_loss(own, code)
             residual = residual - code
             levels.append((vectors, nearest, residual))
         if move:
@@ -188,10 +192,9 @@ class BridleResidualQuantizer(nn.Module):
                     f"k-means of {self.config.codebook_size} codes needs at least {self.vectors_for_initialization} "
                     f"vectors, got {residual.shape[0]}; gather more batches"
                 )
-            if self.config.codebook_normalization == "input":
-                residual = F.normalize(residual, dim=-1)
+            residual = self._normalized(residual)
             for q in range(self.config.num_codebooks):
-                vectors = self._lookup_vectors(residual)
+                vectors = self._lookup_vectors(self._own_part(q, residual))
                 if _rank() == 0:
                     codes = kmeans(vectors, self.config.codebook_size, iterations)
                     self.codebooks[q].copy_(F.normalize(codes, dim=-1) if self._unit_codes else codes)
@@ -209,6 +212,22 @@ class BridleResidualQuantizer(nn.Module):
     @property
     def _unit_codes(self) -> bool:
         return self.config.unit_norm_codes or self.config.codebook_normalization == "level"
+
+    def _normalized(self, latents: torch.Tensor) -> torch.Tensor:
+        """As they enter the chain: of unit norm where the config says so, with independent codebooks part by part."""
+        if self.config.codebook_normalization != "input":
+            return latents
+        parts = self.config.num_codebooks if self.config.independent_codebooks else 1
+        return F.normalize(latents.unflatten(-1, (parts, -1)), dim=-1).flatten(-2)
+
+    def _own_part(self, q: int, vectors: torch.Tensor) -> torch.Tensor:
+        """What of (vectors, code_dim) codebook `q` quantizes: all, or with independent codebooks 0 but in its part."""
+        if not self.config.independent_codebooks:
+            return vectors
+        width = self.config.code_dim // self.config.num_codebooks
+        own = torch.zeros_like(vectors)
+        own[:, q * width : (q + 1) * width] = vectors[:, q * width : (q + 1) * width]
+        return own
 
     def _lookup_vectors(self, residual: torch.Tensor) -> torch.Tensor:
         """What the codes of a level are compared with, and moved by."""

@@ -447,6 +447,18 @@ def test_codebook_loss_weights(tiny_config, tiny_input):
     torch.testing.assert_close(output.loss, (3 * losses[0] + 2 * losses[1] + losses[2]) / 6)
 
 
+@pytest.mark.parametrize("target", ["patches", "features"])
+def test_a_regression_is_the_squared_error_of_masked_patches(tiny_config, tiny_input, modality, target):
+    model = BridleForPreTraining(tiny_config(modality, target=target, target_feature_size=5)).eval()
+    mask, size = make_masks(model.config), 5 if target == "features" else model.config.patch_dim
+    labels = torch.randn(*mask.shape, size)
+    output = model(tiny_input(modality), bool_masked_pos=mask, labels=labels)
+    assert output.logits.shape == (*mask.shape, 1, size) and output.accuracy is None
+    torch.testing.assert_close(output.loss, F.mse_loss(output.logits.squeeze(2)[mask], labels[mask]))
+    with pytest.raises(ValueError, match=rf"`labels` must be \(batch, patches, {size}\)"):
+        model(tiny_input(modality), bool_masked_pos=mask, labels=labels[..., 1:])
+
+
 def test_every_parameter_learns(tiny_config, tiny_input, modality):
     model = BridleForPreTraining(tiny_config(modality)).train()
     output = model(tiny_input(modality), labels=make_codes(2, torch.Size(model.config.patch_grid).numel(), 3))

@@ -49,6 +49,29 @@ def test_codes_and_sums_equal_the_oracle_library(levels):
     torch.testing.assert_close(ours.decode(output.codes), expected.flatten(0, 1), **EXACT)
 
 
+def test_independent_codebooks_are_as_many_quantizers_side_by_side():
+    """Each on its own slice of the vectors: codes, sums, gradient and EMA steps are those of one codebook alone."""
+    fields = {"codebook_normalization": "input", "commitment_weight": 1.0}
+    ours = make_quantizer(code_dim=24, independent_codebooks=True, **fields)
+    alone = [make_quantizer(code_dim=8, num_codebooks=1, **fields) for _ in range(3)]
+    vectors = torch.randn(2000, 24)
+    torch.manual_seed(0)
+    ours.initialize(vectors)
+    for q, quantizer in enumerate(alone):
+        quantizer.codebooks.copy_(ours.codebooks[q : q + 1, :, 8 * q : 8 * q + 8])
+    for _ in range(3):
+        latents = torch.randn(300, 24, requires_grad=True)
+        output, expected = ours(latents), [one(part) for one, part in zip(alone, latents.split(8, dim=1))]
+        assert torch.equal(output.codes, torch.cat([one.codes for one in expected], dim=1))
+        torch.testing.assert_close(output.quantized, torch.cat([one.quantized for one in expected], dim=1), **EXACT)
+        (gradient,) = torch.autograd.grad(output.loss, latents, retain_graph=True)
+        (whole,) = torch.autograd.grad(sum(one.loss for one in expected), latents)
+        torch.testing.assert_close(gradient * 9, whole, **EXACT)  # means over 3 codebooks, and over 24 values for 8
+    for q, quantizer in enumerate(alone):
+        torch.testing.assert_close(ours.codebooks[q, :, 8 * q : 8 * q + 8], quantizer.codebooks[0], **EXACT)
+        assert ours.codebooks[q].count_nonzero() <= ours.codebooks[q, :, 8 * q : 8 * q + 8].numel()
+
+
 @torch.no_grad()
 def test_one_codebook_is_vector_quantization():
     quantizer = make_quantizer(num_codebooks=1).eval()

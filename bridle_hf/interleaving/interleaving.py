@@ -22,6 +22,7 @@ from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, shares
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.modeling_bridle_tokenizer import target_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.quantization_bridle import count_codes
 
@@ -79,7 +80,8 @@ class Interleaving:
         fresh = phase.start == "fresh"
         self.seed_step(self.schedule.starts[number])
         if phase.trains_encoder and fresh:
-            self.encoder = self._build(BridleForPreTraining, self.encoder_config, phase=number)
+            config = self._encoder_config(phase.target or self.encoder_config.target)
+            self.encoder = self._build(BridleForPreTraining, config, phase=number)
         if phase.trains_tokenizer and (fresh or not self._is_distilled()):
             self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
             self._initialize_codebooks(peek())
@@ -103,6 +105,10 @@ class Interleaving:
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
         if phase.trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def _encoder_config(self, target: str) -> BridleConfig:
+        """That of an encoder which predicts `target`."""
+        return BridleConfig.from_dict(self.encoder_config.to_dict() | {"target": target})
 
     def random_projection_config(self) -> BridleTokenizerConfig:
         """The tokenizer of iteration 0, of the same codes as the later ones."""
@@ -222,13 +228,15 @@ class Interleaving:
             # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
             teacher = self._teacher(inputs, attention_mask) if sides[1] else None
             if sides[0]:
-                codes = self.unwrapped_tokenizer.encode(inputs, attention_mask, soft=True)
+                labels = self._labels(inputs, attention_mask)
                 self.encoder.train()
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
-                output = self.encoder(inputs, attention_mask, labels=codes, **masks)
+                output = self.encoder(inputs, attention_mask, labels=labels, **masks)
                 loss = loss + output.loss * weights[0]
-                metrics |= {"encoder/loss": output.loss * weights[0], "encoder/accuracy": output.accuracy * weights[0]}
-                counts = self._count(codes, part)
+                metrics |= {"encoder/loss": output.loss * weights[0]}
+                if output.accuracy is not None:
+                    metrics |= {"encoder/accuracy": output.accuracy * weights[0]}
+                    counts = self._count(labels, part)
             if sides[1]:
                 self.tokenizer.train()
                 output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
@@ -242,7 +250,17 @@ class Interleaving:
                 }
                 latents.append(output.latents)
                 counts = output.counts
-        return loss, metrics | {"counts": counts}
+        return loss, metrics if counts is None else metrics | {"counts": counts}
+
+    @torch.no_grad()
+    def _labels(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """What the encoder is to predict of each patch."""
+        tokenizer, target = self.unwrapped_tokenizer, self.unwrapped_encoder.config.target
+        if target == "patches":
+            return target_patches(inputs, attention_mask, self.tokenizer_config)
+        if target == "features":
+            return tokenizer.eval().latents(inputs, attention_mask)
+        return tokenizer.encode(inputs, attention_mask, soft=True)
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         encoder = self.unwrapped_encoder.bridle.eval()
@@ -305,6 +323,7 @@ class Interleaving:
             "optimizers": {
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
+            "target": self.unwrapped_encoder.config.target,
             "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
@@ -316,7 +335,9 @@ class Interleaving:
         distilled = state["tokenizer_type"] == "self_distilled"
         config = self.tokenizer_config if distilled else self.random_projection_config()
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
-        self.unwrapped_encoder.load_state_dict(state["encoder"])
+        encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
+        self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
+        self.encoder.load_state_dict(state["encoder"])
         self.tokenizer.load_state_dict(state["tokenizer"])
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:

@@ -26,6 +26,7 @@ class Phase:
     learning_rate: of the encoder, or of the tokenizer where that alone is trained.
     tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
     start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
+    target: what the encoder of this phase predicts (`BridleConfig.target`); that of the recipe if not given.
     """
 
     train: str
@@ -36,6 +37,7 @@ class Phase:
     learning_rate: float = 5e-4
     tokenizer_learning_rate: float | None = None
     start: str = "fresh"
+    target: str | None = None
     switch_every: int = 100
     tokenizer_every: int = 4
     tokenizer_loss_weight: float = 0.2
@@ -59,7 +61,7 @@ class Phase:
             )
         for item in fields(cls):
             value = entry.get(item.name, item.default)
-            if item.name in ("train", "start") or value is item.default:
+            if item.name in ("train", "start", "target") or value is item.default:
                 continue
             kinds = int if item.type is int else (int, float)
             # Beyond this, a length is no longer exact as a float.
@@ -69,6 +71,10 @@ class Phase:
         phase = cls(**entry)
         if phase.start not in ("fresh", "continue"):
             raise ValueError(f"phases[{number}]: start is {phase.start!r}: fresh or continue")
+        if phase.target not in (None, "codes", "patches", "features"):
+            raise ValueError(f"phases[{number}]: target is {phase.target!r}: codes, patches or features")
+        if phase.target and not (phase.trains_encoder and phase.start == "fresh"):
+            raise ValueError(f"phases[{number}]: target is for phases that train an encoder, with start: fresh")
         if (phase.steps > 0) == (phase.epochs > 0):
             raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
         if min(phase.switch_every, phase.tokenizer_every) < 1:

@@ -86,12 +86,12 @@ def plot_losses(rows: list[dict[str, Any]], codebook_size: int | None = None) ->
     """Losses of encoder and tokenizer and the masked accuracy per level over the steps, phases shaded."""
     tokenizer = {"loss": "sum", "cosine_loss": "cosine (estimator to teacher)", "codebook_loss": "codebook"}
     panels = [
-        Panel("Encoder: loss on the codes of hidden patches", "cross-entropy (nats)", {"encoder/loss": ""}),
+        Panel("Encoder: loss on hidden patches", "cross-entropy (nats)", {"encoder/loss": ""}),
         Panel("Encoder: hidden patches predicted right", "accuracy (%)", {"encoder/accuracy": ""}, percent=True),
         Panel("Tokenizer: losses", "loss", {f"tokenizer/{key}": label for key, label in tokenizer.items()}),
     ]
     figure = _plot(rows, panels, "Losses")
-    if codebook_size and figure.axes and any("encoder/loss" in row for row in rows):
+    if codebook_size and figure.axes and any("encoder/accuracy" in row for row in rows):
         chance = math.log(codebook_size)
         figure.axes[0].axhline(chance, color="black", linestyle=":", label=f"chance: ln {codebook_size}")
         figure.axes[0].legend(fontsize=8, loc="upper right", framealpha=0.9)

@@ -86,7 +86,7 @@ def _decoder(config: BridleConfig, visible: int) -> int:
     width, depth, read = config.decoder_hidden_size, config.decoder_num_hidden_layers, visible + config.use_class_token
     patches = math.prod(config.patch_grid)
     decoded = max(1, round((patches - visible) * config.decoded_ratio))
-    head = _linear(decoded, width, config.num_codebooks * config.codebook_size)
+    head = _linear(decoded, width, math.prod(config.target_shape))
     if config.decoder_type == "cross":
         states = 1 + len(config.decoder_encoder_layers or ())
         mixes = depth * _linear(read, states, config.hidden_size) if states > 1 else 0

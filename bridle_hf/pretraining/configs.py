@@ -16,7 +16,10 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
     Raises:
         ValueError: An unknown or wrong field, or codebooks that differ between the two.
     """
-    encoder = _make_config(BridleConfig, "encoder", {"modality": args.modality, **args.encoder})
+    fields = {"modality": args.modality, **args.encoder}
+    if "features" in {fields.get("target"), *(phase.get("target") for phase in args.phases)}:
+        fields["target_feature_size"] = args.tokenizer.get("code_dim", BridleTokenizerConfig.code_dim)
+    encoder = _make_config(BridleConfig, "encoder", fields)
     if encoder.modality != args.modality:
         raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
     own = set(PreTrainedConfig().to_dict())

@@ -81,20 +81,25 @@ def probe_accuracies(
 def draw_example(
     encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel, loaded: dict[str, Any], folder: Path, name: str
 ) -> None:
-    """Pictures of one sample in `folder`: its mask, its codes, predicted against true codes; `name` is the phase."""
+    """Pictures of one sample in `folder`: its mask, its codes, predicted against true codes; `name` is the phase.
+
+    An encoder that predicts something else than codes has no picture of its predictions.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     encoder, tokenizer = encoder.eval(), tokenizer.eval()
     batch = {key: value[None] for key, value in loaded.items() if isinstance(value, torch.Tensor)}
     inputs, mask = _inputs(batch, tokenizer)
     hidden = batch["bool_masked_pos"].to(inputs.device)
     codes = tokenizer.encode(inputs, mask)
-    predicted = encoder(inputs, mask, bool_masked_pos=hidden).logits.argmax(dim=-1)
     config, grid = encoder.config, patch_grid_of(inputs, encoder.config)
     pictures = {
         "masked_input": plot_masked_input(inputs[0], hidden[0], config),
         "codes": plot_codes(codes[0], config, grid, title=f"Codes of one input after {name}"),
-        "predictions": plot_predictions(codes[0], predicted[0], hidden[0], config, grid, title=f"After {name}"),
     }
+    if config.target == "codes":
+        predicted = encoder(inputs, mask, bool_masked_pos=hidden).logits.argmax(dim=-1)
+        title = f"After {name}"
+        pictures["predictions"] = plot_predictions(codes[0], predicted[0], hidden[0], config, grid, title=title)
     for kind, figure in pictures.items():
         figure.savefig(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png")
 

@@ -109,6 +109,9 @@ def test_sides():
         ({"train": "encoder", "steps": 5, "learning_rate": "5e-4"}, "learning_rate is '5e-4'"),
         ({"train": "encoder", "steps": 5, "learning_rate": math.nan}, "learning_rate is nan"),
         ({"train": "encoder", "steps": 5, "start": "anew"}, "start is 'anew'"),
+        ({"train": "encoder", "steps": 5, "target": "pixels"}, "target is 'pixels'"),
+        ({"train": "encoder", "steps": 5, "target": "codes", "start": "continue"}, "start: fresh"),
+        ({"train": "tokenizer", "steps": 5, "target": "patches"}, "train an encoder"),
         ({"train": "joint", "steps": 5, "tokenizer_every": 0}, "tokenizer_every"),
     ],
     ids=str,
@@ -600,6 +603,29 @@ def test_a_state_resumes_bit_equal_at_every_step(build):
         resumed.load_state_dict(state, done)
         train(resumed, done)
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
+
+
+def test_what_the_encoder_regresses(build):
+    """Patches, normalised or raw, or what the tokenizer would quantize; a run goes from one target to the next."""
+    phases = [{"train": "encoder", "steps": 1, "target": target} for target in ("codes", "patches", "features")]
+    run = build(phases, tokenizer={"normalize_target_patches": False}, encoder={"target_feature_size": 8})
+    batch = make_batch(0, padded=False)
+    patches, _ = patchify(batch["input_values"], run.encoder_config)
+    for step, phase in enumerate(phases):
+        (metrics,) = train(run, step, step + 1, lambda step: batch)
+        assert ("encoder/accuracy" in metrics, "counts" in metrics) == (phase["target"] == "codes",) * 2
+        labels = run._labels(batch["input_values"], None)
+        expected = {"patches": patches, "features": run.tokenizer.latents(batch["input_values"])}
+        if phase["target"] != "codes":
+            torch.testing.assert_close(labels, expected[phase["target"]])
+        resumed = build(phases, tokenizer={"normalize_target_patches": False}, encoder={"target_feature_size": 8})
+        resumed.load_state_dict(copy.deepcopy(run.state_dict()), step + 1)
+        assert moved(tensors(run), tensors(resumed)) == set()
+    run.tokenizer_config.normalize_target_patches = True
+    run.enter_phase(1, peek)
+    normalised = run._labels(batch["input_values"], None)
+    torch.testing.assert_close(normalised.mean(dim=-1), torch.zeros(normalised.shape[:2]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalised.std(dim=-1, correction=0), torch.ones(normalised.shape[:2]))
 
 
 def test_patches_are_cut_once_by_the_encoder_and_once_by_the_tokenizer(build, monkeypatch):

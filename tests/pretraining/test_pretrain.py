@@ -135,6 +135,17 @@ def test_other_schedules_run(data, tmp_path, quick, schedule):
     assert all(np.isfinite(row[name]) for row in last for name in losses & row.keys())
 
 
+def test_regressions_run(data, tmp_path, quick):
+    """The controls of the codes, as targets of the same run; they draw, log and report no codes."""
+    phases = [{"train": "encoder", "steps": 2, "target": target} for target in ("patches", "features")]
+    pretrain(write_recipe(tmp_path / "recipe.yaml", phases=phases, log_every=1), data, tmp_path / "out")
+    steps = [row for row in rows(tmp_path / "out") if "samples" in row]
+    assert [row["encoder/loss"] > 0 for row in steps] == [True] * 4
+    assert not [name for row in steps for name in row if name.startswith(("encoder/accuracy", "usage"))]
+    saved = json.loads((tmp_path / "out" / "encoder" / "config.json").read_text(encoding="utf-8"))
+    assert (saved["target"], saved["target_feature_size"]) == ("features", 4)
+
+
 # Restarts
 
 
