@@ -5,6 +5,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # What the three modalities differ in, as data: the values that a field left at None takes (the reference's ViT-B,
@@ -158,6 +159,12 @@ class BridleEncoderConfig(PreTrainedConfig):
         )  # fmt: skip
         if self.modality == "audio" and self.num_channels != 1:
             raise ValueError(f"`num_channels` is {self.num_channels}; log-mel spectrograms of audio have 1")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is '{self.hidden_act}'; give a name that transformers knows, as 'gelu'")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be positive")
+        _check_fraction("attention_probs_dropout_prob", self.attention_probs_dropout_prob)
         _check_fraction("drop_path_rate", self.drop_path_rate)
         self._check_width("hidden_size", "num_attention_heads")
         for name, size, patch in zip(self._axis_names, self.input_size, self.patch_shape):
@@ -187,6 +194,7 @@ class BridleEncoderConfig(PreTrainedConfig):
     def _check_sizes(self, *names: str) -> None:
         for name in names:
             value, most = getattr(self, name), MAX_LAYERS if name.endswith("_layers") else MAX_SIZE
+            _check_pair(name, value)
             if not all(1 <= size <= most for size in _pair(value)):
                 raise ValueError(f"`{name}` is {value}; it must lie in 1..{most}")
 
@@ -333,6 +341,8 @@ class BridleConfig(BridleEncoderConfig):
         )  # fmt: skip
         self._check_width("decoder_hidden_size", "decoder_num_attention_heads")
         _check_fraction("label_smoothing", self.label_smoothing)
+        _check_pair("decoder_window_shift", self.decoder_window_shift)
+        _check_pair("patch_dropout", self.patch_dropout)
         for rate in self.patch_dropout:
             _check_fraction("patch_dropout", rate)
         if self.mask_type not in MASK_TYPES[self.modality]:
@@ -481,6 +491,8 @@ class BridleTokenizerConfig(BridleEncoderConfig):
             raise ValueError(
                 "`codebook_normalization='level'` is for residuals; choose another for independent codebooks"
             )
+        if not 0.0 <= self.commitment_weight < math.inf:
+            raise ValueError(f"`commitment_weight` is {self.commitment_weight}; it must not be negative")
 
 
 def _pair(value) -> tuple[int, int]:
@@ -491,6 +503,11 @@ def check_layers(name: str, layers: list[int], depth: int) -> None:
     """Raise a `ValueError` unless `layers` are indices into the `hidden_states` of an encoder of `depth` layers."""
     if not layers or not all(-depth - 1 <= layer <= depth for layer in layers):
         raise ValueError(f"{name} is {layers}: expected some of 0 (the embedding) to {depth}")
+
+
+def _check_pair(name: str, value) -> None:
+    if isinstance(value, list | tuple) and len(value) != 2:
+        raise ValueError(f"`{name}` is {value}; give a pair")
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
-from transformers import AutoConfig
 
-from bridle_hf.configuration_bridle import BridleEncoderConfig  # importing it registers the configs
+from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.data.modalities import load_processor, read_config
 from bridle_hf.patching_bridle import INPUT_NAMES
 
 
@@ -54,10 +54,11 @@ def write_card(
 
     Raises:
         TypeError: A result with a field that [`Result`] does not have.
-        ValueError: Metadata that the Hub would refuse; or an audio folder without its feature extractor.
+        ValueError: Metadata that the Hub would refuse; a config that cannot be read; or an audio folder without its
+            feature extractor.
     """
     folder = Path(folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = read_config(folder)
     results = run.get("results", {}) if results is None else results
     data_id = _hub_id(run["data"])
     data_name = data_id or Path(run["data"]).name
@@ -158,11 +159,10 @@ def _input_facts(folder: Path, config: BridleEncoderConfig) -> dict[str, Any]:
         "paper": PAPER,
     }
     if config.modality == "audio":
-        path = folder / "preprocessor_config.json"
-        if not path.is_file():
+        if not (folder / "preprocessor_config.json").is_file():
             raise ValueError(f"{folder} has no preprocessor_config.json: save the feature extractor there first")
-        processor = json.loads(path.read_text(encoding="utf-8"))
-        facts.update(processor=processor, rate=processor["sampling_rate"])
+        processor = load_processor(folder, config)
+        facts.update(processor=processor, rate=processor.sampling_rate)
     return facts
 
 

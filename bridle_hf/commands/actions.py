@@ -1,6 +1,5 @@
 """Actions of the commands, by their names: what each does and prints. Each imports the rooms that it needs."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -49,8 +48,10 @@ def card(args: CardArguments) -> None:
         run = read_json(Path(args.run))
         if run is None:
             raise ArgumentError(f"--run {args.run}: No such file")
+        if not isinstance(run, dict):
+            raise ArgumentError(f"--run {args.run} is not the record of a run")
         print(write_card(args.folder, run, repo_id=args.repo_id))
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         what = f"{args.run} lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ArgumentError(what) from error
 
@@ -84,7 +85,10 @@ def report(args: ReportArguments) -> None:
 
     if not (Path(args.output_dir) / "metrics.jsonl").exists():
         raise ArgumentError(f"{args.output_dir} holds no metrics.jsonl: give the output folder of a run")
-    print(write_report(args.output_dir))
+    try:
+        print(write_report(args.output_dir))
+    except (OSError, ValueError) as error:
+        raise ArgumentError(str(error)) from error
 
 
 def demo(args: Any) -> None:

@@ -7,8 +7,17 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; `None` if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """What a JSON file holds; `None` if there is none.
+
+    Raises:
+        ValueError: it is not JSON: names the file. OSError: it cannot be read.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

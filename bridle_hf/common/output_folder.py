@@ -6,7 +6,6 @@ is the first file that a run writes, and says by its `kind` whose folder it is.
 """
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -221,7 +220,7 @@ def _owner(out: Path) -> dict[str, Any]:
     """Who has locked the folder last, as far as it can be told."""
     try:
         return read_json(out / _OWNER) or {}
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
 
 

@@ -1,16 +1,20 @@
 """Modalities: the table of what each brings to the data, and what makes loaders and processors by it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
 from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
 from bridle_hf.common.arguments import check_name
 from bridle_hf.common.errors import one_line
 from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader
+from bridle_hf.patching_bridle import patch_grid_of
 
 
 @dataclass(frozen=True)
@@ -114,17 +118,74 @@ def load_config(model: str) -> Any:
     """Configuration of a saved BRIDLE encoder or classifier.
 
     Raises:
-        ValueError: none is there, or another kind of model.
+        ValueError: none is there, none that can be read, or one of another kind of model.
     """
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--model {model}: no model is there, or none that can be read: {one_line(error)}") from error
+    config = read_config(model)
     if config.model_type != "bridle":
         raise ValueError(f"--model {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder")
     return config
 
 
-def load_processor(folder: str, config: BridleConfig) -> Any:
-    """The processor saved beside a model, in a folder or on the Hub."""
-    return MODALITIES[config.modality].auto_processor.from_pretrained(folder)
+def read_config(model: str | Path) -> Any:
+    """Configuration of a saved model of any kind.
+
+    Raises:
+        ValueError: none is there, or none that can be read.
+    """
+    with _refused(f"{model}: no model is there, or none that can be read"):
+        return AutoConfig.from_pretrained(model)
+
+
+def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
+    """A saved model, all of whose weights are there but perhaps those of a classifier's head.
+
+    Args:
+        auto_class: of transformers, that opens it.
+        options: of its `from_pretrained`.
+
+    Raises:
+        ValueError: weights are missing, broken, or do not fit the config.
+    """
+    with _refused(f"{model}: its weights cannot be loaded"):
+        loaded, found = auto_class.from_pretrained(model, output_loading_info=True, **options)
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith("classifier")):
+        raise ValueError(f"{model}: {len(missing)} weights are missing, as {missing[0]}: it is not whole")
+    return loaded
+
+
+def load_processor(folder: str | Path, config: BridleConfig) -> Any:
+    """The processor saved beside a model, in a folder or on the Hub.
+
+    Raises:
+        ValueError: none is there, none that can be read, or one that does not fit the model.
+    """
+    with _refused(f"{folder}: its processor cannot be loaded"):
+        processor = MODALITIES[config.modality].auto_processor.from_pretrained(folder)
+    with _refused(f"{folder}: its processor does not fit the model"):
+        _check_fits(processor, config)
+    return processor
+
+
+def _check_fits(processor: Any, config: BridleConfig) -> None:
+    fitting = type(make_processor(config)).__name__
+    # Transformers names one class, by what it computes with, with "Pil" behind it or without.
+    if type(processor).__name__.removesuffix("Pil") != fitting.removesuffix("Pil"):
+        raise ValueError(f"it is a {type(processor).__name__}, not a {fitting}")
+    if config.modality == "audio":
+        shape = (config.max_length, processor.num_mel_bins)
+    else:
+        size = processor.crop_size if processor.do_center_crop else processor.size
+        if not size["height"] or not size["width"]:
+            raise ValueError(f"it gives pictures of no fixed height and width: {dict(size)}")
+        frames = (config.num_frames,) if config.modality == "video" else ()
+        shape = (*frames, len(processor.image_mean), size["height"], size["width"])
+    patch_grid_of(torch.empty(1, *shape, device="meta"), config)
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Whatever goes wrong in reading what others saved, as one ValueError: each library raises errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error

@@ -38,7 +38,7 @@ from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_errors
 from bridle_hf.data.loaders import Load
-from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
@@ -232,7 +232,7 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     if args.from_scratch:
         model = auto_model.from_config(config)
     else:
-        model = auto_model.from_pretrained(args.model, config=config)
+        model = load_weights(auto_model, args.model, config=config)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"--model {args.model}: {name} is not finite: take another checkpoint")

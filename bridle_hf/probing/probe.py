@@ -22,7 +22,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
-from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
 from bridle_hf.probing.arguments import ProbeArguments
 from bridle_hf.probing.features import untrained_encoder
@@ -64,7 +64,7 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
         labels.check_several(f"{args.data}: the samples")
         labels.log({"probes": samples})
         folds = make_folds(samples, args.folds)
-        encoder = AutoModel.from_pretrained(args.model)
+        encoder = load_weights(AutoModel, args.model)
         load = make_sample_loader(config, load_processor(args.model, config), args.loader)
     except (ValueError, OSError) as error:
         raise ArgumentError(str(error)) from error
