@@ -494,6 +494,11 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         if not 0.0 <= self.commitment_weight < math.inf:
             raise ValueError(f"`commitment_weight` is {self.commitment_weight}; it must not be negative")
 
+    @property
+    def moves_codes_within_chain(self) -> bool:
+        """The reference's RQ moves a level's codes before it takes the residual; all else moves all levels at last."""
+        return self.ema_update != "count" and self.codebook_normalization == "level"
+
 
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)

@@ -21,7 +21,7 @@ from .patching_bridle import (
     select_input,
     silence_padding,
 )
-from .quantization_bridle import BridleResidualQuantizer, CodebookUsage, QuantizerOutput
+from .quantization_bridle import BridleResidualQuantizer, CodebookStatistics, CodebookUsage, QuantizerOutput
 
 
 @dataclass
@@ -33,7 +33,7 @@ class BridleTokenizerOutput(ModelOutput):
     codes: (batch, patches, num_codebooks) int64; 0 at padded patches.
     usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
     estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
-    latents: (real patches, code_dim), what was quantized, detached: for [`BridleResidualQuantizer.update`].
+    statistics: [`CodebookStatistics`] of this batch, in training mode: for [`BridleResidualQuantizer.update`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -43,7 +43,7 @@ class BridleTokenizerOutput(ModelOutput):
     usage: CodebookUsage | None = None
     counts: torch.FloatTensor | None = None
     estimate: torch.FloatTensor | None = None
-    latents: torch.FloatTensor | None = None
+    statistics: CodebookStatistics | None = None
 
 
 class BridleRandomProjection(nn.Module):
@@ -230,7 +230,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
             codes=quantized.codes,
             usage=quantized.usage,
             counts=quantized.counts,
-            latents=quantized.latents,
+            statistics=quantized.statistics,
         )
         if teacher_hidden_states is not None:
             self._check_teacher(teacher_hidden_states, quantized.codes)

@@ -37,6 +37,22 @@ class CodebookUsage(ModelOutput):
 
 
 @dataclass
+class CodebookStatistics(ModelOutput):
+    """What [`BridleResidualQuantizer.update`] has to know of vectors that were quantized.
+
+    counts: (num_codebooks, codebook_size), how often each code was chosen.
+    sums: (num_codebooks, codebook_size, code_dim), sum of what chose it.
+    latents: (vectors, code_dim), where the residual chain starts, detached.
+    codes: (vectors, num_codebooks) int64.
+    """
+
+    counts: torch.FloatTensor | None = None
+    sums: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+
+
+@dataclass
 class QuantizerOutput(ModelOutput):
     """
     quantized: (vectors, code_dim) straight-through sum of the codes.
@@ -45,7 +61,7 @@ class QuantizerOutput(ModelOutput):
     loss: codebook loss, a scalar.
     usage: [`CodebookUsage`] of these vectors.
     counts: (num_codebooks, codebook_size), how often each code was chosen.
-    latents: (vectors, code_dim), what was quantized, detached: for [`BridleResidualQuantizer.update`].
+    statistics: [`CodebookStatistics`] of these vectors, in training mode alone.
     """
 
     quantized: torch.FloatTensor | None = None
@@ -54,7 +70,7 @@ class QuantizerOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     usage: CodebookUsage | None = None
     counts: torch.FloatTensor | None = None
-    latents: torch.FloatTensor | None = None
+    statistics: CodebookStatistics | None = None
 
 
 class BridleResidualQuantizer(nn.Module):
@@ -64,7 +80,8 @@ class BridleResidualQuantizer(nn.Module):
     that sums, residuals and errors mean what they do in the chain.
 
     In training mode a forward moves the codebooks. A loop that accumulates gradients, or that leaves out steps whose
-    gradient is not finite, sets `update_in_forward = False` and calls `update` once per optimizer step.
+    gradient is not finite, sets `update_in_forward = False` and calls `update` once per optimizer step, with
+    the `statistics` that the forwards took on the way.
 
     Buffers:
         codebooks: (num_codebooks, codebook_size, code_dim).
@@ -118,55 +135,97 @@ class BridleResidualQuantizer(nn.Module):
                 f"`latents` must be (vectors, {self.config.code_dim}) with at least one, got {tuple(latents.shape)}"
             )
         with torch.autocast(device_type=latents.device.type, enabled=False):
-            return self._quantize(latents.float(), move=self.training and self.update_in_forward)
+            latents = self._normalized(latents.float())
+            return self._quantize(latents, move=self.training and self.update_in_forward)
 
     @torch.no_grad()
-    def update(self, latents: torch.Tensor) -> torch.Tensor:
+    def update(self, statistics: list[CodebookStatistics]) -> torch.Tensor:
         """Move the codebooks as a forward in training mode would; returns how many codes of each level it re-seeded.
 
         Args:
-            latents: (vectors, code_dim), those of all micro batches of this rank.
+            statistics: Those of all micro batches of this rank; the codebooks have not moved since.
         """
+        latents = torch.cat([part.latents for part in statistics])
         with torch.autocast(device_type=latents.device.type, enabled=False):
-            return self._quantize(latents.float(), move=True).usage.reseeded
+            if self.config.moves_codes_within_chain:
+                # What a vector leaves over then depends on all vectors: they are quantized once more, together.
+                return self._quantize(latents, move=True).usage.reseeded
+            whole = CodebookStatistics(
+                counts=sum(part.counts for part in statistics),
+                sums=sum(part.sums for part in statistics),
+                latents=latents,
+                codes=torch.cat([part.codes for part in statistics]),
+            )
+            return self._update(whole)
+
+    def _update(self, statistics: CodebookStatistics) -> torch.Tensor:
+        # Drawn first: what a vector leaves over is a matter of the codes that it met.
+        seeds = self._draw_seeds(statistics) if self.config.dead_code_threshold else None
+        if not self.config.moves_codes_within_chain:
+            self._move_codes(slice(None), statistics.counts, statistics.sums)
+        return torch.zeros_like(statistics.codes[0]) if seeds is None else self._reseed_dead_codes(seeds)
 
     def _quantize(self, latents: torch.Tensor, move: bool) -> QuantizerOutput:
-        raw = latents.detach()
-        latents = self._normalized(latents)
-        # The reference's RQ moves a level's codes before it takes the residual; all else moves all levels afterwards.
-        reference_rq = self.config.ema_update != "count" and self.config.codebook_normalization == "level"
-        move_within_chain = move and reference_rq
-        residual, loss, levels = latents, 0.0, []
-        reseeded = torch.zeros(self.config.num_codebooks, dtype=torch.long, device=latents.device)
-        for q in range(self.config.num_codebooks):
-            own = self._own_part(q, residual)
-            vectors = self._lookup_vectors(own)
-            nearest = self._nearest(q, vectors, self.config.num_soft_codes)
-            if move_within_chain:
-                self._move_codes(q, vectors, nearest[:, 0])
-            code = F.embedding(nearest[:, 0], self.codebooks[q])
-            loss = loss + self._level_loss(own, code)
-            residual = residual - code
-            levels.append((vectors, nearest, residual))
+        config, start = self.config, latents.detach()
+        within_chain = move and config.moves_codes_within_chain
+        chain = self._chain(start, self.training or move, latents.requires_grad, within_chain)
+        codes = chain.nearest[..., 0]
+        counts = count_codes(codes, config.codebook_size)
+        statistics, reseeded = None, torch.zeros(config.num_codebooks, dtype=torch.long, device=latents.device)
+        if chain.sums is not None:
+            statistics = CodebookStatistics(counts=counts, sums=chain.sums, latents=start, codes=codes)
         if move:
-            for q, (vectors, nearest, _) in enumerate(levels):
-                if not move_within_chain:
-                    self._move_codes(q, vectors, nearest[:, 0])
-                reseeded[q] = self._reseed_dead_codes(q, vectors)
-        nearest = torch.stack([level[1] for level in levels], dim=1)
-        counts = count_codes(nearest[..., 0], self.config.codebook_size)
-        energy = latents.detach().pow(2).sum().clamp(min=torch.finfo(torch.float32).tiny)
-        errors = torch.stack([level[2].detach().pow(2).sum() for level in levels]) / energy
+            reseeded = self._update(statistics)
+        # mean_q [mse(sg(r_q), e_q) + beta * mse(r_q, sg(e_q))], where r_q - e_q is what level q leaves over. Codes are
+        # buffers, moved by EMA: the first term has no gradient.
+        loss = (1.0 + config.commitment_weight) * chain.left_energy.mean() / latents.numel()
+        if chain.left_sum is not None:
+            gradient = chain.left_sum * (2.0 * config.commitment_weight / config.num_codebooks / latents.numel())
+            linear = torch.dot(latents.flatten(), gradient.flatten())
+            loss = loss + (linear - linear.detach())
+        tiny = torch.finfo(torch.float32).tiny
+        errors = chain.residual_energy / _energy(start).clamp(min=tiny)
         return QuantizerOutput(
             # z + sg(z_hat - z), with z_hat = z - residual.
-            quantized=latents - residual.detach(),
-            codes=nearest[..., 0],
-            soft_codes=nearest if self.config.num_soft_codes > 1 else None,
-            loss=loss / self.config.num_codebooks,
+            quantized=latents - chain.residual,
+            codes=codes,
+            soft_codes=chain.nearest if config.num_soft_codes > 1 else None,
+            loss=loss,
             usage=codebook_usage(counts, reseeded=reseeded, quantization_error=errors),
             counts=counts,
-            latents=raw,
+            statistics=statistics,
         )
+
+    @torch.no_grad()
+    def _chain(self, start: torch.Tensor, sum_up: bool, gradient: bool, move: bool) -> "_Chain":
+        """Quantize level after level; sum up what chose each code, and what the gradient is made of."""
+        chain = _Chain(
+            nearest=torch.empty(
+                (len(start), self.config.num_codebooks, self.config.num_soft_codes),
+                dtype=torch.long,
+                device=start.device,
+            ),
+            residual=start.clone(),
+            left_sum=torch.zeros_like(start) if gradient else None,
+            left_energy=start.new_zeros(self.config.num_codebooks),
+            residual_energy=start.new_zeros(self.config.num_codebooks),
+            sums=torch.zeros_like(self.codebooks) if sum_up else None,
+        )
+        for q in range(self.config.num_codebooks):
+            vectors = self._lookup_vectors(self._own_part(q, chain.residual))
+            chain.nearest[:, q] = self._nearest(q, vectors, self.config.num_soft_codes)
+            codes = chain.nearest[:, q, 0]
+            if sum_up:
+                chain.sums[q].index_add_(0, codes, vectors)
+            if move:
+                level = slice(q, q + 1)
+                self._move_codes(level, count_codes(codes[:, None], self.config.codebook_size), chain.sums[level])
+            chain.residual -= F.embedding(codes, self.codebooks[q])
+            left = self._own_part(q, chain.residual)
+            if gradient:
+                chain.left_sum += left
+            chain.left_energy[q], chain.residual_energy[q] = _energy(left), _energy(chain.residual)
+        return chain
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Sum of the codes, (..., num_codebooks) int64 -> (..., code_dim)."""
@@ -243,63 +302,99 @@ class BridleResidualQuantizer(nn.Module):
             return distances.argmin(dim=1, keepdim=True)
         return distances.topk(count, dim=1, largest=False).indices
 
-    def _level_loss(self, residual: torch.Tensor, code: torch.Tensor) -> torch.Tensor:
-        """mse(sg(r), e) + beta * mse(r, sg(e)). Codes are buffers moved by EMA: the first term has no gradient."""
-        return F.mse_loss(code, residual.detach()) + self.config.commitment_weight * F.mse_loss(residual, code)
-
     @torch.no_grad()
-    def _move_codes(self, q: int, vectors: torch.Tensor, codes: torch.Tensor) -> None:
-        """One EMA step of level `q`, the same on all ranks; none where a vector of any rank is not finite."""
-        codebook, size, total = self.codebooks[q], self.cluster_size[q], self.cluster_sum[q]
-        before = [buffer.clone() for buffer in (codebook, size, total)]
-        counts = count_codes(codes[:, None], self.config.codebook_size)[0]
-        sums = torch.zeros_like(codebook).index_add_(0, codes, vectors)
+    def _move_codes(self, levels: slice, counts: torch.Tensor, sums: torch.Tensor) -> None:
+        """One EMA step of some levels, the same on all ranks; none of a level where a vector of any is not finite.
+
+        Args:
+            counts, sums: (levels, codebook_size[, code_dim]) of this rank's vectors.
+        """
+        codebook, size, total = (buffer[levels] for buffer in (self.codebooks, self.cluster_size, self.cluster_sum))
+        counts, sums = counts.clone(), sums.clone()
         all_reduce(counts)
         all_reduce(sums)
-        expected = counts.sum() / self.config.codebook_size
-        first_step = size.sum() == 0
-        size.copy_(torch.where(first_step, expected, size))
-        total.copy_(torch.where(first_step, codebook * expected, total))
+        expected = counts.sum(dim=1, keepdim=True) / self.config.codebook_size
+        first_step = size.sum(dim=1, keepdim=True) == 0
+        new_size = torch.where(first_step, expected, size)
+        new_total = torch.where(first_step[..., None], codebook * expected[..., None], total)
 
         rate = 1.0 - self.config.ema_decay
-        size.lerp_(counts, rate)
-        total.lerp_(sums, rate)
+        new_size.lerp_(counts, rate)
+        new_total.lerp_(sums, rate)
         if self.config.ema_update == "count":
             # A code that nobody chose for long decays in count and sum alike: the ratio must not become 0 / 0.
-            tiny = torch.finfo(torch.float32).tiny
-            moved = torch.where(size[:, None] > 1e-6 * expected, total / size[:, None].clamp(min=tiny), codebook)
+            means = new_total / new_size[..., None].clamp(min=torch.finfo(torch.float32).tiny)
+            moved = torch.where((new_size > 1e-6 * expected)[..., None], means, codebook)
         elif self.config.ema_update == "smoothed_count":
-            smoothed = (size + LAPLACE_SMOOTHING) / (size + LAPLACE_SMOOTHING).sum() * size.sum()
-            moved = total / smoothed[:, None]
+            smoothed = new_size + LAPLACE_SMOOTHING
+            smoothed *= new_size.sum(dim=1, keepdim=True) / smoothed.sum(dim=1, keepdim=True)
+            moved = new_total / smoothed[..., None]
         else:
-            towards = F.normalize(sums / counts[:, None].clamp(min=1.0), dim=-1)
-            moved = torch.where(counts[:, None] > 0, codebook.lerp(towards, rate), codebook)
-        codebook.copy_(F.normalize(moved, dim=-1) if self.config.unit_norm_codes else moved)
+            towards = F.normalize(sums / counts[..., None].clamp(min=1.0), dim=-1)
+            moved = torch.where(counts[..., None] > 0, codebook.lerp(towards, rate), codebook)
+        if self.config.unit_norm_codes:
+            moved = F.normalize(moved, dim=-1)
         # Decided on the device: the host need not wait, and the reduced sums are the same on all ranks.
-        finite = sums.isfinite().all()
-        for buffer, old in zip((codebook, size, total), before):
-            buffer.copy_(torch.where(finite, buffer, old))
+        finite = sums.isfinite().all(dim=2).all(dim=1)[:, None]
+        size.copy_(torch.where(finite, new_size, size))
+        for buffer, new in ((codebook, moved), (total, new_total)):
+            buffer.copy_(torch.where(finite[..., None], new, buffer))
 
     @torch.no_grad()
-    def _reseed_dead_codes(self, q: int, vectors: torch.Tensor) -> torch.Tensor:
+    def _draw_seeds(self, statistics: CodebookStatistics) -> torch.Tensor:
+        """(num_codebooks, codebook_size, code_dim): vectors of all ranks, as each level meets them; rank 0 draws."""
+        levels, size = self.config.num_codebooks, self.config.codebook_size
+        own, mine = draw_rows(len(statistics.latents), (levels, size), statistics.latents.device)
+        residuals, codes = statistics.latents[own], statistics.codes[own]
+        seeds = torch.empty_like(self.codebooks)
+        for q in range(levels):
+            seeds[q] = self._lookup_vectors(self._own_part(q, residuals[q])) * mine[q, :, None]
+            residuals[q + 1 :] -= F.embedding(codes[q + 1 :, :, q], self.codebooks[q])
+        all_reduce(seeds)
+        return seeds
+
+    @torch.no_grad()
+    def _reseed_dead_codes(self, seeds: torch.Tensor) -> torch.Tensor:
         """Give codes whose moving count fell under the threshold a current vector and fresh statistics.
 
-        The threshold is a fraction of the expected count, so that it does not depend on the batch size. The vectors
-        are drawn from those of all ranks, by rank 0. Returns how many codes there were.
+        The threshold is a fraction of the expected count, so that it does not depend on the batch size. Returns how
+        many codes of each level there were.
         """
-        if self.config.dead_code_threshold == 0:
-            return torch.zeros((), dtype=torch.long, device=vectors.device)
-        codebook, size, total = self.codebooks[q], self.cluster_size[q], self.cluster_sum[q]
-        expected = size.sum() / self.config.codebook_size
-        seeds = draw_rows(vectors, self.config.codebook_size)
+        codebook, size, total = self.codebooks, self.cluster_size, self.cluster_sum
+        expected = size.sum(dim=1, keepdim=True) / self.config.codebook_size
         # A vector that is not finite would stay for good.
-        dead = (size < self.config.dead_code_threshold * expected) & seeds.isfinite().all()
+        finite = seeds.isfinite().all(dim=2).all(dim=1, keepdim=True)
+        dead = (size < self.config.dead_code_threshold * expected) & finite
         if self._unit_codes:
             seeds = F.normalize(seeds, dim=-1)
-        codebook.copy_(torch.where(dead[:, None], seeds, codebook))
+        codebook.copy_(torch.where(dead[..., None], seeds, codebook))
         size.copy_(torch.where(dead, expected, size))
-        total.copy_(torch.where(dead[:, None], codebook * expected, total))
-        return dead.sum()
+        total.copy_(torch.where(dead[..., None], codebook * expected[..., None], total))
+        return dead.sum(dim=1)
+
+
+@dataclass
+class _Chain:
+    """What the residual chain makes of vectors, see [`BridleResidualQuantizer._chain`].
+
+    nearest: (vectors, num_codebooks, num_soft_codes) int64.
+    residual: (vectors, code_dim), what the last level left over.
+    left_sum: (vectors, code_dim), sum over the levels of what each left over of what it quantized, or `None`.
+    left_energy, residual_energy: (num_codebooks,), sum of the squares of that, and of the residual then.
+    sums: (num_codebooks, codebook_size, code_dim), sum of what chose each code, or `None`.
+    """
+
+    nearest: torch.Tensor
+    residual: torch.Tensor
+    left_sum: torch.Tensor | None
+    left_energy: torch.Tensor
+    residual_energy: torch.Tensor
+    sums: torch.Tensor | None
+
+
+def _energy(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of squares."""
+    return torch.dot(tensor.flatten(), tensor.flatten())
 
 
 def count_codes(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
@@ -339,18 +434,22 @@ def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int) -> torch.T
     return centres
 
 
-def draw_rows(vectors: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` rows drawn at random from the rows of all ranks, the same on every rank and for any number of ranks."""
-    lengths = torch.zeros(_world_size(), dtype=torch.long, device=vectors.device)
-    lengths[_rank()] = vectors.shape[0]
+def draw_rows(length: int, shape: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows drawn at random from those of all ranks, the same on every rank and for any number of ranks.
+
+    Args:
+        length: How many rows this rank has.
+
+    Returns:
+        Two tensors of `shape`: each drawn row's number among those of this rank, and whether it is one of them.
+    """
+    lengths = torch.zeros(_world_size(), dtype=torch.long, device=device)
+    lengths[_rank()] = length
     all_reduce(lengths)
-    drawn = (torch.rand(count, device=vectors.device, dtype=torch.float64) * lengths.sum()).long()
+    drawn = (torch.rand(shape, device=device, dtype=torch.float64) * lengths.sum()).long()
     broadcast(drawn)
     own = drawn - lengths[: _rank()].sum()
-    mine = (own >= 0) & (own < vectors.shape[0])
-    rows = vectors[own.clamp(0, vectors.shape[0] - 1)] * mine[:, None]
-    all_reduce(rows)
-    return rows
+    return own.clamp(0, length - 1), (own >= 0) & (own < length)
 
 
 def gather_rows(vectors: torch.Tensor) -> torch.Tensor:

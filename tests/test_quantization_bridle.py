@@ -283,6 +283,41 @@ def test_nothing_becomes_nan(normalization, ema_update, unit_norm_codes, scale):
     assert torch.isfinite(output.quantized).all() and not output.usage.quantization_error.isnan().any()
 
 
+@pytest.mark.parametrize("name", ["none", "input", "level"])
+def test_an_update_moves_the_codes_as_a_forward_does(name):
+    torch.manual_seed(0)
+    latents = [torch.randn(100, 8) + step for step in range(4)]
+    moved, updated = (make_quantizer(ema_decay=0.8, dead_code_threshold=0.5, **CASES[name]).train() for _ in range(2))
+    updated.load_state_dict(moved.state_dict())
+    updated.update_in_forward = False
+    for step, batch in enumerate(latents):
+        torch.manual_seed(step)
+        expected = moved(batch).usage.reseeded
+        torch.manual_seed(step)
+        assert torch.equal(updated.update([updated(batch).statistics]), expected)
+        for buffer, value in state(moved).items():
+            assert torch.equal(state(updated)[buffer], value), "bit for bit"
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from(["count", "direction"]))
+def test_codebooks_do_not_depend_on_how_a_batch_is_cut(sizes, ema_update):
+    """Of whole numbers, whose sums are exact in any order: bit for bit."""
+    torch.manual_seed(sum(sizes))
+    whole, cut = (make_quantizer(dead_code_threshold=0.9, ema_update=ema_update).train() for _ in range(2))
+    for quantizer in (whole, cut):
+        quantizer.update_in_forward = False
+        quantizer.codebooks.copy_(
+            torch.randint(-9, 9, whole.codebooks.shape, generator=torch.Generator().manual_seed(1))
+        )
+    latents = torch.randint(-20, 20, (sum(sizes), 8)).float()
+    for quantizer, parts in ((whole, [latents]), (cut, latents.split(sizes))):
+        torch.manual_seed(0)
+        quantizer.update([quantizer(part).statistics for part in parts])
+    for buffer, value in state(whole).items():
+        assert torch.equal(state(cut)[buffer], value)
+
+
 # k-means
 
 

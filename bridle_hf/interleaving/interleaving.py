@@ -24,7 +24,7 @@ from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
 from bridle_hf.modeling_bridle_tokenizer import target_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
-from bridle_hf.quantization_bridle import count_codes
+from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
 class Interleaving:
@@ -188,7 +188,7 @@ class Interleaving:
         sides = self.schedule.sides(step)
         self._set_learning_rates(step)
         sums: dict[str, torch.Tensor] = {}
-        latents: list[torch.Tensor] = []
+        statistics: list[CodebookStatistics] = []
         parts = list(self._micro_batches(batch))
         weights = shares(parts, self.encoder_config, self.accelerator)
         trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
@@ -196,7 +196,7 @@ class Interleaving:
             self.seed_step(step)
             self._place(trained, batch, part)
             with self.sharding.synchronized(trained, last=part is parts[-1]):
-                loss, metrics = self._losses(step, part, weight, sides, latents)
+                loss, metrics = self._losses(step, part, weight, sides, statistics)
                 self.accelerator.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
@@ -207,9 +207,9 @@ class Interleaving:
             )
         if not norms:
             return {}
-        if latents:
+        if statistics:
             self.seed_step(step)
-            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(torch.cat(latents))
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics)
         return sums | norms
 
     def _losses(
@@ -218,9 +218,9 @@ class Interleaving:
         part: MicroBatch,
         weights: torch.Tensor,
         sides: tuple[bool, bool],
-        latents: list[torch.Tensor],
+        statistics: list[CodebookStatistics],
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics of a micro batch times its weights (see `shares`); adds what was quantized to `latents`."""
+        """Loss and metrics of a micro batch times its weights (see `shares`); adds what moves the codebooks."""
         inputs, attention_mask = part.inputs, part.attention_mask
         loss, metrics, counts = torch.zeros((), device=inputs.device), {}, None
         phase = self.schedule.phases[self.schedule.phase_number(step)]
@@ -248,7 +248,7 @@ class Interleaving:
                     "tokenizer/codebook_loss": output.codebook_loss * weights[1],
                     "usage/quantization_error": output.usage.quantization_error * weights[1],
                 }
-                latents.append(output.latents)
+                statistics.append(output.statistics)
                 counts = output.counts
         return loss, metrics if counts is None else metrics | {"counts": counts}
 

@@ -54,8 +54,9 @@ def sample_flops(
         parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
     if sides[1]:
         parts["teacher"] = _encoder(encoder, math.prod(encoder.patch_grid), train=False)
-        # Codes are looked up once for the loss, and once more when the codebooks move.
-        parts["tokenizer"] = _latents(tokenizer, distilled=True, train=True) + 2 * _lookup(tokenizer)
+        # Codes that move within the chain are looked up once more when they do.
+        lookups = 2 if tokenizer.moves_codes_within_chain else 1
+        parts["tokenizer"] = _latents(tokenizer, distilled=True, train=True) + lookups * _lookup(tokenizer)
         parts["estimator"] = FORWARD_AND_BACKWARD * _estimator(tokenizer)
     return parts
 
