@@ -81,14 +81,20 @@ def seen_by(folder: Path, name: str, ranks: int) -> list[list[dict]]:
     return [torch.load(folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def assert_same_run(folder: Path, found: str, expected: str, tolerance: float = 1e-5) -> None:
-    """Losses and weights to 1e-5 (what is larger than 1, as the sums of the codebooks, in proportion)."""
+def assert_same_run(folder: Path, found: str, expected: str) -> None:
+    """Losses and weights to 1e-5 (what is larger than 1, as the sums of the codebooks, in proportion).
+
+    Where a gradient is nearly 0, Adam makes a step of its rounding: of one weight in 10,000 only to 1e-4.
+    """
     ours, theirs = weights(folder / found), weights(folder / expected)
     assert ours.keys() == theirs.keys()
+    far = 0
     for name, tensor in theirs.items():
         torch.testing.assert_close(
-            ours[name], tensor, atol=tolerance, rtol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+            ours[name], tensor, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
         )
+        far += int((~torch.isclose(ours[name], tensor, atol=1e-5, rtol=1e-5)).sum())
+    assert far <= sum(tensor.numel() for tensor in theirs.values()) / 10_000
     for row, other in zip(rows(folder / found), rows(folder / expected), strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
@@ -129,11 +135,11 @@ def assert_equal_ranks(ranks: list[list[dict]]) -> None:
 # The same result
 
 
-def check_against_one_process(folder: Path, launcher: str, *options: str, tolerance: float = 1e-5) -> None:
+def check_against_one_process(folder: Path, launcher: str, *options: str) -> None:
     run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in PHASES])
     run_all(launcher, folder, [[name, name, None, options] for name in PHASES])
     for name in PHASES:
-        assert_same_run(folder, name, f"alone_{name}", tolerance)
+        assert_same_run(folder, name, f"alone_{name}")
         ranks = seen_by(folder, name, 2)
         assert_same_steps(ranks, seen_by(folder, f"alone_{name}", 1))
         assert_equal_ranks(ranks)
@@ -152,10 +158,9 @@ def test_two_processes_with_half_of_the_weights_each_equal_one(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "tolerance"), [("ddp", 1e-5), ("fsdp2", 1e-4)])
-def test_two_processes_with_micro_batches_equal_one(folder, launcher, tolerance):
-    """FSDP2 sums in another order; where a gradient is nearly 0, Adam makes a step of that: one weight in 26,000."""
-    check_against_one_process(folder, launcher, "--micro_batch_size", "3", tolerance=tolerance)
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2"])
+def test_two_processes_with_micro_batches_equal_one(folder, launcher):
+    check_against_one_process(folder, launcher, "--micro_batch_size", "3")
 
 
 def test_a_sharded_run_goes_on_in_one_process(folder):
