@@ -1,5 +1,6 @@
 """Transformer layers: the plain pre-norm layer of encoder, estimator and plain decoder, and the Swin-v2 layer."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,15 @@ def eager_attention_forward(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def eager_config(config: BridleEncoderConfig) -> BridleEncoderConfig:
+    """A config with eager attention, the only one that gives its weights: for calls with `output_attentions`."""
+    if config._attn_implementation == "eager":
+        return config
+    config = copy.copy(config)
+    config._attn_implementation = "eager"
+    return config
 
 
 class BridleAttention(nn.Module):
@@ -66,8 +76,9 @@ class BridleAttention(nn.Module):
             projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projected in (self.q_proj(hidden_states), self.k_proj(context), self.v_proj(context))
         )
+        config = eager_config(self.config) if kwargs.get("output_attentions") else self.config
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            config._attn_implementation, eager_attention_forward
         )
         output, weights = attention(
             self,

@@ -128,7 +128,7 @@ def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: No row has a visible patch.
     """
-    most = int(visible.sum(dim=1).max())
+    most = visible.sum(dim=1).max().item()
     # torch's own check, because torch.compile learns from it that there is at least one.
     torch._check_value(most > 0, lambda: "no patch is visible: the mask hides all of them")
     return _first_of(visible, most)
@@ -136,7 +136,7 @@ def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def chosen_patches(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`visible_patches`], of any choice of patches; one column that is not valid where none is chosen."""
-    most = int(chosen.sum(dim=1).max().clamp(min=1))
+    most = chosen.sum(dim=1).max().clamp(min=1).item()
     torch._check(most > 0)
     return _first_of(chosen, most)
 

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_bridle import BridleConfig, BridleEncoderConfig
 from .decoder_bridle import BridleDecoder, BridleLayerMix
-from .encoder_bridle import BridleAttention, BridleDropPath, BridleLayer, BridleSwinAttention
+from .encoder_bridle import BridleAttention, BridleDropPath, BridleLayer, BridleSwinAttention, eager_config
 from .masking_bridle import chosen_patches, draw_share, make_mask
 from .patching_bridle import (
     INPUT_NAMES,
@@ -136,7 +136,7 @@ class BridleModel(BridlePreTrainedModel):
     """The encoder: a ViT that sees the visible patches alone. The same for audio, image and video."""
 
     # What a pretraining folder and a classifier's hold beside the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier"]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier", r"^fc_norm\."]
 
     def __init__(self, config: BridleEncoderConfig):
         super().__init__(config)
@@ -188,17 +188,12 @@ class BridleModel(BridlePreTrainedModel):
             (batch, hidden): the mean over the real patches, or the class token (`config.pooling`).
 
         Raises:
-            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit;
-                `output_attentions` with attention other than eager, which does not give its weights.
+            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
         """
-        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"`output_attentions` needs eager attention, this model's is '{self.config._attn_implementation}': "
-                'call model.set_attn_implementation("eager")'
-            )
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
+        config = eager_config(self.config) if kwargs.get("output_attentions") else self.config
+        mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=real)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         hidden_states = self.layernorm(hidden_states)
@@ -342,7 +337,9 @@ class BridleForPreTraining(BridlePreTrainedModel):
                 f"`labels` must be (batch, patches, {self.config.num_codebooks} codebooks[, soft codes]), got "
                 f"{tuple(labels.shape)}"
             )
-        logits, labels = logits.float(), labels[decoded]
+        if not is_integer(labels):
+            raise ValueError(f"`labels` are {labels.dtype}; give codes, which are integers")
+        logits, labels = logits.float(), labels[decoded].long()
         log_likelihood = logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=(0, 2))
         weights = self.config.codebook_loss_weights
         if weights is not None:
@@ -360,6 +357,14 @@ def _on_grid(rows: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor, pat
     return grid.scatter(1, indices.view(shape).expand_as(rows), rows.masked_fill(~valid.view(shape), 0.0))
 
 
+_FORMER_NORM = {r"^classifier_norm\.": "fc_norm."}
+
+
+def _rename_former_norm(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}classifier_norm.")]:
+        state_dict[name.replace("classifier_norm.", "fc_norm.")] = state_dict.pop(name)
+
+
 class BridleForClassification(BridlePreTrainedModel):
     """The encoder with a linear head on the mean of its patches. What the three classifiers share."""
 
@@ -373,10 +378,21 @@ class BridleForClassification(BridlePreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.bridle = BridleModel(config)
-        # Not `layernorm`: loading an encoder, transformers drops `bridle.` from a name wherever that fits, too.
-        self.classifier_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # MAE's name. Not `layernorm`: loading an encoder, transformers drops `bridle.` wherever that fits, too.
+        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.register_load_state_dict_pre_hook(_rename_former_norm)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = None, **kwargs):
+        """As in transformers; a checkpoint that has `fc_norm` under its former name loads, too."""
+        renamed = key_mapping is None
+        loaded = super().from_pretrained(*args, key_mapping=_FORMER_NORM if renamed else key_mapping, **kwargs)
+        if renamed:
+            # transformers would save it under the former name again.
+            (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = None
+        return loaded
 
     @can_return_tuple
     def forward(
@@ -393,16 +409,20 @@ class BridleForClassification(BridlePreTrainedModel):
 
         Args:
             inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
-            labels: (batch,) int64 for one label per sample, (batch, num_labels) float for soft targets (mixup; with
-                `config.problem_type="single_label_classification"`) or several labels per sample
-                (`"multi_label_classification"`); regression where `num_labels` is 1.
+            labels: (batch,) or (batch, 1) integers for one label per sample; (batch, num_labels) float for soft
+                targets (mixup; with `config.problem_type="single_label_classification"`); (batch, num_labels) of any
+                type for several labels per sample (`"multi_label_classification"`, assumed of float and bool).
+                Regression where `num_labels` is 1.
 
         Returns:
             `loss` where `labels` were given, and `logits` (batch, num_labels).
+
+        Raises:
+            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         outputs = self.bridle(values, attention_mask, self._dropped_patches(values), **kwargs)
-        logits = self.classifier(self.classifier_norm(outputs.pooler_output))
+        logits = self.classifier(self.fc_norm(outputs.pooler_output))
         loss = None
         if labels is not None:
             loss = self._loss(logits, labels)
@@ -411,9 +431,12 @@ class BridleForClassification(BridlePreTrainedModel):
         )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        if self.config.problem_type == "single_label_classification" or (
-            self.config.problem_type is None and self.num_labels > 1 and not labels.is_floating_point()
-        ):
+        problem = self.config.problem_type
+        if problem is None:
+            numbers = "single_label_classification" if is_integer(labels) else "multi_label_classification"
+            problem = numbers if self.num_labels > 1 else "regression"
+        labels = _fit_labels(labels, problem, logits)
+        if problem == "single_label_classification":
             return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         return self.loss_function(labels, logits, self.config)
 
@@ -429,6 +452,33 @@ class BridleForClassification(BridlePreTrainedModel):
             stripes.scatter_(1, noise.topk(int(size * rate), dim=1).indices, True)
             dropped |= stripes.unsqueeze(3 - axis)
         return dropped.flatten(1).repeat(1, math.prod(grid[:-2]))
+
+
+def is_integer(tensor: torch.Tensor) -> bool:
+    """Whether it holds numbers of classes or codes: integers of any width."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def _fit_labels(labels: torch.Tensor, problem: str, logits: torch.Tensor) -> torch.Tensor:
+    """Labels in the type and shape that the loss of a problem takes.
+
+    Raises:
+        ValueError: It is not beyond doubt which.
+    """
+    one_each, several = labels.shape in ((len(logits),), (len(logits), 1)), labels.shape == logits.shape
+    if problem == "single_label_classification":
+        if is_integer(labels) and one_each:
+            return labels.reshape(-1).long()
+        if labels.is_floating_point() and several:
+            return labels
+        expected = f"({len(logits)},) integers, or {tuple(logits.shape)} float"
+    else:
+        if several or (one_each and logits.shape[1] == 1):
+            return labels.reshape(logits.shape).to(logits.dtype)
+        expected = f"{tuple(logits.shape)} numbers"
+    raise ValueError(
+        f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}; for problem_type='{problem}' give {expected}"
+    )
 
 
 class BridleForAudioClassification(BridleForClassification):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -34,6 +35,7 @@ class BridleTokenizerOutput(ModelOutput):
     usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
     estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
     statistics: [`CodebookStatistics`] of this batch, in training mode: for [`BridleResidualQuantizer.update`].
+    hidden_states, attentions: of the tokenizer's encoder, on request; a random projection has neither.
     """
 
     loss: torch.FloatTensor | None = None
@@ -44,6 +46,8 @@ class BridleTokenizerOutput(ModelOutput):
     counts: torch.FloatTensor | None = None
     estimate: torch.FloatTensor | None = None
     statistics: CodebookStatistics | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class BridleRandomProjection(nn.Module):
@@ -107,11 +111,12 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     config_class = BridleTokenizerConfig
     base_model_prefix = "tokenizer"
+    # A random projection has no layers whose activations could be computed anew; see `__init__`.
+    supports_gradient_checkpointing = False
     _keep_in_fp32_modules_strict = ["quantizer.codebooks", "quantizer.cluster_size", "quantizer.cluster_sum"]
 
     def __init__(self, config: BridleTokenizerConfig):
         super().__init__(config)
-        # A random projection has no layers whose activations could be computed anew.
         self.supports_gradient_checkpointing = self.is_trained
         if not self.is_trained:
             self.random_projection = BridleRandomProjection(config)
@@ -157,10 +162,16 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     def latents(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """What is quantized, `z`: (batch, patches, code_dim)."""
+        return self._encode(inputs, attention_mask)[0]
+
+    def _encode(
+        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, **options
+    ) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
+        """`z`, and what the encoder returns, nothing where there is none."""
         if not self.is_trained:
-            return self.random_projection(inputs, attention_mask)
-        encoded = self.encoder(inputs, attention_mask).last_hidden_state
-        return self.projection(encoded[:, int(self.config.use_class_token) :])
+            return self.random_projection(inputs, attention_mask), BaseModelOutputWithPooling()
+        encoded = self.encoder(inputs, attention_mask, **options)
+        return self.projection(encoded.last_hidden_state[:, int(self.config.use_class_token) :]), encoded
 
     @torch.no_grad()
     def encode(
@@ -223,7 +234,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
             ValueError: A teacher for a random projection, or features that do not fit the patches.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        quantized, grid, real = self._quantize(values, attention_mask)
+        quantized, grid, real, encoded = self._quantize(values, attention_mask, **kwargs)
         output = BridleTokenizerOutput(
             loss=quantized.loss,
             codebook_loss=quantized.loss,
@@ -231,6 +242,8 @@ class BridleTokenizerModel(BridlePreTrainedModel):
             usage=quantized.usage,
             counts=quantized.counts,
             statistics=quantized.statistics,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
         if teacher_hidden_states is not None:
             self._check_teacher(teacher_hidden_states, quantized.codes)
@@ -240,10 +253,11 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         return output
 
     def _quantize(
-        self, values: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None]:
-        """The quantizer's output laid out as (batch, patches, ...), the grid, and which patches are real."""
-        latents = self.latents(values, attention_mask)
+        self, values: torch.Tensor, attention_mask: torch.Tensor | None, **options
+    ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None, BaseModelOutputWithPooling]:
+        """The quantizer's output laid out as (batch, patches, ...), the grid, which patches are real, the encoder's
+        output."""
+        latents, encoded = self._encode(values, attention_mask, **options)
         grid = patch_grid_of(values, self.config)
         if attention_mask is None:
             quantized = self.quantizer(latents.flatten(0, 1))
@@ -260,7 +274,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
                 )
             elif rows is not None:
                 quantized[name] = rows.unflatten(0, latents.shape[:2])
-        return quantized, grid, real
+        return quantized, grid, real, encoded
 
     def _check_teacher(self, teacher: torch.Tensor, codes: torch.Tensor) -> None:
         if not self.is_trained:

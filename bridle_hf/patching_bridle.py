@@ -67,7 +67,7 @@ def patch_grid_of(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[in
         frames, mel_bins = values.shape[1:]
         if mel_bins != config.num_mel_bins:
             raise ValueError(f"`input_values` has {mel_bins} mel bins, the model was built for {config.num_mel_bins}")
-        channels, sizes = 1, (1, frames + -frames % config.patch_shape[1], mel_bins)
+        channels, sizes = 1, (1, whole_patches(frames, config), mel_bins)
     elif config.modality == "image":
         channels, sizes = values.shape[1], (1, *values.shape[2:])
     else:
@@ -80,6 +80,12 @@ def patch_grid_of(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[in
         )
     grid = tuple(size // patch for size, patch in zip(sizes, config.patch_shape))
     return grid if config.modality == "video" else grid[1:]
+
+
+def whole_patches(frames: int, config: BridleEncoderConfig) -> int:
+    """Frames of audio, padded to whole patches. So written, torch.export sees that any number divides."""
+    time = config.patch_shape[1]
+    return (frames + time - 1) // time * time
 
 
 def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.Tensor, tuple[int, ...]]:
@@ -97,7 +103,9 @@ def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.T
     frames, height, width = config.patch_shape
     times, rows, columns = grid if config.modality == "video" else (1, *grid)
     patches = volume.reshape(*volume.shape[:2], times, frames, rows, height, columns, width)
-    return patches.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(len(values), math.prod(grid), config.patch_dim), grid
+    # By way of one axis: merging some of several, torch.export asks for proofs about the length that it cannot find.
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten()
+    return patches.view(values.shape[0], math.prod(grid), config.patch_dim), grid
 
 
 def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor:
@@ -108,7 +116,8 @@ def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor
     """
     patch_grid_of(values, config)
     if config.modality == "audio":
-        return nn.functional.pad(values, (0, 0, 0, -values.shape[1] % config.patch_shape[1]))[:, None, None]
+        padding = whole_patches(values.shape[1], config) - values.shape[1]
+        return nn.functional.pad(values, (0, 0, 0, padding))[:, None, None]
     return values[:, :, None] if config.modality == "image" else values.transpose(1, 2)
 
 
@@ -143,8 +152,10 @@ def patch_attention_mask(attention_mask: torch.Tensor, config: BridleEncoderConf
     if config.modality != "audio":
         raise ValueError("`attention_mask` counts the frames of audio; images and video take none")
     time, mel = config.patch_shape[1], config.patch_grid[1]
-    frames = nn.functional.pad(attention_mask.bool(), (0, -attention_mask.shape[1] % time))
-    return frames.unflatten(1, (-1, time)).any(dim=2).repeat_interleave(mel, dim=1)
+    padding = whole_patches(attention_mask.shape[1], config) - attention_mask.shape[1]
+    frames = nn.functional.pad(attention_mask.bool(), (0, padding))
+    steps = frames.unflatten(1, (-1, time)).any(dim=2)
+    return steps[:, :, None].expand(-1, -1, mel).flatten().view(steps.shape[0], steps.shape[1] * mel)
 
 
 def sincos_positions(grid: tuple[int, ...], dim: int) -> torch.Tensor:
@@ -225,7 +236,7 @@ class BridleEmbeddings(nn.Module):
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         positions = self.positions(grid).expand(patches.shape[0], -1, -1)
         if bool_masked_pos is not None:
-            check_patch_shape("bool_masked_pos", bool_masked_pos, len(patches), grid)
+            check_patch_shape("bool_masked_pos", bool_masked_pos, patches.shape[0], grid)
             visible = ~bool_masked_pos.bool() if real is None else ~bool_masked_pos.bool() & real
             indices, real = visible_patches(visible)
             patches, positions = (take_patches(tensor, indices) for tensor in (patches, positions))

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, VideoMAEConfig, VideoMAEModel, ViTMAEConfig, ViTMAEModel
+from transformers import (
+    AutoModel,
+    AutoModelForAudioClassification,
+    VideoMAEConfig,
+    VideoMAEModel,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from bridle_hf import (
@@ -281,10 +289,9 @@ def test_compiled_encoder_equals_eager(tiny_config, tiny_input):
     torch.testing.assert_close(output.last_hidden_state, model(values).last_hidden_state, **EXACT)
 
 
-def test_compiled_graphs_of_padding_classifier_and_pretraining(tiny_config, tiny_input, monkeypatch):
-    # How many patches a mask leaves visible, and which, are numbers that torch.compile must be told to follow.
-    monkeypatch.setattr(torch._dynamo.config, "capture_scalar_outputs", True)
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+# How many patches a mask leaves visible, and which, are numbers that torch.compile must be told to follow.
+@torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
+def test_compiled_graphs_of_padding_classifier_and_pretraining(tiny_config, tiny_input):
     torch._dynamo.reset()
     values, mask = padded_batch()
     classifier = BridleForAudioClassification(tiny_config("audio", num_labels=5)).eval()
@@ -352,18 +359,30 @@ def test_rows_with_unequal_numbers_of_visible_patches(prepare, tiny_config, tiny
 # Outputs
 
 
-def test_hidden_states_and_attentions(tiny_config, tiny_input, modality):
-    model = BridleModel(tiny_config(modality, attn_implementation="eager")).eval()
-    tokens = torch.Size(model.config.patch_grid).numel() + int(model.config.use_class_token)
-    output = model(tiny_input(modality), output_hidden_states=True, output_attentions=True)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_states_and_attentions(tiny_config, tiny_tokenizer_config, tiny_input, modality, attention):
+    config, values = tiny_config(modality, attn_implementation=attention), tiny_input(modality)
+    model = BridleModel(config).eval()
+    tokens = torch.Size(config.patch_grid).numel() + int(config.use_class_token)
+    output = model(values, output_hidden_states=True, output_attentions=True)
     assert [state.shape for state in output.hidden_states] == [(2, tokens, 48)] * 3
     assert [weights.shape for weights in output.attentions] == [(2, 4, tokens, tokens)] * 2
+    torch.testing.assert_close(output.attentions[0].sum(dim=-1), torch.ones(2, 4, tokens))
     torch.testing.assert_close(model.layernorm(output.hidden_states[-1]), output.last_hidden_state)
-    for head in (BridleForPreTraining, CLASSIFIERS[modality]):
-        model = head(tiny_config(modality, attn_implementation="eager")).eval()
-        output = model(tiny_input(modality), output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(model(values).last_hidden_state, output.last_hidden_state, **EXACT)
+    assert model.config._attn_implementation == attention
+    tokenizer = BridleTokenizerModel(tiny_tokenizer_config(modality, attn_implementation=attention))
+    for model in (BridleForPreTraining(config), CLASSIFIERS[modality](config), tokenizer):
+        output = model.eval()(values, output_hidden_states=True, output_attentions=True)
         assert len(output.hidden_states) == 3 and len(output.attentions) == 2
-        assert model(tiny_input(modality)).hidden_states is None
+        assert model(values).hidden_states is None and model(values).attentions is None
+
+
+def test_attentions_of_padded_clips_skip_the_padding(tiny_config):
+    values, mask = padded_batch()
+    output = BridleModel(tiny_config("audio")).eval()(values, mask, output_attentions=True)
+    for index, frames in enumerate(CLIPS):
+        assert not output.attentions[0][index, :, :, 1 + real_patches(frames) :].any()
 
 
 def test_tuples_on_request(tiny_config, tiny_input):
@@ -499,9 +518,137 @@ def test_classification_losses(tiny_config, tiny_input, modality, fields, labels
     torch.testing.assert_close(output.loss, loss(output.logits, labels))
 
 
+BATCH = torch.tensor([0, 4])
+HOT = torch.eye(5)[BATCH]
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels", "same_as"),
+    [
+        ({}, BATCH.int(), BATCH),
+        ({}, BATCH.to(torch.uint8), BATCH),
+        ({}, BATCH[:, None], BATCH),
+        ({}, BATCH[:, None].int(), BATCH),
+        ({}, HOT.bool(), HOT),
+        ({"problem_type": "multi_label_classification"}, HOT.int(), HOT),
+        ({"problem_type": "multi_label_classification"}, HOT.bool(), HOT),
+        ({"num_labels": 1}, torch.tensor([2, 3]), torch.tensor([2.0, 3.0])),
+        ({"num_labels": 1}, torch.tensor([[2.0], [3.0]]), torch.tensor([2.0, 3.0])),
+    ],
+)
+def test_labels_of_other_types_and_shapes(tiny_config, tiny_input, fields, labels, same_as):
+    losses = []
+    for given in (labels, same_as):
+        model = BridleForAudioClassification(tiny_config("audio", **{"num_labels": 5, **fields})).eval()
+        torch.nn.init.constant_(model.classifier.bias, 0.5)
+        torch.nn.init.eye_(model.classifier.weight)
+        for parameter in model.bridle.parameters():
+            torch.nn.init.constant_(parameter, 0.1)
+        torch.manual_seed(1)
+        losses.append(model(tiny_input("audio"), labels=given).loss)
+    losses[0].backward()
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({}, BATCH.bool()),
+        ({}, BATCH.float()),
+        ({}, HOT.int()),
+        ({}, BATCH[:1]),
+        ({}, torch.zeros(2, 2, dtype=torch.long)),
+        ({}, torch.tensor(3)),
+        ({"problem_type": "single_label_classification"}, HOT.bool()),
+        ({"problem_type": "single_label_classification"}, BATCH.float()),
+        ({"problem_type": "multi_label_classification"}, BATCH),
+        ({"problem_type": "multi_label_classification"}, HOT[:, :4]),
+        ({"problem_type": "regression", "num_labels": 1}, torch.zeros(3)),
+    ],
+)
+def test_labels_in_doubt_are_refused_in_one_line(tiny_config, tiny_input, fields, labels):
+    model = BridleForAudioClassification(tiny_config("audio", **{"num_labels": 5, **fields}))
+    with pytest.raises(ValueError, match=r"^`labels` are torch\.\w+ of shape .*; for problem_type='\w+' give .*$"):
+        model(tiny_input("audio"), labels=labels)
+
+
+def test_codes_of_any_integer_type(tiny_config, tiny_input):
+    model = BridleForPreTraining(tiny_config("audio")).eval()
+    values, codes, mask = tiny_input("audio"), make_codes(2, 24, 3), make_masks(model.config)
+    losses = [model(values, bool_masked_pos=mask, labels=labels).loss for labels in (codes, codes.int(), codes.byte())]
+    assert losses[0] == losses[1] == losses[2]
+    for labels in (codes.float(), codes.bool()):
+        with pytest.raises(ValueError, match="give codes, which are integers"):
+            model(values, bool_masked_pos=mask, labels=labels)
+
+
+def test_heads_load_by_their_former_names(tiny_config, tmp_path):
+    model = BridleForAudioClassification(tiny_config("audio", num_labels=3))
+    torch.nn.init.normal_(model.fc_norm.weight)
+    model.save_pretrained(tmp_path)
+    former = {k.replace("fc_norm.", "classifier_norm."): w for k, w in model.state_dict().items()}
+    assert "classifier_norm.weight" in former
+    save_file(former, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for auto_class in (AutoModelForAudioClassification, BridleForAudioClassification):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(loaded.fc_norm.weight, model.fc_norm.weight)
+    loaded.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == set(model.state_dict())
+    fresh = BridleForAudioClassification(model.config)
+    fresh.load_state_dict(former)
+    assert torch.equal(fresh.fc_norm.weight, model.fc_norm.weight)
+    assert "classifier_norm.weight" in former, "what was given is left as it is"
+    _, info = BridleModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_a_head_of_another_size_is_the_only_part_made_anew(tiny_config, tmp_path):
+    model = BridleForAudioClassification(tiny_config("audio", num_labels=3))
+    model.save_pretrained(tmp_path)
+    resized = BridleForAudioClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    for name, parameter in resized.named_parameters():
+        same = parameter.shape == model.get_parameter(name).shape
+        assert same == (not name.startswith("classifier")) and (not same or parameter.equal(model.get_parameter(name)))
+
+
 def test_a_classifier_of_another_modality_is_refused(tiny_config):
     with pytest.raises(ValueError, match="modality='image'"):
         BridleForImageClassification(tiny_config("audio"))
+
+
+# Export
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_exported_program_takes_clips_of_any_length(tiny_config, masked):
+    """Shorter than `max_length` and longer, whatever length it was exported with."""
+    model = BridleForAudioClassification(tiny_config("audio", num_hidden_layers=1)).eval()
+    batch, time = torch.export.Dim("batch", max=8), torch.export.Dim("time", min=17, max=4096)
+
+    def inputs(clips: int, frames: int) -> dict[str, torch.Tensor]:
+        values = {"input_values": torch.randn(clips, frames, 64)}
+        mask = (torch.arange(frames) < torch.tensor([[frames]] + [[1 + frames // 2]] * (clips - 1))).long()
+        return {**values, "attention_mask": mask} if masked else values
+
+    example = inputs(2, 96)
+    program = torch.export.export(model, (), example, dynamic_shapes={name: {0: batch, 1: time} for name in example})
+    for frames in (17, 40, 95, 96, 97, 112, 1000):
+        given = inputs(3, frames)
+        torch.testing.assert_close(program.module()(**given).logits, model(**given).logits, atol=1e-5, rtol=0)
+
+
+# Not of video: transformers asks whether there are two tokens, which without a class token is not known before.
+@torch.no_grad()
+@pytest.mark.parametrize("modality", ["audio", "image"])
+def test_an_exported_program_of_pretraining_takes_other_masks(tiny_config, tiny_input, modality):
+    """How many patches they leave visible is not known before."""
+    model = BridleForPreTraining(tiny_config(modality)).eval()
+    inputs = {"inputs": tiny_input(modality), "bool_masked_pos": make_masks(model.config)}
+    program = torch.export.export(model, (), inputs).module()
+    for share in (0.2, 0.5, 0.9):
+        inputs["bool_masked_pos"] = torch.rand(2, inputs["bool_masked_pos"].shape[1]) < share
+        torch.testing.assert_close(program(**inputs)["logits"], model(**inputs).logits, **EXACT)
 
 
 # Regularisation
@@ -633,6 +780,25 @@ def test_encode_and_decode(tiny_tokenizer_config, tiny_input, modality, tokenize
     torch.testing.assert_close(decoded.flatten(0, 1), quantized, **EXACT)
     with pytest.raises(ValueError, match="codes"):
         tokenizer.decode(codes[..., :2])
+
+
+@pytest.mark.parametrize("tokenizer_type", ["random_projection", "self_distilled"])
+def test_tokenizers_claim_what_they_can(tiny_tokenizer_config, tokenizer_type):
+    tokenizer = BridleTokenizerModel(tiny_tokenizer_config("audio", tokenizer_type=tokenizer_type))
+    # The class speaks for both types.
+    assert not BridleTokenizerModel.supports_gradient_checkpointing
+    assert BridleTokenizerModel.main_input_name == "inputs" and tokenizer.main_input_name == "input_values"
+    if tokenizer.is_trained:
+        tokenizer.activation_checkpointing_enable()
+        assert tokenizer.is_activation_checkpointing
+    else:
+        with pytest.raises(ValueError, match="does not support"):
+            tokenizer.activation_checkpointing_enable()
+    embedding = nn.Linear(256, 48)
+    assert tokenizer.get_input_embeddings().weight.shape == embedding.weight.shape
+    tokenizer.set_input_embeddings(embedding)
+    assert tokenizer.get_input_embeddings() is embedding
+    tokenizer.encode(torch.randn(1, 96, 64))
 
 
 def test_encode_restores_the_mode_after_an_error(tiny_tokenizer_config):

@@ -148,7 +148,7 @@ def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
     """
     with _refused(f"{model}: its weights cannot be loaded"):
         loaded, found = auto_class.from_pretrained(model, output_loading_info=True, **options)
-    if missing := sorted(name for name in found["missing_keys"] if not name.startswith("classifier")):
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(("classifier.", "fc_norm."))):
         raise ValueError(f"{model}: {len(missing)} weights are missing, as {missing[0]}: it is not whole")
     return loaded
 

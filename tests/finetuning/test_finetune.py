@@ -73,7 +73,7 @@ def test_learning_rate_falls_with_depth_and_only_matrices_decay():
         "bridle.layers.0.mlp.fc1.weight": (0.25, 0.1),
         "bridle.layers.1.attention.q_proj.bias": (0.5, 0.0),
         "bridle.layernorm.weight": (1.0, 0.0),
-        "classifier_norm.bias": (1.0, 0.0),
+        "fc_norm.bias": (1.0, 0.0),
         "classifier.weight": (1.0, 0.1),
     }
     for name, (rate, decay) in expected.items():
