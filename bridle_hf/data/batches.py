@@ -33,6 +33,7 @@ from bridle_hf.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+WORKER_DIED = "a loader worker has died, of memory most likely"
 MAX_ATTEMPTS = 32  # with 10% bad files, 32 bad ones in a row are a matter of 1e-32
 
 # Random streams beside that of the sample itself, kept apart by the spawn key.
@@ -180,7 +181,7 @@ def make_loader(
 
 @contextlib.contextmanager
 def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
-    """What a DataLoader says of its workers in RuntimeErrors, as the OSErrors that they are.
+    """What a DataLoader says of its workers in errors of other kinds, as the OSErrors that they are.
 
     Raises:
         TimeoutError: a batch took longer than `timeout`, in seconds.
@@ -192,8 +193,10 @@ def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
         if "DataLoader timed out" in str(error):
             raise TimeoutError(f"the loader gave no batch within {timeout:g} s: is the file system there?") from error
         if "DataLoader worker" in str(error):
-            raise ChildProcessError("a loader worker has died, of memory most likely") from error
+            raise ChildProcessError(WORKER_DIED) from error
         raise
+    except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:  # while it was handing over a batch
+        raise ChildProcessError(WORKER_DIED) from error
 
 
 def without_interruptions(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

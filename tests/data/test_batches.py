@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from bridle_hf.common.errors import MediaError, TooManyBadFiles
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.batches import DrawDataset, GlobalBatches, iterate_eval, make_loader, train_batches
+from bridle_hf.data.batches import (
+    DrawDataset,
+    GlobalBatches,
+    iterate_eval,
+    loader_errors_as_os_errors,
+    make_loader,
+    train_batches,
+)
 from bridle_hf.data.decoding import read_audio
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds, group_folds, split_by_groups
@@ -305,6 +312,20 @@ def test_nothing_readable(tmp_path):
     with pytest.raises(TooManyBadFiles, match="32 files in a row cannot be read; the last is bad_"):
         next(train_batches(loader, ledger))
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
+        ConnectionResetError(104, "Connection reset by peer"),  # a worker killed while it hands over a batch
+        EOFError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_worker_that_died_is_called_so(error):
+    with pytest.raises(ChildProcessError, match="a loader worker has died"), loader_errors_as_os_errors(0):
+        raise error
 
 
 def test_errors_that_are_no_bad_files_are_not_hidden():
