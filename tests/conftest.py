@@ -1,6 +1,13 @@
 """One thread, fixed seeds, and models small enough to build in every test."""
 
+import os
+
 import pytest
+
+
+# Before huggingface_hub reads it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing waits for a network
+
 import torch
 
 

@@ -77,9 +77,17 @@ def test_by_remote_code(by_remote_code, wanted):
 
 
 def test_saved_again_by_remote_code(by_remote_code, root, wanted):
-    again = str(root / "remote" / "again")
-    encoder = str(root / "remote" / "encoder_of_classifier")
-    assert_equal(load_everything(again, trust_remote_code=False), wanted)
+    again = root / "remote" / "again"
+    assert_equal(load_everything(str(again), trust_remote_code=False), wanted)
+    for kind in OWN_CLASS:
+        assert {path.name for path in (again / kind).glob("*.py")} == {
+            path.name for path in (root / kind).glob("*.py")
+        }
+
+
+@pytest.mark.slow
+def test_loaded_again_by_remote_code(by_remote_code, root, wanted):
+    again, encoder = str(root / "remote" / "again"), str(root / "remote" / "encoder_of_classifier")
     code = f"""
         from helpers.saved_folders import load_everything
         from transformers import AutoModel

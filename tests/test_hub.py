@@ -100,6 +100,7 @@ def test_uploaded_folder_in_a_pipeline(published, wanted):
     assert_equal({"pipeline": torch.load(published / "remote" / "scores.pt")}, {"pipeline": wanted["pipeline"]})
 
 
+@pytest.mark.slow
 def test_with_the_package_and_pushed_again_by_remote_code(published, hub, wanted):
     run_fresh(WITH_THE_PACKAGE, published / "package", package=True, HF_ENDPOINT=hub.endpoint)
     for owner in ("org", "again"):

@@ -280,6 +280,7 @@ def test_eager_equals_sdpa(tiny_config, tiny_input, modality):
     torch.testing.assert_close(model(values, bool_masked_pos=mask).logits, expected, **EXACT)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_encoder_equals_eager(tiny_config, tiny_input):
     model = BridleModel(tiny_config("audio", num_hidden_layers=1)).eval()
@@ -294,11 +295,11 @@ def test_compiled_encoder_equals_eager(tiny_config, tiny_input):
 def test_compiled_graphs_of_padding_classifier_and_pretraining(tiny_config, tiny_input):
     torch._dynamo.reset()
     values, mask = padded_batch()
-    classifier = BridleForAudioClassification(tiny_config("audio", num_labels=5)).eval()
+    classifier = BridleForAudioClassification(tiny_config("audio", num_labels=5, num_hidden_layers=1)).eval()
     compiled = torch.compile(classifier, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(values, mask).logits, classifier(values, mask).logits, **EXACT)
-    model = BridleForPreTraining(tiny_config("audio")).eval()
+    model = BridleForPreTraining(tiny_config("audio", num_hidden_layers=1)).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = {"bool_masked_pos": make_masks(model.config), "labels": make_codes(2, 24, 3)}
     values = tiny_input("audio")

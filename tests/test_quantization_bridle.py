@@ -431,7 +431,7 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=2)
+    mp.start_processes(run_rank, args=(str(folder),), nprocs=2, start_method="fork")
     return [torch.load(folder / str(rank)) for rank in range(2)]
 
 

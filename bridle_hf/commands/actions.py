@@ -17,14 +17,20 @@ def pretrain(args: Any) -> None:
 
     disable_progress_bar()
     _log()
-    run_pretraining(args)
+    made = run_pretraining(args)
+    for line in made if args.dry_run else ():
+        print(line)
 
 
 def finetune(args: Any, training_args: Any) -> None:
-    from bridle_hf.finetuning.finetune import run_finetuning
+    from accelerate import PartialState
+
+    from bridle_hf.finetuning.finetune import result_line, run_finetuning
 
     _log()
-    run_finetuning(args, training_args)
+    made = run_finetuning(args, training_args)
+    if made.results and PartialState().is_main_process:
+        print(f"{result_line(made.results)}; the classifier is in {made.output_dir}")
 
 
 def probe(args: Any) -> None:
@@ -94,7 +100,8 @@ def report(args: ReportArguments) -> None:
 def demo(args: Any) -> None:
     from bridle_hf.demos.demo import run_demo
 
-    run_demo(args)
+    for line in run_demo(args):
+        print(line, flush=True)
 
 
 def recipes() -> None:

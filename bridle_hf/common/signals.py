@@ -4,7 +4,9 @@ Queue systems send SIGTERM or SIGUSR1 before they take a machine away, and start
 `--resume`, the run goes on where it was.
 """
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import time
@@ -81,3 +83,15 @@ def leave_signals_to_parent(worker: int) -> None:
     """Make a loader process outlive the signals that a whole process group gets; its parent decides when it ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """End the loader processes of a process that an error ends: it would send them a SIGTERM, and wait for ever."""
+    if children := [child for child in multiprocessing.active_children() if child.daemon]:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(timeout=1)
+            child.kill()

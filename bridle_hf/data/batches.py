@@ -34,6 +34,7 @@ from bridle_hf.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+WORKER_DIED = "a loader worker has died, of memory most likely"
 MAX_ATTEMPTS = 32  # with 10% bad files, 32 bad ones in a row are a matter of 1e-32
 
 # Random streams beside that of the sample itself, kept apart by the spawn key.
@@ -193,7 +194,7 @@ def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
         if "DataLoader timed out" in str(error):
             raise TimeoutError(f"the loader gave no batch within {timeout:g} s: is the file system there?") from error
         if "DataLoader worker" in str(error):
-            raise ChildProcessError("a loader worker has died, of memory most likely") from error
+            raise ChildProcessError(WORKER_DIED) from error
         raise
     except (ConnectionError, EOFError) as error:
         # It died while it handed a batch over. What a worker itself has met says "Caught ... in DataLoader worker".
@@ -202,7 +203,7 @@ def loader_errors_as_os_errors(timeout: float) -> Iterator[None]:
         )
         if not of_loader or "DataLoader worker" in str(error):
             raise
-        raise ChildProcessError("a loader worker has died while it handed over a batch") from error
+        raise ChildProcessError(WORKER_DIED) from error
 
 
 def without_interruptions(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

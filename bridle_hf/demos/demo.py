@@ -2,7 +2,7 @@
 
 It makes the data, then runs the commands that a user would run: pretrain (encoder, tokenizer, encoder), probe each
 encoder beside its controls, fine-tune beside the same network from scratch, and ask a `pipeline` about a recording
-that was in none of it. Prints a table, and where the pictures and the report lie.
+that was in none of it. It ends with a table, and where the pictures and the report lie.
 """
 
 import json
@@ -42,6 +42,7 @@ from bridle_hf.probing.probes import linear_probe, majority
 
 
 SHOWN_POOLINGS = ("mean_std", "mean")
+BRIDLE = [sys.executable, "-m", "bridle_hf.commands"]
 CORES = os.cpu_count() or 1
 HALF_THE_CORES, ALL_CORES_BUT_ONE = max(1, CORES // 2), max(1, CORES - 1)
 
@@ -110,8 +111,8 @@ DEMOS = {
 }
 
 
-def run_demo(args: DemoArguments) -> None:
-    """The demo, with what it tells on the way.
+def run_demo(args: DemoArguments) -> Iterator[str]:
+    """The demo; yields what it tells on the way, in lines.
 
     Raises:
         RunError: one of the commands failed, and has said why.
@@ -119,38 +120,55 @@ def run_demo(args: DemoArguments) -> None:
     demo, out = DEMOS[args.modality], Path(args.output_dir)
     started = time.monotonic()
     data = args.data or demo.make_data()
-    print(f"data: {data}", flush=True)
+    yield f"data: {data}"
     overwrite = ["--overwrite"] if args.overwrite else []
-    run("pretrain", f"{args.modality}_demo", data, out / "pretraining", *overwrite, *demo.pretrain_options,
-        "--steps_scale", str(args.steps_scale), threads=ALL_CORES_BUT_ONE if demo.busy_loader else None)  # fmt: skip
+    words = command("pretrain", f"{args.modality}_demo", data, out / "pretraining", *overwrite,
+                    *demo.pretrain_options, "--steps_scale", str(args.steps_scale))  # fmt: skip
+    yield shown(words)
+    run(words, threads=ALL_CORES_BUT_ONE if demo.busy_loader else None)
+    yield "\nprobing frozen features"
     encoders = iteration_encoders(out / "pretraining")
     probes = probe_all(demo, args.modality, encoders, data, out)
     newest = encoders[max(encoders)]
-    finetuning = (f"{args.modality}_demo_finetune", data)
     epochs = ["--num_train_epochs", str(args.finetune_epochs)] if args.finetune_epochs else []
     options = ("--model", str(newest), *demo.finetune_options, *epochs, *overwrite)
+    finetune, scratch = (command("finetune", f"{args.modality}_demo_finetune", data, out / name, *options)
+                         for name in ("classifier", "from_scratch"))  # fmt: skip
+    scratch.append("--from_scratch")
+    yield from map(shown, (scratch, finetune))
     # Side by side: two small trainings of half the cores each are sooner done than one after the other.
-    with in_background("finetune", *finetuning, out / "from_scratch", *options, "--from_scratch"):
-        run("finetune", *finetuning, out / "classifier", *options, threads=HALF_THE_CORES)
+    with in_background(scratch):
+        run(finetune, threads=HALF_THE_CORES)
     finetuned = {name: accuracy_of(out / name) for name in ("classifier", "from_scratch")}
     table = make_table(demo, probes, finetuned)
     table["notes"].append(ask_pipeline(demo, out / "classifier", data))
     table["notes"].append(f"The whole demo took {(time.monotonic() - started) / 60:.1f} minutes.")
-    finish(out, demo, table, probes)
+    yield from finish(out, demo, table, probes)
 
 
-def run(name: str, recipe: str, data: str, output_dir: Path, *options: str, threads: int | None = None) -> None:
-    """One of the package's commands, shown as a user would type it."""
-    command = _command(name, recipe, data, output_dir, *options)
-    _check(name, subprocess.run(command, env=_environment(threads), check=False).returncode)
+def command(name: str, recipe: str, data: str, output_dir: Path, *options: str) -> list[str]:
+    """The words of one of the package's commands."""
+    return [name, recipe, "--data", data, "--output_dir", str(output_dir), *options]
+
+
+def shown(words: list[str]) -> str:
+    """A command as a user would type it."""
+    return f"\n$ bridle {shlex.join(words)}"
+
+
+def run(words: list[str], threads: int | None = None) -> None:
+    """Run a command."""
+    done = subprocess.run([*BRIDLE, *words], env=_environment(threads), check=False)
+    if done.returncode:
+        raise RunError(f"`bridle {words[0]}` ended with status {done.returncode}, see its message above")
 
 
 @contextmanager
-def in_background(name: str, recipe: str, data: str, output_dir: Path, *options: str) -> Iterator[None]:
-    """Run a command beside what the block does, on half of the cores; what it prints is shown if it fails."""
-    command = _command(name, recipe, data, output_dir, *options)
+def in_background(words: list[str]) -> Iterator[None]:
+    """Run a command beside what the block does, on half of the cores; if it fails, its last line is told."""
     with tempfile.TemporaryFile("w+") as printed:
-        process = subprocess.Popen(command, env=_environment(HALF_THE_CORES), stdout=printed, stderr=subprocess.STDOUT)
+        environment = _environment(HALF_THE_CORES)
+        process = subprocess.Popen([*BRIDLE, *words], env=environment, stdout=printed, stderr=subprocess.STDOUT)
         try:
             yield
             process.wait()
@@ -158,19 +176,8 @@ def in_background(name: str, recipe: str, data: str, output_dir: Path, *options:
             process.kill()
         if process.returncode:
             printed.seek(0)
-            print(printed.read(), file=sys.stderr)
-        _check(name, process.returncode)
-
-
-def _check(name: str, status: int) -> None:
-    if status:
-        raise RunError(f"`bridle {name}` ended with status {status}, see its message above")
-
-
-def _command(name: str, recipe: str, data: str, output_dir: Path, *options: str) -> list[str]:
-    words = [name, recipe, "--data", data, "--output_dir", str(output_dir), *options]
-    print(f"\n$ bridle {shlex.join(words)}", flush=True)
-    return [sys.executable, "-m", "bridle_hf.commands", *words]
+            last = printed.read().strip().rpartition("\n")[2]
+            raise RunError(f"`bridle {words[0]}` ended with status {process.returncode}: {last}")
 
 
 def _environment(threads: int | None) -> dict[str, str]:
@@ -194,7 +201,6 @@ def probe_all(demo: Demo, modality: str, encoders: dict[int, Path], data: str, o
         By task title, by features, by pooling: `score`, `per_fold`, and `folds`, the one fold or group that each
         tests, or `None` where there are several.
     """
-    print("\nprobing frozen features", flush=True)
     features, kept = read_features(encoders, data, out)
     jobs = {}
     for task in demo.tasks:
@@ -301,8 +307,8 @@ def ask_pipeline(demo: Demo, classifier: Path, data: str) -> str:
     return f"{Path(sample.path).name} is: {sample.label}. The classifier says: {said}"
 
 
-def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any]) -> None:
-    """results.json, report, cards; then tell."""
+def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any]) -> Iterator[str]:
+    """results.json, report, cards; then the lines that tell of them."""
     pretraining = out / "pretraining"
     write_json(pretraining / "results.json", [table])
     write_json(out / "probes.json", probes)
@@ -311,13 +317,12 @@ def finish(out: Path, demo: Demo, table: dict[str, Any], probes: dict[str, Any])
     write_card(pretraining / "encoder", run_json, card_results(demo, probes))
     lines = [table["columns"], *table["rows"]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table["columns"]))]
-    print()
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    print("", *table["notes"], sep="\n")
-    print(f"\nreport:     {report}\npictures:   {pretraining / 'figures'}")
-    print(f"encoder:    {pretraining / 'encoder'}\ntokenizer:  {pretraining / 'tokenizer'}")
-    print(f"classifier: {out / 'classifier'}")
+    yield ""
+    yield from ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    yield from ("", *table["notes"])
+    yield f"\nreport:     {report}\npictures:   {pretraining / 'figures'}"
+    yield f"encoder:    {pretraining / 'encoder'}\ntokenizer:  {pretraining / 'tokenizer'}"
+    yield f"classifier: {out / 'classifier'}"
 
 
 def card_results(demo: Demo, probes: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -407,4 +407,8 @@ def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[s
     write_json(out / "results.json", results)
     write_json(out / "run.json", run)
     write_card(out, run)
-    print(f"{measured['metric']} {measured['value']:.4f} on {measured['split']}; the classifier is in {out}")
+
+
+def result_line(results: dict[str, Any]) -> str:
+    """The final model's metric, of what results.json holds."""
+    return f"{results['metric']} {results['evaluation'][results['metric']]:.4f} on {results['evaluated_on']}"

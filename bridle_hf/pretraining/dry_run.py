@@ -1,7 +1,7 @@
 """Dry run: what a run would do and take, found out without doing it (`bridle pretrain ... --dry_run`).
 
 Reads a real batch, does three steps of each phase with it (to warm up, to be timed, to have their memory counted) in a
-temporary folder, and prints shapes, parameters, FLOPs, memory and the schedule. OUT is neither read nor written.
+temporary folder, and tells shapes, parameters, FLOPs, memory and the schedule. OUT is neither read nor written.
 """
 
 import dataclasses
@@ -41,28 +41,30 @@ class Measured:
     losses: dict[str, float]
 
 
-def dry_run(args: PretrainArguments) -> None:
-    """Print what the run of `args` would do.
+def dry_run(args: PretrainArguments) -> list[str]:
+    """What the run of `args` would do, in lines; of several processes one has them.
 
     Raises:
         ValueError: As the run itself would.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = start(dataclasses.replace(args, output_dir=folder, resume=False, overwrite=False, tracker="none"))
-        tell = run.accelerator.print
         began = time.monotonic()
         batch = next(run.peek(0))
         reading = time.monotonic() - began
-        tell(*_batch_lines(batch, reading), sep="\n")
         measured, parameters = [], {}
         for number in range(len(run.schedule.phases)):
             run.interleaving.enter_phase(number, lambda: itertools.chain([batch], run.peek(1)))
             parameters |= _count_parameters(run)
             measured.append(_measure(run, number, batch))
-        tell("", *_parameter_lines(parameters), "", *run.flops.lines(args.global_batch_size), sep="\n")
-        tell("", *_memory_lines(run, measured), "", *_schedule_lines(run, measured, reading, batch), sep="\n")
+        lines = [
+            *_batch_lines(batch, reading), "", *_parameter_lines(parameters), "",
+            *run.flops.lines(args.global_batch_size), "", *_memory_lines(run, measured), "",
+            *_schedule_lines(run, measured, reading, batch),
+        ]  # fmt: skip
         run.monitor.close()
         run.accelerator.end_training()
+        return lines if run.accelerator.is_main_process else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class PretrainResult:
     finished: bool
 
 
-def pretrain(recipe: str | None = None, **options: Any) -> PretrainResult | None:
+def pretrain(recipe: str | None = None, **options: Any) -> PretrainResult | list[str]:
     """Pretrain an encoder and its tokenizer: `pretrain("audio_base", data=DIR, output_dir=OUT, seed=1)`.
 
     Args:
@@ -52,7 +52,7 @@ def pretrain(recipe: str | None = None, **options: Any) -> PretrainResult | None
             recipe's entry by entry.
 
     Returns:
-        What was made; `None` of a dry run, which makes nothing.
+        What was made; of a dry run, which makes nothing, the lines that the command prints.
 
     Raises:
         ArgumentError: arguments, data or output folder are not fit to start; nothing has been trained yet. It is a
@@ -64,13 +64,12 @@ def pretrain(recipe: str | None = None, **options: Any) -> PretrainResult | None
         return run_pretraining(args)
 
 
-def run_pretraining(args: PretrainArguments) -> PretrainResult | None:
+def run_pretraining(args: PretrainArguments) -> PretrainResult | list[str]:
     """[`pretrain`], with its arguments."""
     with ending_with_the_others():
         if args.dry_run:
             with refusing():
-                dry_run(args)
-            return None
+                return dry_run(args)
         with StopRequest() as stop:
             finished = carry_out(args, stop)
     out = Path(args.output_dir)

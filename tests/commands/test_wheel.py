@@ -73,6 +73,7 @@ def test_pretraining_from_the_wheel(place):
     assert (place / "one" / "encoder" / "README.md").exists() and (place / "one" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_from_the_wheel(place):
     # "multi_gpu" is what accelerate calls several processes; where there is no GPU they meet over gloo.
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]

@@ -308,7 +308,7 @@ def starts_or_names_the_field(recipe: Path, options: list[str], written: list[st
     return False
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes(), command_lines())
 def test_any_recipe_and_command_line_starts_or_ends_with_one_line(tmp_path, values, options):
     path = tmp_path / "recipe.yaml"

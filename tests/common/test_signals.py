@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers.tiny_run import ROOT, pretrain, rows, run_script, weights, write_recipe, write_recordings
+from helpers.forks import in_forks
+from helpers.tiny_run import ROOT, pretrain, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
 import bridle_hf.pretraining.run
@@ -113,9 +114,7 @@ def test_a_signal_between_steps_needs_no_further_step(tiny, undisturbed, tmp_pat
 
 def test_one_of_two_processes_stops_both(tiny, undisturbed, tmp_path):
     out = tmp_path / "out"
-    script = str(tmp_path / "program.py")
-    stopped = run_script(PROGRAM, *tiny, str(out), "SIGUSR1", "7", "1", "", script, processes=2)
-    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    in_forks(tmp_path / "log", do_program, [*tiny, str(out), "SIGUSR1", "7", "1", ""], processes=2)
     assert list_checkpoints(out / "checkpoints")[-1].name == "step_8"
     pretrain(*tiny, out, "--resume")
     found = weights(out)
@@ -125,9 +124,7 @@ def test_one_of_two_processes_stops_both(tiny, undisturbed, tmp_path):
 
 def test_loader_workers_outlive_a_signal_to_the_whole_group(tiny, undisturbed, tmp_path):
     out = tmp_path / "out"
-    arguments = [*tiny, str(out), "SIGTERM", "4", "group", "--num_workers 2"]
-    stopped = run_program(arguments, tmp_path)
-    assert stopped.returncode == 0, stopped.stderr[-3000:]
+    in_forks(tmp_path / "log", do_program, [*tiny, str(out), "SIGTERM", "4", "group", "--num_workers 2"])
     assert list_checkpoints(out / "checkpoints")[-1].name == "step_5"
     pretrain(*tiny, out, "--resume")
     assert_same(out, undisturbed)
@@ -145,9 +142,16 @@ def test_a_run_does_not_outlive_its_launcher(tiny, undisturbed, tmp_path):
 
 
 def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
-    stopped = run_program([*tiny, str(tmp_path / "out"), "SIGINT+SIGINT", "4", "0", ""], tmp_path)
+    """Loader workers, which signals do not end, end with the process."""
+    stopped = run_program([*tiny, str(tmp_path / "out"), "SIGINT+SIGINT", "4", "0", "--num_workers 1"], tmp_path)
     assert stopped.returncode in (1, -signal.SIGINT) and "KeyboardInterrupt" in stopped.stderr
     assert list_checkpoints(tmp_path / "out" / "checkpoints")[-1].name == "step_4"
+
+
+def do_program(arguments):
+    """`PROGRAM` in this process."""
+    sys.argv[1:] = arguments
+    exec(compile(PROGRAM, "program.py", "exec"), {})
 
 
 def run_program(arguments, folder, *launcher):

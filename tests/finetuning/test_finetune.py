@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.forks import in_forks
 from helpers.pixels import save_pixel_encoder, write_pixels, write_sample
 from helpers.sounds import RATE, save_encoder, sound, tiny_config, write_sounds
-from helpers.tiny_run import run_script
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForVideoClassification, pipeline
@@ -286,10 +286,7 @@ def test_two_processes_give_what_one_gives(run, encoder, sounds, tmp_path):
     argv = ["--model", encoder, "--data", sounds, "--output_dir", str(tmp_path / "two"), "--disable_tqdm", "true"]
     for name, value in {**options, "per_device_train_batch_size": 4}.items():
         argv += [f"--{name}", str(value)]
-    done = run_script(
-        "from bridle_hf.commands import main; main('finetune')", *argv, str(tmp_path / "run.py"), processes=2
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_forks(tmp_path / "log", main, "finetune", argv, processes=2)
     first, second = (load_file(folder / "model.safetensors") for folder in (one, tmp_path / "two"))
     # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any other.
     assert all(torch.allclose(first[name], second[name], atol=1e-5) for name in first if "k_proj.bias" not in name)

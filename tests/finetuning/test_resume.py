@@ -6,15 +6,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.killed_finetunes import run
+from helpers.forks import in_forks
+from helpers.killed_finetunes import kill_and_resume, run
 from helpers.sounds import save_encoder, write_sounds
-from helpers.tiny_run import ROOT
 from safetensors.torch import load_file, save_file
 
 from bridle_hf.common.errors import ArgumentError, RunError
@@ -67,11 +65,7 @@ def interrupt_at(monkeypatch, step: int, name: str) -> None:
 
 
 def run_killed(folder: Path, moments: list) -> None:
-    script = str(ROOT / "tests" / "helpers" / "killed_finetunes.py")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, str(folder), json.dumps(moments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_forks(folder / "log", kill_and_resume, folder, moments)
     for number in range(len(moments)):
         assert_same(folder / str(number), folder / "undisturbed")
 

@@ -1,11 +1,9 @@
-"""Fine-tuning runs that are killed and resumed, in forks of this process: `python killed_finetunes.py FOLDER MOMENTS`.
+"""Fine-tuning runs that are killed and resumed, in forks of this process.
 
-MOMENTS is as for killed_runs.py, without schedules. What each leaves in FOLDER/<number>/ is for the caller to compare
+Moments are as for killed_runs.py, without schedules. What each leaves in FOLDER/<number>/ is for the caller to compare
 with FOLDER/undisturbed.
 """
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -33,8 +31,8 @@ def run(model: str, data: str, out: Path, resume: bool = False, **options: objec
     finetune.run_finetuning(*parse_command_line(FinetuneArguments, FinetuneTrainingArguments, argv=words))
 
 
-def main() -> None:
-    folder, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
+def kill_and_resume(folder: Path, moments: list) -> None:
+    """All of `moments`, one after the other."""
     torch.set_num_threads(1)
     model, data = save_encoder(folder / "encoder"), write_sounds(folder / "sounds")
     (folder / "sounds" / "noise_0.wav").write_bytes(b"broken")
@@ -46,7 +44,3 @@ def main() -> None:
             assert killed or isinstance(kill, float), f"{kill} never came"
             arguments = (model, data, folder / str(number), True)
         assert not run_child(run, arguments, None)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
-"""Runs of pretraining that are killed and resumed, in forks of this process: `python killed_runs.py FOLDER MOMENTS`.
+"""Runs of pretraining that are killed and resumed, in forks of this process.
 
-MOMENTS is JSON: lists of kills, each either ["room.module:attribute", n], at the n-th call of a function, or seconds.
+Moments are lists of kills, each either ["room.module:attribute", n], at the n-th call of a function, or seconds.
 After the kills of a list the run is resumed once more and must finish. What it leaves in FOLDER/<number>/ is for the
 caller to compare with FOLDER/undisturbed_<schedule>/.
 """
 
 import functools
 import importlib
-import json
 import os
 import signal
 import sys
@@ -60,8 +59,8 @@ def run_child(run: Callable[..., None], arguments: tuple, kill: list | float | N
     return status != 0
 
 
-def main() -> None:
-    folder, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
+def kill_and_resume(folder: Path, moments: list) -> None:
+    """All of `moments`, one after the other."""
     torch.set_num_threads(1)
     # Pictures and the report take most of the time of so small a run, and nothing of it depends on them.
     bridle_hf.pretraining.run.draw_example = bridle_hf.pretraining.run.write_report = lambda *args: None
@@ -79,7 +78,3 @@ def main() -> None:
             assert killed or isinstance(kill, float), f"{kill} never came"
             arguments = (*arguments, "--resume")
         assert not run_child(pretrain, arguments, None)
-
-
-if __name__ == "__main__":
-    main()

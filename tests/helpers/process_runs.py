@@ -82,8 +82,8 @@ class ObservedRun(Run):
         torch.save([*entries, self.interleaving.seen | last], path)
 
 
-def main() -> None:
-    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+def do(folder: Path, runs: list) -> None:
+    """All runs, one after the other, in this process."""
     torch.set_num_threads(1)
     bridle_hf.pretraining.run.Interleaving, bridle_hf.pretraining.run.Run = Observed, ObservedRun
     # They take most of the time of so small a run, and nothing of it depends on them.
@@ -100,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    do(Path(sys.argv[1]), json.loads(sys.argv[2]))

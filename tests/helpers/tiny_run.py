@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -79,7 +80,7 @@ def write_recipe(path: Path, schedule: str = "phases", **changes) -> str:
     return str(path)
 
 
-def pretrain(recipe: str, data: str, out: Path, *options: str) -> None:
+def pretrain(recipe: str, data: str, out: Path, *options: str) -> Any:
     """What the command does with these words, in this process; raises instead of exiting."""
     from bridle_hf.common.arguments import parse_command_line
     from bridle_hf.pretraining.arguments import PretrainArguments
@@ -88,7 +89,7 @@ def pretrain(recipe: str, data: str, out: Path, *options: str) -> None:
     (args,) = parse_command_line(PretrainArguments, argv=[recipe, "--data", data, "--output_dir", str(out), *options])
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        run_pretraining(args)
+        return run_pretraining(args)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -259,7 +259,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(build, kind, size):
     means; and the codebooks move once per optimizer step, on all of its latents: were they moved by each forward, the
     later micro batches would meet other codes, and the decay would depend on how the batch is cut.
     """
-    entry = {"train": kind, "steps": 5, "learning_rate": 1e-3, "tokenizer_every": 2}
+    entry = {"train": kind, "steps": 3, "learning_rate": 1e-3, "tokenizer_every": 2}
     phases = [{"train": "encoder", "steps": 1}, entry]
     reseeding = {"dead_code_threshold": 0.9}
     whole, cut = build(phases, reseeding), build(phases, reseeding, micro_batch_size=size)
@@ -592,7 +592,7 @@ def test_twenty_in_a_row_stop_the_run(build):
 
 def test_a_state_resumes_bit_equal_at_every_step(build):
     """In the middle of phases and between them, whatever was trained before."""
-    phases = [{"train": "encoder", "steps": 2}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
+    phases = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
     undisturbed = build(phases)
     states = []
     for step in range(undisturbed.schedule.total_steps):

@@ -18,7 +18,7 @@ from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, n
 from bridle_hf.patching_bridle import INPUT_NAMES
 
 
-SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 80}
+SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
 DECODER = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2}
 CODES = {"num_codebooks": 3, "codebook_size": 8}
 TOKENIZER = {

@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,8 +15,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from helpers.tiny_run import PHASES, RATE, ROOT, pretrain, rows, weights, write_recipe, write_recordings
-from helpers.waiting import DEADLINE
+from helpers.forks import in_forks
+from helpers.killed_runs import kill_and_resume
+from helpers.tiny_run import PHASES, RATE, pretrain, rows, weights, write_recipe, write_recordings
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 import bridle_hf.pretraining.run
@@ -41,7 +40,7 @@ def labelled(tmp_path_factory) -> str:
 def finished(tmp_path_factory, labelled) -> Path:
     """A finished run, with everything that can be switched on."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    recipe = write_recipe(out.parent / "recipe.yaml", probe_every=9, report_every=5, keep_iterations=True)
+    recipe = write_recipe(out.parent / "recipe.yaml", probe_every=9, report_every=12, keep_iterations=True)
     pretrain(recipe, labelled, out, "--tracker", "tensorboard", "--num_workers", "1")
     return out
 
@@ -297,13 +296,7 @@ def check_against_undisturbed(folder: Path, moments: list[dict]) -> None:
 
 
 def run_killed(folder: Path, moments: list[dict]) -> None:
-    subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "helpers" / "killed_runs.py"), str(folder), json.dumps(moments)],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
-        timeout=DEADLINE,
-    )
+    in_forks(folder / "log", kill_and_resume, folder, moments)
     check_against_undisturbed(folder, moments)
 
 

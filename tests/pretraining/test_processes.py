@@ -13,6 +13,8 @@ import psutil
 import pytest
 import torch
 import yaml
+from helpers import process_runs
+from helpers.forks import in_forks
 from helpers.tiny_run import PHASES, ROOT, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
@@ -23,7 +25,6 @@ LINGER = 60
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
 LAUNCHERS = {
-    "alone": [],
     "torchrun": TORCHRUN,
     "ddp": [*ACCELERATE, str(CONFIGS / "ddp_8gpu.yaml")],
     "fsdp2": [*ACCELERATE, str(CONFIGS / "fsdp2_8gpu.yaml")],
@@ -54,8 +55,11 @@ def ended(process: subprocess.Popen, log: Path) -> str:
 
 
 def run_all(launcher: str, folder: Path, runs: list) -> None:
-    """`process_runs.py` under a launcher; runs are [name, recipe, step to stop at, options]."""
+    """`process_runs.py` alone, in forks or under a launcher; runs are [name, recipe, step to stop at, options]."""
     log, script = folder / f"{launcher}.log", str(ROOT / "tests" / "helpers" / "process_runs.py")
+    if launcher in ("alone", "forks"):
+        in_forks(log, process_runs.do, folder, runs, processes=2 if launcher == "forks" else 1)
+        return
     process = launch(log, LAUNCHERS[launcher], script, str(folder), json.dumps(runs))
     errors = ended(process, log)
     assert process.returncode == 0, errors[-4000:]
@@ -149,7 +153,7 @@ def check_against_one_process(folder: Path, launcher: str, *options: str) -> Non
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "torchrun")
+    check_against_one_process(folder, "forks")
 
 
 @pytest.mark.slow

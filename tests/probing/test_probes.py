@@ -1,8 +1,6 @@
 """Tests of probing/probes.py, probing/metrics.py and training/probe.py."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import torch
 from helpers.pixels import pixel_config, save_pixel_encoder, write_pixels
 from helpers.sounds import save_encoder, tiny_config, write_sounds
-from helpers.waiting import DEADLINE
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
 
@@ -248,15 +245,9 @@ def sounds(tmp_path):
     return write_sounds(tmp_path / "sounds")
 
 
-def run_script(*arguments):
-    command = [sys.executable, str(ROOT / "training" / "probe.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
-
-
-def test_script_prints_a_table_and_json(saved_encoder, sounds):
-    done = run_script("--model", saved_encoder, "--data", sounds)
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.strip().splitlines()
+def test_script_prints_a_table_and_json(saved_encoder, sounds, capsys):
+    main("probe", ["--model", saved_encoder, "--data", sounds])
+    *table, last = capsys.readouterr().out.strip().splitlines()
     result = json.loads(last)
     names = [(row["features"], row["pooling"]) for row in result["probes"]]
     assert names[0] == ("encoder", "mean") and names[-1] == ("majority", "")

@@ -26,17 +26,8 @@ from bridle_hf.common.errors import one_line
 from bridle_hf.common.tables import clean
 from bridle_hf.data.order import WINDOW
 from bridle_hf.data.sample import Source
-from bridle_hf.data.shards.sources import (
-    MAX_ROW_GROUP_BYTES,
-    ParquetCell,
-    TarMember,
-    Unreadable,
-    file_system_of,
-    is_remote,
-    open_parquet,
-    open_remote,
-    opened,
-)
+from bridle_hf.data.shards.copies import file_system_of, is_remote, open_remote, opened
+from bridle_hf.data.shards.sources import MAX_ROW_GROUP_BYTES, ParquetCell, TarMember, Unreadable, open_parquet
 
 
 logger = logging.getLogger(__name__)
@@ -304,24 +295,26 @@ def _tar_members(file: BinaryIO) -> Iterator[tarfile.TarInfo | str]:
         if block.count(0) == _BLOCK:
             position, in_zeros = position + _BLOCK, True
             continue
+        reason = ""
         try:
             # `fromtarfile` reads long names whole: their size is to be believed first.
-            cut = tarfile.TarInfo.frombuf(block, "utf-8", "replace").size > end - position
-            if not cut:
+            size = tarfile.TarInfo.frombuf(block, "utf-8", "replace").size
+            if size <= end - position:
                 file.seek(position)
                 member = tarfile.TarInfo.fromtarfile(tar)
-                cut = member.offset_data + member.size > end
-            if cut:
-                yield f"is truncated: the member at byte {position} goes beyond its end"
-                return
-            if tar.offset <= position or member.size < 0:
+                size = member.offset_data + member.size - position
+            if size > end - position:
+                reason = f"is truncated: the member at byte {position} goes beyond its end"
+            elif tar.offset <= position or member.size < 0:
                 raise ValueError("a size below 0")
         except RecursionError:
             yield f"has too many extended headers in a row at byte {position}"
             return
         except (tarfile.TarError, ValueError, OverflowError, IndexError, MemoryError) as error:
+            reason = f"has no tar header at byte {position}: {one_line(error)}"
+        if reason:
             if not in_break:
-                yield f"has no tar header at byte {position}: {one_line(error)}"
+                yield reason
             position, in_zeros, in_break = position + _BLOCK, False, True
             continue
         yield member

@@ -30,7 +30,9 @@ from bridle_hf.data.finding import find_samples
 from bridle_hf.data.modalities import MODALITIES, make_processor, make_sample_loader
 from bridle_hf.data.order import WINDOW, Places
 from bridle_hf.data.sample import Sample
+from bridle_hf.data.shards import copies as shard_copies
 from bridle_hf.data.shards import sources as shard_sources
+from bridle_hf.data.shards.entries import Entry, index_line
 from bridle_hf.data.shards.sources import TarMember, Unreadable
 
 
@@ -52,7 +54,7 @@ def sets(tones, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def copies(tmp_path, monkeypatch):
     monkeypatch.setenv("BRIDLE_SHARD_CACHE", str(tmp_path / "copies"))
-    monkeypatch.setattr(shard_sources, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(shard_copies, "RETRY_SECONDS", (0, 0))
     forget()
     return tmp_path / "copies"
 
@@ -268,6 +270,29 @@ def test_large_members(tmp_path, monkeypatch):
         monkeypatch.setattr(shard_sources, "_MAX_READ", most)
         (sample,) = find_samples(write_tar(tmp_path / f"{most}.tar", ("1.wav", content)), "audio")
         assert sample.media() == content
+
+
+@pytest.mark.parametrize("size", [10**5, 1 << 40, 1 << 62, 10**30])
+def test_sizes_that_cannot_be(tmp_path, size):
+    """A member that claims to be larger than the tar, by its header or by the index, is skipped; others are read."""
+    pairs = (((f"{name}.json", b"{}"), (f"{name}.wav", name.encode() * 700)) for name in "abc")
+    path = Path(write_tar(tmp_path / "a.tar", *(member for pair in pairs for member in pair)))
+    samples, left = find_samples(str(path), "audio"), [digest(b"a" * 700), digest(b"c" * 700)]
+    offset, index = samples[1].source.offset, tmp_path / "index.jsonl"
+    lines = "".join(index_line(Entry("a.tar", f"{n}.wav", {}, sample.source)) for n, sample in enumerate(samples))
+    index.write_text(lines.replace(f'{offset}, "size": 700', f'{offset}, "size": {size}'))
+    found, reasons = survivors(str(path))
+    assert found == left and len(reasons) == 1
+    index.write_text(lines.replace(f'"offset": {offset}', f'"offset": {size}'))
+    found, reasons = survivors(str(path))
+    assert found == left and len(reasons) == 1
+    index.unlink()
+    content, header = bytearray(path.read_bytes()), tarfile.TarInfo("b.wav")
+    header.size = min(size, 1 << 62)
+    content[offset - 512 : offset] = header.tobuf(tarfile.GNU_FORMAT)
+    path.write_bytes(content)
+    found, reasons = survivors(str(path))
+    assert found == left and len(reasons) == 1 and "goes beyond its end" in reasons[0]
 
 
 def test_names_that_look_like_patterns(tmp_path):
