@@ -62,6 +62,8 @@ MASK_TYPES = {
     "video": ("random", "tube", "block"),
 }
 
+FRAME_SHIFT_MS = 10  # from one log-mel frame to the next
+
 # Beyond these, building a model would take all memory, or for ever.
 MAX_LAYERS, MAX_SIZE = 1000, 2**20
 
@@ -231,6 +233,12 @@ class BridleEncoderConfig(PreTrainedConfig):
         """Patches along each axis of a full-size input: (time, mel), (height, width) or (time, height, width)."""
         grid = tuple(size // patch for size, patch in zip(self.input_size, self.patch_shape))
         return grid if self.modality == "video" else grid[1:]
+
+    @property
+    def seconds_per_frame(self) -> float | None:
+        """Seconds of audio from one patch to the next, as from one frame-level embedding to the next; `None` for
+        images and videos, whose rate is not the model's."""
+        return self.patch_shape[1] * FRAME_SHIFT_MS / 1000 if self.modality == "audio" else None
 
     @property
     def patch_dim(self) -> int:
