@@ -1,7 +1,7 @@
 """BRIDLE (arXiv 2502.02118) for the Hugging Face ecosystem; importing this registers it with the Auto classes.
 
-`pretrain`, `finetune` and `probe` do what the commands of these names do; the rooms that hold them are imported when
-they are asked for.
+`pretrain`, `finetune`, `probe` and `embed` do what the commands of these names do, and `Embedder` what `embed` needs;
+the rooms that hold them are imported when they are asked for.
 """
 
 import importlib
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
+    from .embedding.embed import embed
+    from .embedding.embedder import Embedder
     from .feature_extraction_bridle import BridleFeatureExtractor
     from .finetuning.finetune import finetune
     from .image_processing_bridle import BridleImageProcessor, make_image_processor
@@ -43,6 +45,8 @@ __all__ = [
     "BridleModel",
     "BridleTokenizerConfig",
     "BridleTokenizerModel",
+    "Embedder",
+    "embed",
     "finetune",
     "make_image_processor",
     "pretrain",
@@ -52,7 +56,13 @@ __all__ = [
 # Files of training/ in a checkout.
 _SCRIPTS = ("demo.py", "finetune.py", "flops.py", "pretrain.py", "probe.py", "report.py", "shard.py")
 # What is found in the rooms.
-_FUNCTIONS = {"finetune": "finetuning.finetune", "pretrain": "pretraining.pretrain", "probe": "probing.probe"}
+_FUNCTIONS = {
+    "Embedder": "embedding.embedder",
+    "embed": "embedding.embed",
+    "finetune": "finetuning.finetune",
+    "pretrain": "pretraining.pretrain",
+    "probe": "probing.probe",
+}
 
 
 def load() -> None:
