@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features
+    from .pipeline_bridle import BridleAudioClassificationPipeline
     from .pretraining.pretrain import pretrain
     from .probing.probe import probe
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BridleAudioClassificationPipeline",
     "BridleConfig",
     "BridleFeatureExtractor",
     "BridleForAudioClassification",
@@ -78,6 +80,7 @@ def load() -> None:
         AutoModelForVideoClassification,
     )
     from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+    from transformers.pipelines import PIPELINE_REGISTRY
     from transformers.utils import is_vision_available
 
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
@@ -91,6 +94,7 @@ def load() -> None:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features  # noqa: F401 (a public name)
+    from .pipeline_bridle import BridleAudioClassificationPipeline
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)
@@ -102,6 +106,8 @@ def load() -> None:
     AutoModelForImageClassification.register(BridleConfig, BridleForImageClassification, exist_ok=True)
     AutoModelForVideoClassification.register(BridleConfig, BridleForVideoClassification, exist_ok=True)
     AutoFeatureExtractor.register(BridleConfig, BridleFeatureExtractor, exist_ok=True)
+    # Of models of other kinds, it makes transformers' own.
+    PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = BridleAudioClassificationPipeline
     if is_vision_available():  # audio needs no Pillow
         # One class for both backends: a working torchvision changes nothing for it.
         backends = {"torchvision": BridleImageProcessor, "pil": BridleImageProcessor}

@@ -46,7 +46,7 @@ def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
     except ImportError:
         return _read_with_av(media, "soundfile is not installed")
     try:
-        return _read_with_soundfile(media)
+        return _read_with_soundfile(media, soundfile)
     except soundfile.LibsndfileError as error:
         reason = f"libsndfile: {error.error_string}"
     try:
@@ -55,9 +55,8 @@ def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
         raise ValueError(f"cannot be decoded ({reason}; more formats: pip install av)") from error
 
 
-def _read_with_soundfile(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
-    import soundfile
-
+def _read_with_soundfile(media: str | bytes, soundfile: Any) -> tuple[int, Iterator[np.ndarray]]:
+    # The module comes as an argument: remote code that imports it outside of a `try` would not load without it.
     class SoundFile(soundfile.SoundFile):
         def seekable(self) -> bool:
             # Read to the end, wherever the header says that it is: soundfile would stop there, and seek each time.

@@ -1,13 +1,10 @@
 """Tests of audio_windows_bridle.py, against whole-file reading and resampling and slices of the whole."""
 
-from fractions import Fraction
-from pathlib import Path
-
-import av
 import numpy as np
 import pytest
 import soundfile
 import soxr
+from helpers.sound_files import write_m4a
 from helpers.sounds import RATE, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,17 +16,6 @@ from bridle_hf.feature_extraction_bridle import num_frames
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def write_m4a(path: Path, waveform: np.ndarray, rate: int) -> Path:
-    """(channels, samples) as AAC."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=rate, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(waveform)])
-        frame = av.AudioFrame.from_ndarray(waveform.astype(np.float32), format="fltp", layout=stream.layout.name)
-        frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)  # else players keep the encoder's delay
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def read_whole(media) -> tuple[int, np.ndarray]:
