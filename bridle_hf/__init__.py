@@ -1,7 +1,7 @@
 """BRIDLE (arXiv 2502.02118) for the Hugging Face ecosystem; importing this registers it with the Auto classes.
 
-`pretrain`, `finetune` and `probe` do what the commands of these names do; the rooms that hold them are imported when
-they are asked for.
+`pretrain`, `finetune`, `probe` and `embed` do what the commands of these names do, and `Embedder` what `embed` needs;
+the rooms that hold them are imported when they are asked for.
 """
 
 import importlib
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
+    from .embedding.embed import embed
+    from .embedding.embedder import Embedder
     from .feature_extraction_bridle import BridleFeatureExtractor
     from .finetuning.finetune import finetune
     from .image_processing_bridle import BridleImageProcessor, make_image_processor
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features
+    from .pipeline_bridle import BridleAudioClassificationPipeline
     from .pretraining.pretrain import pretrain
     from .probing.probe import probe
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BridleAudioClassificationPipeline",
     "BridleConfig",
     "BridleFeatureExtractor",
     "BridleForAudioClassification",
@@ -43,6 +47,8 @@ __all__ = [
     "BridleModel",
     "BridleTokenizerConfig",
     "BridleTokenizerModel",
+    "Embedder",
+    "embed",
     "finetune",
     "make_image_processor",
     "pretrain",
@@ -52,7 +58,13 @@ __all__ = [
 # Files of training/ in a checkout.
 _SCRIPTS = ("demo.py", "finetune.py", "flops.py", "pretrain.py", "probe.py", "report.py", "shard.py")
 # What is found in the rooms.
-_FUNCTIONS = {"finetune": "finetuning.finetune", "pretrain": "pretraining.pretrain", "probe": "probing.probe"}
+_FUNCTIONS = {
+    "Embedder": "embedding.embedder",
+    "embed": "embedding.embed",
+    "finetune": "finetuning.finetune",
+    "pretrain": "pretraining.pretrain",
+    "probe": "probing.probe",
+}
 
 
 def load() -> None:
@@ -68,6 +80,7 @@ def load() -> None:
         AutoModelForVideoClassification,
     )
     from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+    from transformers.pipelines import PIPELINE_REGISTRY
     from transformers.utils import is_vision_available
 
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
@@ -81,6 +94,7 @@ def load() -> None:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features  # noqa: F401 (a public name)
+    from .pipeline_bridle import BridleAudioClassificationPipeline
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)
@@ -92,6 +106,8 @@ def load() -> None:
     AutoModelForImageClassification.register(BridleConfig, BridleForImageClassification, exist_ok=True)
     AutoModelForVideoClassification.register(BridleConfig, BridleForVideoClassification, exist_ok=True)
     AutoFeatureExtractor.register(BridleConfig, BridleFeatureExtractor, exist_ok=True)
+    # Of models of other kinds, it makes transformers' own.
+    PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = BridleAudioClassificationPipeline
     if is_vision_available():  # audio needs no Pillow
         # One class for both backends: a working torchvision changes nothing for it.
         backends = {"torchvision": BridleImageProcessor, "pil": BridleImageProcessor}

@@ -62,6 +62,8 @@ MASK_TYPES = {
     "video": ("random", "tube", "block"),
 }
 
+FRAME_SHIFT_MS = 10  # from one log-mel frame to the next
+
 # Beyond these, building a model would take all memory, or for ever.
 MAX_LAYERS, MAX_SIZE = 1000, 2**20
 
@@ -122,6 +124,9 @@ class BridleEncoderConfig(PreTrainedConfig):
     # Where a folder's own copy of this code (`trust_remote_code=True`) has the class behind each Auto class.
     # transformers would note the saved class alone, and take one named "...Tokenizer..." for a text tokenizer.
     _auto_map = {}
+    # The same of pipelines, for folders of this class of model.
+    _custom_pipelines = {}
+    _pipeline_class = None
 
     modality: Literal["audio", "image", "video"] = "audio"
     hidden_size: int = 768
@@ -185,11 +190,20 @@ class BridleEncoderConfig(PreTrainedConfig):
                 f"this is the config of a model of type '{kind}', and {cls.__name__} is of '{cls.model_type}': load "
                 "the folder with the class that its config.json names, or with AutoModel"
             )
+        if not cls.__module__.startswith("transformers_modules."):
+            # Only a folder's own copy of this code has its pipeline there; with the package, it is registered, and
+            # transformers would ask to run the copy.
+            config_dict = {name: value for name, value in config_dict.items() if name != "custom_pipelines"}
         return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
-        """As in transformers, but `auto_map` names all classes that load the folder, whichever was saved."""
-        return {**super().to_dict(), "auto_map": dict(self._auto_map)}
+        """As in transformers, but `auto_map` names all classes that load the folder, whichever was saved, and
+        `custom_pipelines` our pipeline, where there is one for it."""
+        fields = {**super().to_dict(), "auto_map": dict(self._auto_map)}
+        fields.pop("custom_pipelines", None)
+        if self._pipeline_class in (self.architectures or ()):
+            fields["custom_pipelines"] = {task: dict(entry) for task, entry in self._custom_pipelines.items()}
+        return fields
 
     def _check_sizes(self, *names: str) -> None:
         for name in names:
@@ -231,6 +245,12 @@ class BridleEncoderConfig(PreTrainedConfig):
         """Patches along each axis of a full-size input: (time, mel), (height, width) or (time, height, width)."""
         grid = tuple(size // patch for size, patch in zip(self.input_size, self.patch_shape))
         return grid if self.modality == "video" else grid[1:]
+
+    @property
+    def seconds_per_frame(self) -> float | None:
+        """Seconds of audio from one patch to the next, as from one frame-level embedding to the next; `None` for
+        images and videos, whose rate is not the model's."""
+        return self.patch_shape[1] * FRAME_SHIFT_MS / 1000 if self.modality == "audio" else None
 
     @property
     def patch_dim(self) -> int:
@@ -307,6 +327,14 @@ class BridleConfig(BridleEncoderConfig):
         "AutoModelForImageClassification": "modeling_bridle.BridleForImageClassification",
         "AutoModelForVideoClassification": "modeling_bridle.BridleForVideoClassification",
     }
+    _custom_pipelines = {
+        "audio-classification": {
+            "impl": "pipeline_bridle.BridleAudioClassificationPipeline",
+            "pt": ["AutoModelForAudioClassification"],
+            "type": "audio",
+        }
+    }
+    _pipeline_class = "BridleForAudioClassification"
 
     mask_ratio: float | None = None
     mask_type: str | None = None

@@ -11,9 +11,10 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import PaddingStrategy, TensorType
 
+from .configuration_bridle import FRAME_SHIFT_MS
+
 
 FRAME_LENGTH_MS = 25
-FRAME_SHIFT_MS = 10
 PREEMPHASIS = 0.97
 LOWEST_FREQUENCY = 20.0  # Hz
 MEL_FLOOR = float(np.finfo(np.float32).eps)
@@ -226,7 +227,7 @@ class BridleFeatureExtractor(SequenceFeatureExtractor):
     def _prepare_waveform(self, clip, sampling_rate, max_length: int | None, where: str) -> torch.Tensor:
         """One clip of any accepted kind -> (samples,) float32 at `self.sampling_rate`, at most `max_length` frames."""
         self._check_sampling_rate(sampling_rate)
-        waveform = self._to_mono(_to_float(clip, where), where)
+        waveform = self._to_mono(to_float(clip, where), where)
         if not np.isfinite(waveform).all():
             bad = int(np.flatnonzero(~np.isfinite(waveform))[0])
             raise ValueError(f"{where} is NaN or infinite at sample {bad}: repair it or leave the clip out.")
@@ -415,7 +416,7 @@ def _as_clips(raw_speech) -> list:
     return [raw_speech] if raw_speech.ndim == 1 else list(raw_speech)
 
 
-def _to_float(clip, where: str) -> np.ndarray:
+def to_float(clip, where: str) -> np.ndarray:
     """Samples of any accepted type as float32, integers scaled to [-1, 1]."""
     if isinstance(clip, torch.Tensor):
         clip = clip.detach().cpu()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -487,6 +488,13 @@ class BridleForAudioClassification(BridleForClassification):
     _auto_class = "AutoModelForAudioClassification"
     modality = "audio"
     output_class = SequenceClassifierOutput
+
+    def pipeline(self, feature_extractor: Any, **options: Any) -> Any:
+        """What `pipeline("audio-classification")` gives for this model: see [`BridleAudioClassificationPipeline`]."""
+        # The import has transformers save the pipeline's file with the model, and find it there.
+        from .pipeline_bridle import BridleAudioClassificationPipeline
+
+        return BridleAudioClassificationPipeline(model=self, feature_extractor=feature_extractor, **options)
 
 
 class BridleForImageClassification(BridleForClassification):

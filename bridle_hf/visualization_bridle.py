@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .configuration_bridle import BridleEncoderConfig
-from .feature_extraction_bridle import FRAME_SHIFT_MS
+from .configuration_bridle import FRAME_SHIFT_MS, BridleEncoderConfig
 from .patching_bridle import to_volume
 
 

@@ -61,6 +61,18 @@ COMMANDS = {
         "--model DIR_OR_HUB_ID --data DIR_OR_HUB_ID [--name value ...]",
         ("probing.arguments:ProbeArguments",),
     ),
+    "embed": Command(
+        "embed a folder of recordings, images or videos into a table; goes on where it was",
+        "DIR_OR_HUB_ID --model DIR_OR_HUB_ID --output X.parquet|.npz|.npy [--name value ...]",
+        ("embedding.arguments:EmbedArguments",),
+        positionals=("data",),
+    ),
+    "search": Command(
+        "find the nearest neighbours of a file in such a table",
+        "X.parquet FILE [--top_k N]",
+        ("embedding.arguments:SearchArguments",),
+        positionals=("table", "file"),
+    ),
     "shard": Command(
         "write shards (tar or parquet) of a folder or data set",
         "--data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",

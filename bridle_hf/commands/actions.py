@@ -40,6 +40,22 @@ def probe(args: Any) -> None:
     print(*probe_lines(run_probing(args)), sep="\n")
 
 
+def embed(args: Any) -> None:
+    from bridle_hf.embedding.embed import run_embedding
+
+    _log()
+    if made := run_embedding(args):  # by one of several processes
+        print("{rows} rows of {samples} files in {output}; {skipped} skipped".format(**made))
+        if made["skipped"]:
+            print(f"why: {made['output']}.skipped.jsonl")
+
+
+def search(args: Any) -> None:
+    from bridle_hf.embedding.embed import search, search_lines
+
+    print(*search_lines(search(args)), sep="\n")
+
+
 def shard(args: Any) -> None:
     from bridle_hf.data.shards.writer import make_shards
 

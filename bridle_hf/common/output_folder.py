@@ -69,6 +69,8 @@ SHARDS = RunKind(
     record="plan.json",
 )
 
+EMBEDDING = RunKind("embedding", ("plan.json", "part-*.npz"), begun=(".plan.json.tmp",), record="plan.json")
+
 _LOCK, _OWNER = ".lock", ".lock.json"
 # How long a run waits for what a killed one has left: its loader workers hold the lock until they see that it is gone.
 ORPHANS_SECONDS = 30.0

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 
 
@@ -97,6 +98,27 @@ POOLINGS_OF = {
     "image": ("mean", "mean_std", "region_mean"),
     "video": ("mean", "mean_std", "region_mean"),
 }
+
+
+def merge_windows(pooling: str, parts: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """What pooling a whole recording gives, from its windows, pooled one by one.
+
+    Args:
+        parts: (windows, ..., features).
+        weights: of each window, how much of the recording it stands for.
+
+    Returns:
+        (..., features), of the type of `parts`.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    average = np.average(parts.astype(np.float64), axis=0, weights=weights)
+    if pooling == "mean_std":
+        means, deviations = np.split(parts.astype(np.float64), 2, axis=-1)
+        half = average.shape[-1] // 2
+        variance = np.average(deviations**2 + (means - average[..., :half]) ** 2, axis=0, weights=weights)
+        average[..., half:] = np.sqrt(variance)
+    return average.astype(parts.dtype)
 
 
 def select_layers(states: Sequence[torch.Tensor], layers: Layers = -1) -> torch.Tensor:

@@ -1,0 +1,222 @@
+"""Audio windows: recordings of any format, rate and length read in blocks, mixed down, resampled and cut.
+
+    read_blocks ─► (samples, channels) at the file's rate ─► mono_blocks ─► (samples,) at the model's ─► cut_windows
+
+However long a recording is, no more of it is held than a window and what it overlaps with. Every error is a
+`ValueError` that says what is wrong with the recording, without its name.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .configuration_bridle import BridleEncoderConfig
+from .feature_extraction_bridle import num_frames, num_samples, to_float
+
+
+BLOCK = 1 << 16  # samples
+MIN_RATE = 100  # Hz; a lower one is a broken header's
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
+    """Open a recording: by libsndfile (wav, flac, ogg, mp3 and more), or else by PyAV (m4a, aac, video and more).
+
+    Args:
+        media: path of the file, or its bytes.
+
+    Returns:
+        The sampling rate in Hz, and the blocks (samples, channels) float32, read as they are asked for.
+
+    Raises:
+        ValueError: missing or undecodable (also while blocks are read).
+        ImportError: neither soundfile nor av is installed.
+    """
+    if isinstance(media, str) and not os.path.isfile(media):
+        raise ValueError("no such file")
+    try:
+        import soundfile
+    except ImportError:
+        return _read_with_av(media, "soundfile is not installed")
+    try:
+        return _read_with_soundfile(media, soundfile)
+    except soundfile.LibsndfileError as error:
+        reason = f"libsndfile: {error.error_string}"
+    try:
+        return _read_with_av(media, reason)
+    except ImportError as error:
+        raise ValueError(f"cannot be decoded ({reason}; more formats: pip install av)") from error
+
+
+def _read_with_soundfile(media: str | bytes, soundfile: Any) -> tuple[int, Iterator[np.ndarray]]:
+    # The module comes as an argument: remote code that imports it outside of a `try` would not load without it.
+    class SoundFile(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            # Read to the end, wherever the header says that it is: soundfile would stop there, and seek each time.
+            return False
+
+    file = SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media)
+
+    def blocks() -> Iterator[np.ndarray]:
+        with file:
+            try:
+                while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
+                    yield block
+            except soundfile.LibsndfileError as error:
+                raise ValueError(f"cannot be decoded: {error.error_string}") from error
+
+    return file.samplerate, blocks()
+
+
+def _read_with_av(media: str | bytes, why: str) -> tuple[int, Iterator[np.ndarray]]:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(f"reading sound files needs soundfile or av ({why}): pip install soundfile av") from error
+    try:
+        container = av.open(io.BytesIO(media) if isinstance(media, bytes) else media, metadata_errors="replace")
+    except (av.error.FFmpegError, OSError) as error:
+        raise ValueError(f"cannot be decoded ({why}; libav: {error.strerror or error})") from error
+    if not container.streams.audio or container.streams.audio[0].codec_context is None:
+        container.close()
+        raise ValueError(f"holds no sound that can be decoded ({why})")
+    stream = container.streams.audio[0]
+
+    def blocks() -> Iterator[np.ndarray]:
+        resampler = av.AudioResampler(format="fltp")  # of the samples' type alone: rate and channels stay
+        with container:
+            try:
+                for frame in container.decode(stream):
+                    for part in resampler.resample(frame):
+                        yield part.to_ndarray().T
+            except (av.error.FFmpegError, OSError) as error:
+                raise ValueError(f"cannot be decoded: {error.strerror or error}") from error
+
+    return stream.rate, blocks()
+
+
+def array_blocks(waveform: Any) -> Iterator[np.ndarray]:
+    """Blocks (samples, channels) float32 of a waveform (samples,) or (channels, samples), of any type that
+    [`BridleFeatureExtractor`] takes."""
+    waveform = to_float(waveform, "the waveform")
+    waveform = waveform[None] if waveform.ndim == 1 else waveform
+    for start in range(0, max(waveform.shape[-1], 1), BLOCK):
+        yield waveform[:, start : start + BLOCK].T
+
+
+def mono_blocks(
+    blocks: Iterable[np.ndarray], source_rate: float, rate: int, downmix: bool = True
+) -> Iterator[np.ndarray]:
+    """Blocks (samples, channels) at one rate as blocks (samples,) at another: what resampling the whole would give.
+
+    Raises:
+        ValueError: several channels without `downmix`; a rate that is none; samples that are not finite; none at all.
+        ImportError: the rates differ and soxr is not installed.
+    """
+    if not source_rate >= MIN_RATE:
+        raise ValueError(f"has a sampling rate of {source_rate} Hz")
+    resample = _identity if source_rate == rate else _Resampler(source_rate, rate)
+    count = 0
+    for block in blocks:
+        if block.shape[1] > 1 and not downmix:
+            raise ValueError(f"has {block.shape[1]} channels, and the feature extractor has `downmix=False`")
+        if not np.isfinite(block).all():
+            raise ValueError("holds NaN or infinite samples")
+        count += len(block)
+        yield resample(block.mean(axis=1))
+    if count == 0:
+        raise ValueError("holds no samples")
+    yield resample(np.empty(0, np.float32), last=True)
+
+
+def _identity(block: np.ndarray, last: bool = False) -> np.ndarray:
+    return block
+
+
+class _Resampler:
+    def __init__(self, source_rate: float, rate: int):
+        try:
+            import soxr
+        except ImportError as error:
+            raise ImportError(f"resampling {source_rate} Hz to {rate} Hz: pip install soxr") from error
+        self._stream = soxr.ResampleStream(source_rate, rate, 1, dtype="float32")
+
+    def __call__(self, block: np.ndarray, last: bool = False) -> np.ndarray:
+        return self._stream.resample_chunk(block, last=last)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Windows and times
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cut_windows(
+    blocks: Iterable[np.ndarray], config: BridleEncoderConfig, rate: int, overlap: float = 0.25
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Cut a recording into windows of `config.max_length` frames that overlap, as its blocks come.
+
+    Windows begin on whole patches, and the last one ends with the recording: each is as long as the model takes, but
+    for that of a shorter recording, and a few frames of the last one.
+
+    Args:
+        blocks: (samples,) each, at `rate` Hz.
+        overlap: fraction of a window that the next one shares, rounded to whole patches.
+
+    Yields:
+        First frame of the window in the recording, and its samples.
+
+    Raises:
+        ValueError: the recording is shorter than a frame.
+    """
+    patch = config.patch_shape[1]
+    hop = patch * max(round(config.patch_grid[0] * (1 - overlap)), 1)
+    shift, length = frame_shift(rate), num_samples(config.max_length, rate)
+    buffer, start = np.empty(0, np.float32), 0
+    for block in blocks:
+        buffer = np.concatenate([buffer, block])
+        while len(buffer) >= length + hop * shift:
+            yield start, buffer[:length]
+            start, buffer = start + hop, buffer[hop * shift :]
+    frames = num_frames(len(buffer), rate)
+    if frames < 1:
+        raise ValueError(f"has {len(buffer)} samples at {rate} Hz, less than a frame of {num_samples(1, rate)}")
+    yield start, buffer[:length]
+    if frames > config.max_length:
+        rest = -(-(frames - config.max_length) // patch) * patch
+        yield start + rest, buffer[rest * shift :][:length]
+
+
+def frame_shift(rate: int) -> int:
+    """Samples from one frame to the next."""
+    return num_samples(2, rate) - num_samples(1, rate)
+
+
+def patch_times(config: BridleEncoderConfig, num_steps: int | None = None, rate: int = 16000) -> np.ndarray:
+    """Times of the patches of a recording, one for each step along the first axis of the grid.
+
+    Args:
+        config: of an audio model.
+        num_steps: how many; those of a full-length clip if not given.
+        rate: of the feature extractor, in Hz.
+
+    Returns:
+        (num_steps,) float64, in seconds: the middle of the samples that the frames of a patch are made of.
+
+    Raises:
+        ValueError: the modality is not audio, whose patches alone have times of their own.
+    """
+    if config.modality != "audio":
+        raise ValueError(f"patches of {config.modality} have no times of their own")
+    patch = config.patch_shape[1]
+    steps = np.arange(config.patch_grid[0] if num_steps is None else num_steps)
+    return (steps * patch * frame_shift(rate) + num_samples(patch, rate) / 2) / rate
+
+
+__all__ = ["array_blocks", "cut_windows", "mono_blocks", "patch_times", "read_blocks"]

@@ -1,0 +1,119 @@
+"""Tests of audio_windows_bridle.py, against whole-file reading and resampling and slices of the whole."""
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from helpers.sound_files import write_m4a
+from helpers.sounds import RATE, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridle_hf.audio_windows_bridle import array_blocks, cut_windows, mono_blocks, patch_times, read_blocks
+from bridle_hf.feature_extraction_bridle import num_frames
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def read_whole(media) -> tuple[int, np.ndarray]:
+    rate, blocks = read_blocks(media)
+    return rate, np.concatenate(list(blocks))
+
+
+@pytest.mark.parametrize("form", ["path", "bytes"])
+@pytest.mark.parametrize(
+    ("name", "subtype", "channels"),
+    [("a.wav", "PCM_16", 6), ("a.flac", "PCM_24", 2), ("a.ogg", "VORBIS", 1), ("a.mp3", "MPEG_LAYER_III", 2)],
+)
+def test_blocks_are_the_whole_file(name, subtype, channels, form, tmp_path, rng):
+    path = tmp_path / name
+    soundfile.write(path, 0.1 * rng.normal(size=(200_000, channels)), 44100, subtype=subtype)
+    expected, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    found_rate, found = read_whole(str(path) if form == "path" else path.read_bytes())
+    assert found_rate == rate
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_libsndfile_cannot_read_is_read_by_pyav(tmp_path, rng):
+    time = np.arange(48_000) / 48_000
+    sound = 0.3 * np.sin(2 * np.pi * np.array([[300], [500]]) * time)
+    path = write_m4a(tmp_path / "a.m4a", sound, 48_000)
+    rate, found = read_whole(str(path))
+    assert rate == 48_000 and found.shape[1] == 2 and found.dtype == np.float32
+    for channel, expected in zip(found.T, sound):  # a lossy format, but at the right place
+        assert np.corrcoef(channel[: len(expected)], expected)[0, 1] > 0.98
+    np.testing.assert_array_equal(read_whole(path.read_bytes())[1], found)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "a.wav").write_text("not a sound")
+    with pytest.raises(ValueError, match=r"cannot be decoded .*libsndfile"):
+        read_blocks(str(tmp_path / "a.wav"))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        read_blocks(b"")
+    with pytest.raises(ValueError, match="no such file"):
+        read_blocks(str(tmp_path / "b.wav"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rate=st.sampled_from([8000, 11025, 22050, 44100, 48000, 96000, 192000, 22255.5]), samples=st.integers(1, 200_000)
+)
+def test_resampled_in_blocks_as_in_one_piece(rate, samples):
+    waveform = np.random.default_rng(samples).normal(size=(3, samples)).astype(np.float32)
+    found = np.concatenate(list(mono_blocks(array_blocks(waveform), rate, RATE)))
+    np.testing.assert_array_equal(found, soxr.resample(waveform.T.mean(axis=1), rate, RATE))
+
+
+def test_samples_that_are_none_are_refused(rng):
+    stereo = rng.normal(size=(2, 100)).astype(np.float32)
+    for waveform, rate, options, reason in [
+        (stereo, RATE, {"downmix": False}, "2 channels"),
+        (stereo * np.nan, RATE, {}, "NaN or infinite"),
+        (stereo[:, :0], RATE, {}, "no samples"),
+        (stereo, 0, {}, "0 Hz"),
+        (stereo, float("nan"), {}, "nan Hz"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            list(mono_blocks(array_blocks(waveform), rate, RATE, **options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.integers(400, 80_000), overlap=st.floats(0, 0.95), block=st.integers(1, 30_000),
+    patch=st.sampled_from([4, 16]), rate=st.sampled_from([RATE, 22050]),
+)  # fmt: skip
+def test_windows_cover_a_recording(samples, overlap, block, patch, rate):
+    config = tiny_config(patch_size=[patch, 16])
+    waveform = np.arange(max(samples, rate // 40), dtype=np.float32)
+    shift, length = rate // 100, 47 * (rate // 100) + rate // 40
+    blocks = (waveform[start : start + block] for start in range(0, len(waveform), block))
+    windows = list(cut_windows(blocks, config, rate, overlap))
+    end = 0
+    for first, window in windows:
+        assert first % patch == 0 and len(window) <= length
+        np.testing.assert_array_equal(window, waveform[first * shift :][: len(window)])
+        assert first <= end, "nothing is left out"
+        end = first + num_frames(len(window), rate)
+    assert end == num_frames(len(waveform), rate)
+    assert len(windows) == 1 or all(num_frames(len(window), rate) > 48 - patch for _, window in windows)
+    if overlap < 0.5 and len(windows) > 2:
+        starts = [first for first, _ in windows[:-1]]
+        assert set(np.diff(starts)) <= {patch * max(round(48 // patch * (1 - overlap)), 1)}
+
+
+def test_less_than_a_frame_is_refused():
+    with pytest.raises(ValueError, match="399 samples at 16000 Hz"):
+        list(cut_windows([np.zeros(399, np.float32)], tiny_config(), RATE))
+
+
+def test_times_are_the_middle_of_what_a_patch_is_made_of():
+    # A patch has 16 frames 10 ms apart, the last of which is 25 ms long: 175 ms, from 0, from 160 ms, ...
+    np.testing.assert_allclose(patch_times(tiny_config()), [0.0875, 0.2475, 0.4075])
+    np.testing.assert_allclose(patch_times(tiny_config(), 1000)[-1], 0.0875 + 999 * 0.16)
+    assert tiny_config().seconds_per_frame == pytest.approx(0.16)
+    with pytest.raises(ValueError, match="image"):
+        patch_times(tiny_config(modality="image", image_size=32))

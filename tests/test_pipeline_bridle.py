@@ -1,0 +1,260 @@
+"""Tests of pipeline_bridle.py: files of every format, rate and number of channels, long ones, and remote code."""
+
+import io
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from helpers.fresh_process import run_fresh
+from helpers.sound_files import write_m4a
+from transformers import AudioClassificationPipeline, pipeline
+
+import bridle_hf
+
+
+RATE = 16000
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+         "max_length": 96, "num_mel_bins": 32}  # fmt: skip
+LABELS = {"id2label": {0: "flute", 1: "oboe", 2: "horn"}, "label2id": {"flute": 0, "oboe": 1, "horn": 2}}
+
+
+def save_classifier(folder: Path, **fields) -> str:
+    torch.manual_seed(0)
+    config = bridle_hf.BridleConfig(**SIZES, **LABELS, **fields)
+    model = bridle_hf.BridleForAudioClassification(config)
+    model.classifier.weight.data *= 5
+    model.save_pretrained(folder)
+    bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=96).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.fixture(scope="module")
+def classify(folder):
+    return pipeline("audio-classification", model=folder)
+
+
+def sound(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
+    """(samples, channels): a tone that rises and falls, all below 3.5 kHz, each channel louder than the last."""
+    time = np.arange(int(seconds * rate)) / rate
+    tone = 0.15 * np.sin(2 * np.pi * (600 * time + 300 * np.sin(3 * time))) + 0.05 * np.sin(2 * np.pi * 2500 * time)
+    return tone[:, None] * np.linspace(0.5, 1, channels)
+
+
+def assert_near(found, wanted, atol: float = 1e-3) -> None:
+    assert [entry["label"] for entry in found] == [entry["label"] for entry in wanted]
+    np.testing.assert_allclose([e["score"] for e in found], [e["score"] for e in wanted], atol=atol)
+
+
+FORMATS = [("wav", 8000, 1), ("wav", 192_000, 6), ("wav", 44_100, 2), ("flac", 22_050, 1), ("flac", 96_000, 3),
+           ("ogg", 48_000, 2), ("ogg", 8000, 1), ("mp3", 44_100, 2), ("mp3", 32_000, 1), ("m4a", 44_100, 2),
+           ("m4a", 48_000, 1), ("m4a", 96_000, 6)]  # fmt: skip
+
+
+def write(path: Path, rate: int, channels: int) -> str:
+    if path.suffix == ".m4a":
+        return str(write_m4a(path, sound(0.9, rate, channels).T, rate))
+    soundfile.write(path, sound(0.9, rate, channels), rate)
+    return str(path)
+
+
+def as_array(path: str) -> np.ndarray:
+    """A file as the mono array at 16 kHz that it holds, by ways that are not ours."""
+    if path.endswith("m4a"):
+        import av
+
+        with av.open(path) as container:
+            frames = [frame.to_ndarray() for frame in container.decode(audio=0)]
+            samples, rate = np.concatenate(frames, axis=1).T, container.streams.audio[0].rate
+    else:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    return soxr.resample(samples.mean(axis=1), rate, RATE)
+
+
+@pytest.mark.parametrize(("suffix", "rate", "channels"), FORMATS)
+def test_a_file_is_what_its_array_is(classify, tmp_path, suffix, rate, channels):
+    path = write(tmp_path / f"a.{suffix}", rate, channels)
+    wanted = classify(as_array(path))
+    for form in (path, Path(path), Path(path).read_bytes(), {"path": path, "bytes": None},
+                 {"path": "lost.wav", "bytes": Path(path).read_bytes()}, {"audio": {"path": path}}):  # fmt: skip
+        assert_near(classify(form), wanted, 1e-4)
+
+
+def test_arrays_as_transformers_takes_them(classify, folder):
+    """The stock class on the same model, where it can: mono at the extractor's rate, up to the model's length."""
+    stock = AudioClassificationPipeline(
+        model=classify.model, feature_extractor=classify.feature_extractor, task="audio-classification"
+    )
+    clip = sound(0.7)[:, 0].astype(np.float32)
+    wanted = stock(clip)
+    stereo = sound(0.7, 44_100, 2).T
+    for form in (clip, torch.from_numpy(clip), clip[None], {"raw": clip, "sampling_rate": RATE},
+                 {"array": clip, "sampling_rate": RATE, "path": None}):  # fmt: skip
+        assert_near(classify(form), wanted, 1e-6)
+    assert_near(
+        classify({"raw": stereo, "sampling_rate": 44_100}), classify(soxr.resample(stereo.mean(0), 44_100, RATE))
+    )
+    assert len(classify(clip, top_k=2)) == 2 and len(classify(clip, top_k=None)) == 3
+    assert type(classify) is bridle_hf.BridleAudioClassificationPipeline
+
+
+def test_a_url(classify, tmp_path):
+    path = write(tmp_path / "a.flac", 22_050, 1)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            found = self.path == "/a.flac"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(Path(path).read_bytes() if found else b"")
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert_near(classify(f"{address}/a.flac"), classify(path), 1e-6)
+        with pytest.raises(ValueError, match=r"b\.flac: cannot be fetched: .*404"):
+            classify(f"{address}/b.flac")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_rows_of_datasets(classify, tmp_path):
+    from datasets import Audio, Dataset
+
+    paths = [write(tmp_path / f"{index}.wav", rate, 2) for index, rate in enumerate((8000, 44_100))]
+    rows = Dataset.from_dict({"audio": paths}).cast_column("audio", Audio(decode=False))
+    for found, path in zip(classify(list(rows)), paths):
+        assert_near(found, classify(path), 1e-6)
+
+
+def test_long_recordings_go_by_windows(classify):
+    clip = sound(5)[:, 0].astype(np.float32)
+    found = classify(clip, return_timeline=True, top_k=None, overlap=0.5)
+    timeline = found["timeline"]
+    starts = [window["start"] for window in timeline]
+    # Windows of 96 frames (975 ms) every 48; the last ends with the recording, on a whole patch.
+    np.testing.assert_allclose(starts, [*(0.48 * np.arange(9)), 4.16])
+    total = {"flute": 0.0, "oboe": 0.0, "horn": 0.0}
+    bounds = [0, *[(before["end"] + after["start"]) / 2 for before, after in pairwise(timeline)], 5]
+    for window, first, last in zip(timeline, bounds, bounds[1:]):
+        piece = clip[round(RATE * window["start"]) : round(RATE * window["end"])]
+        assert_near(window["labels"], classify(piece, top_k=None), 1e-5)
+        for entry in window["labels"]:
+            total[entry["label"]] += entry["score"] * (last - first) / 5
+    for entry in found["labels"]:
+        assert entry["score"] == pytest.approx(total[entry["label"]], abs=1e-5)
+    # Without it, the beginning alone, as in transformers.
+    assert_near(classify(clip, top_k=None), timeline[0]["labels"], 1e-6)
+    with pytest.raises(ValueError, match="`overlap` is 1"):
+        classify(clip, overlap=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_lists_and_generators_in_batches(classify, batch_size):
+    clips = [sound(seconds)[:, 0].astype(np.float32) for seconds in (0.3, 2.5, 0.9, 3.1, 0.5)]
+    alone = [classify(clip, return_timeline=True) for clip in clips]
+    for together in (classify(clips, batch_size=batch_size, return_timeline=True),
+                     list(classify(iter(clips), batch_size=batch_size, return_timeline=True))):  # fmt: skip
+        for found, wanted in zip(together, alone, strict=True):
+            assert_near(found["labels"], wanted["labels"], 1e-5)
+            assert [(w["start"], w["end"]) for w in found["timeline"]] == [
+                (w["start"], w["end"]) for w in wanted["timeline"]
+            ]
+
+
+def test_several_labels_take_a_sigmoid(tmp_path):
+    folder = save_classifier(tmp_path / "model", problem_type="multi_label_classification")
+    classify = pipeline("audio-classification", model=folder)
+    clip = sound(0.9)[:, 0].astype(np.float32)
+    inputs = classify.feature_extractor(clip, sampling_rate=RATE, return_tensors="pt")
+    with torch.no_grad():
+        wanted = classify.model(**inputs).logits[0].sigmoid().sort(descending=True).values
+    np.testing.assert_allclose([entry["score"] for entry in classify(clip)], wanted, atol=1e-5)
+    raw = [entry["score"] for entry in classify(clip, function_to_apply="none")]
+    np.testing.assert_allclose(torch.tensor(raw).sigmoid(), wanted, atol=1e-5)
+
+
+def test_what_cannot_be_read_is_named(classify, tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    soundfile.write(tmp_path / "b.wav", np.zeros(100), RATE)
+    for wrong, reason in [
+        (str(tmp_path / "a.wav"), r"a\.wav: cannot be decoded"),
+        (str(tmp_path / "b.wav"), r"b\.wav: has 100 samples"),
+        (str(tmp_path / "c.wav"), r"c\.wav: no such file"),
+        (b"no sound", "the recording: cannot be decoded"),
+        ({"array": np.zeros(RATE)}, "give `raw` and `sampling_rate`"),
+        ({"raw": np.full(RATE, np.nan), "sampling_rate": 8000}, "NaN"),
+        (5, "is a int"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            classify(wrong)
+
+
+def test_other_models_keep_their_pipeline(tmp_path):
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+    config = ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_length=64)
+    classify = pipeline(
+        "audio-classification", model=ASTForAudioClassification(config), feature_extractor=ASTFeatureExtractor()
+    )
+    assert type(classify) is AudioClassificationPipeline
+
+
+BY_REMOTE_CODE = """
+    import json
+    import sys
+    from pathlib import Path
+    from transformers import pipeline
+
+    classify = pipeline("audio-classification", model=sys.argv[1] if len(sys.argv) > 1 else "model",
+                        trust_remote_code=True)
+    assert type(classify).__name__ == "BridleAudioClassificationPipeline", type(classify)
+    assert "bridle_hf" not in {name for name, module in sys.modules.items() if module}
+    print(json.dumps([classify(str(path)) for path in sorted(Path("sounds").iterdir())]))
+    classify.model.save_pretrained("again")
+    classify.feature_extractor.save_pretrained("again")
+"""
+
+
+def test_by_remote_code(folder, classify, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "sounds").mkdir()
+    for index, (suffix, rate, channels) in enumerate(FORMATS):
+        write(tmp_path / "sounds" / f"{index:02d}.{suffix}", rate, channels)
+    found = json.loads(run_fresh(BY_REMOTE_CODE, tmp_path, package=False).splitlines()[-1])
+    for answer, path in zip(found, sorted((tmp_path / "sounds").iterdir()), strict=True):
+        assert_near(answer, classify(as_array(str(path))))
+    # What was loaded by remote code and saved again carries it, too, and the package reads it.
+    names = {path.name for path in (tmp_path / "again").iterdir()}
+    assert names == {path.name for path in (tmp_path / "model").iterdir()}
+    assert_near(pipeline("audio-classification", model=str(tmp_path / "again"))(str(path)), answer, 1e-5)
+
+
+def test_an_encoder_names_no_pipeline(folder, tmp_path):
+    encoder = bridle_hf.BridleModel.from_pretrained(folder)
+    encoder.save_pretrained(tmp_path)
+    assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
+    assert "custom_pipelines" in (Path(folder) / "config.json").read_text()
+
+
+def test_bytes_of_a_stream(classify):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, sound(0.5, 44_100), 44_100, format="FLAC")
+    assert len(classify(buffer.getvalue())) == 3
