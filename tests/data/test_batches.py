@@ -314,20 +314,6 @@ def test_nothing_readable(tmp_path):
     assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"),
-        ConnectionResetError(104, "Connection reset by peer"),  # a worker killed while it hands over a batch
-        EOFError(),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_a_worker_that_died_is_called_so(error):
-    with pytest.raises(ChildProcessError, match="a loader worker has died"), loader_errors_as_os_errors(0):
-        raise error
-
-
 def test_errors_that_are_no_bad_files_are_not_hidden():
     def broken_load(sample, rng):
         raise KeyError("a bug")
