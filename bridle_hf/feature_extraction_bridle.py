@@ -18,6 +18,9 @@ FRAME_LENGTH_MS = 25
 PREEMPHASIS = 0.97
 LOWEST_FREQUENCY = 20.0  # Hz
 MEL_FLOOR = float(np.finfo(np.float32).eps)
+# Samples beyond this are refused; even integers of 32 bits that were taken for floats stay below. From 1e16 on, the
+# power spectrum would overflow, and long before, one such sample would hide all others in the clip's mean.
+MAX_AMPLITUDE = 2.0**31
 
 # 7 MB of intermediates: smaller blocks pay more for setting up the FFT, larger ones miss the cache.
 FRAMES_PER_BLOCK = 1024
@@ -155,8 +158,8 @@ class BridleFeatureExtractor(SequenceFeatureExtractor):
 
         Raises:
             ValueError: if `sampling_rate` is missing or not positive, or a clip is empty, shorter than one 25 ms
-                frame, not numeric, not finite, or of the wrong dimensions (the message names the clip); if `padding`
-                or `max_length` is not one of the above.
+                frame, not numeric, not finite, of the wrong dimensions, or with samples over 2^31 (the message names
+                the clip); if `padding` or `max_length` is not one of the above.
             ImportError: if a clip has to be resampled and `soxr` is not installed.
         """
         max_length = self.max_length if max_length is None else max_length
@@ -231,6 +234,12 @@ class BridleFeatureExtractor(SequenceFeatureExtractor):
         if not np.isfinite(waveform).all():
             bad = int(np.flatnonzero(~np.isfinite(waveform))[0])
             raise ValueError(f"{where} is NaN or infinite at sample {bad}: repair it or leave the clip out.")
+        loudest = int(np.abs(waveform).argmax())
+        if abs(waveform[loudest]) > MAX_AMPLITUDE:
+            raise ValueError(
+                f"{where} is {waveform[loudest]:.3g} at sample {loudest}, over the bound of {MAX_AMPLITUDE:.3g}:"
+                " scale it to [-1, 1] or leave the clip out."
+            )
 
         cut = None if max_length is None else num_samples(max_length, self.sampling_rate)
         if sampling_rate != self.sampling_rate:

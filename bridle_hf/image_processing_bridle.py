@@ -5,6 +5,8 @@ a path given to a pipeline always arrives as RGB, so that [`BridleImageProcessor
 [`make_image_processor`] chooses.
 """
 
+import math
+
 import numpy as np
 import torch
 from transformers import ViTImageProcessorPil
@@ -21,35 +23,56 @@ except ImportError:  # without Pillow there are no images, but the package must 
     Image = ImageOps = None
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as Pillow's mode L
+PIXELS_PER_BLOCK = 2**20  # that are weighted to grey at a time
+
+# Pictures beyond either are refused. Resized until its shorter edge fits, a thin one would take gigabytes, and so
+# would a few kilobytes of PNG that are hundreds of millions of pixels: processing takes up to 18 bytes of each.
+MAX_ASPECT_RATIO = 32
+MAX_PIXELS = 25_000_000
+_ORIENTATION = 0x0112  # of EXIF
+
+
+def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise a ValueError if a picture of that size, in pixels, would take too much memory."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"is {width} x {height} pixels, longer than {MAX_ASPECT_RATIO} times its shorter edge: cut it to pieces"
+        )
+    if height * width > max_pixels:
+        raise ValueError(f"is {width} x {height} pixels, more than {max_pixels / 1e6:.1f} million: make it smaller")
 
 
 def image_to_array(image: "Image.Image", num_channels: int = 3) -> np.ndarray:
     """A Pillow image, upright (EXIF), as (height, width, num_channels) uint8.
 
-    Palette, CMYK and other colour spaces become RGB, 16-bit grey is scaled to 8 bits, transparency is laid on white
-    (as transformers does), and grey and colour become each other as in [`fit_channels`]. Two and four channels are the
-    image's own, alpha included.
+    The pixels are those that pipelines see, which read by transformers' `load_image`: converted to RGB by Pillow,
+    which drops an alpha channel, whatever colour lies under it. Grey is made of RGB as in [`fit_channels`]. Two and
+    four channels are the image's own, alpha included.
 
     Raises:
-        ValueError: 32-bit or floating-point pixels, whose range is not known; or channels that do not fit.
+        ValueError: more than 8 bits a channel, of which Pillow would clip all values over 255; channels that do not
+            fit; or a size that [`check_size`] refuses.
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        # Pillow's own conversion to 8 bits clips at 255. 65535 / 257 = 255.
-        pixels = np.rint(np.asarray(image, dtype=np.float32) / 257).astype(np.uint8)[..., None]
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"has pixels of mode {image.mode}, whose range is not known: save it with 8 or 16 bits")
-    elif image.mode in ("1", "L"):
-        pixels = np.array(image.convert("L"))[..., None]
-    elif image.mode in ("LA", "RGBA") and len(image.mode) == num_channels:
-        pixels = np.array(image)
-    else:
-        pixels = convert_to_rgb(image, return_numpy=True)
-    return fit_channels(pixels, num_channels)
+    # OpenJPEG holds four bytes of every number beside Pillow's.
+    check_size(image.height, image.width, MAX_PIXELS // (2 if image.format == "JPEG2000" else 1))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        raise ValueError(
+            f"has pixels of mode {image.mode}, which transformers' `load_image` clips at 255: save it with 8 bits"
+        )
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in ("LA", "RGBA") and len(image.mode) == num_channels:
+        return np.array(image)
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    # One colour that is marked as transparent outlives this; the processors of colour images then lay it on white.
+    marked = image.info.get("transparency") is not None
+    return fit_channels(convert_to_rgb(image, return_numpy=True) if marked else np.array(image), num_channels)
 
 
 def fit_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
     """(height, width, channels) with `num_channels`: grey is repeated for colour, colour is weighted to grey.
+
+    Where 1 or 3 channels are asked for, the fourth, alpha, is dropped.
 
     Raises:
         ValueError: Any other change of the number of channels.
@@ -57,16 +80,19 @@ def fit_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
     channels = pixels.shape[-1]
     if channels == num_channels:
         return pixels
-    if channels == 4 and num_channels in (1, 3):
-        pixels, channels = convert_to_rgb(pixels, return_numpy=True, input_data_format=ChannelDimension.LAST), 3
-    if channels == num_channels:
-        return pixels
     if (channels, num_channels) == (1, 3):
         return pixels.repeat(3, axis=-1)
-    if (channels, num_channels) == (3, 1):
-        grey = pixels @ np.asarray(LUMA)
-        return (np.rint(grey) if np.issubdtype(pixels.dtype, np.integer) else grey).astype(pixels.dtype)[..., None]
+    if (channels, num_channels) == (4, 3):
+        return pixels[..., :3]
+    if channels in (3, 4) and num_channels == 1:
+        blocks = np.array_split(pixels[..., :3], math.ceil(pixels.size / PIXELS_PER_BLOCK) or 1)
+        return np.concatenate([_luma(block) for block in blocks])
     raise ValueError(f"has {channels} channels where {num_channels} are expected")
+
+
+def _luma(pixels: np.ndarray) -> np.ndarray:
+    grey = pixels @ np.asarray(LUMA)
+    return (np.rint(grey) if np.issubdtype(pixels.dtype, np.integer) else grey).astype(pixels.dtype)[..., None]
 
 
 class BridleImageProcessor(PilBackend):
@@ -77,6 +103,7 @@ class BridleImageProcessor(PilBackend):
     All arguments are those of [`ViTImageProcessor`]; the number of channels is the length of `image_mean`. Images may
     be Pillow images (see [`image_to_array`]), or arrays and tensors (height, width), (height, width, channels) or
     (channels, height, width), with values in 0..255; grey and colour are converted as in [`fit_channels`].
+    Other values, sizes that [`check_size`] refuses and channels that do not fit raise a ValueError.
 
     Returns `pixel_values` (batch, channels, height, width).
     """
@@ -124,6 +151,9 @@ class BridleImageProcessor(PilBackend):
             layout = input_data_format or infer_channel_dimension_format(pixels, num_channels=(1, 3, 4, num_channels))
             if ChannelDimension(layout) == ChannelDimension.FIRST:
                 pixels = np.moveaxis(pixels, 0, -1)
+            check_size(*pixels.shape[:2])
+            if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:  # nor NaN
+                raise ValueError(f"an image holds values of {pixels.min()} to {pixels.max()}: give 0 to 255")
             pixels = fit_channels(pixels, num_channels)
         return np.moveaxis(pixels, -1, 0)
 
@@ -138,6 +168,9 @@ def make_image_processor(
     image_std: list[float] | None = None,
 ) -> PilBackend:
     """The processor of an image or video model: shorter edge to the longer of `config.image_size`, middle crop.
+
+    No picture is resized to more than `MAX_ASPECT_RATIO` times the shorter edge, so that no shape takes more memory:
+    of a thinner one, which loaders and [`BridleImageProcessor`] refuse, a part of the crop stays black.
 
     Args:
         config: Of the encoder or the tokenizer; `image_size` and `num_channels` are what counts.
@@ -165,7 +198,7 @@ def make_image_processor(
             raise ValueError(f"`{name}` is {values}: give {config.num_channels} numbers, one per channel")
     height, width = config.input_size[1:]
     settings = {
-        "size": {"shortest_edge": max(height, width)},
+        "size": {"shortest_edge": max(height, width), "longest_edge": MAX_ASPECT_RATIO * max(height, width)},
         "default_to_square": False,
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
@@ -179,4 +212,4 @@ def make_image_processor(
     return BridleImageProcessor(**settings)
 
 
-__all__ = ["BridleImageProcessor", "fit_channels", "image_to_array", "make_image_processor"]
+__all__ = ["BridleImageProcessor", "check_size", "fit_channels", "image_to_array", "make_image_processor"]

@@ -87,7 +87,9 @@ def test_fit_channels():
     np.testing.assert_array_equal(colour, grey.repeat(3, axis=-1))
     np.testing.assert_array_equal(fit_channels(colour, 1), grey)
     np.testing.assert_allclose(fit_channels(colour / 255, 1), grey / 255)  # floats stay floats
-    assert fit_channels(np.zeros((2, 2, 4), np.uint8), 1).tolist() == [[[255]] * 2] * 2  # transparent on white
+    alpha = np.random.default_rng(0).integers(0, 256, (3, 4, 4), dtype=np.uint8)  # is dropped
+    np.testing.assert_array_equal(fit_channels(alpha, 3), alpha[..., :3])
+    np.testing.assert_array_equal(fit_channels(alpha, 1), fit_channels(alpha[..., :3], 1))
     with pytest.raises(ValueError, match="has 2 channels where 3 are expected"):
         fit_channels(np.zeros((2, 2, 2)), 3)
 

@@ -26,11 +26,11 @@ class MediaError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def reason_of(error: OSError | ValueError) -> str:
+def reason_of(error: Exception) -> str:
     """Why a sample cannot be read, without its name where the error has it apart."""
     if isinstance(error, MediaError):
         return error.reason
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def one_line(error: Exception) -> str:

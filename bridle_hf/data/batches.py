@@ -29,7 +29,7 @@ from bridle_hf.common.signals import leave_signals_to_parent
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.order import Places
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import SKIPPED, Sample
 
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class DrawDataset(Dataset):
     Added to what `load` returns: `index`, the sample's place in `samples`, and `skipped`, a list of (path, reason) of
     bad files met on the way.
 
-    A bad file (`load` raises ValueError, of which MediaError is one) is replaced by a sample that depends on
+    A bad file (`load` raises one of `SKIPPED`, mostly MediaError) is replaced by a sample that depends on
     (seed, draw, attempt) alone. After 32 bad ones in a row the sample holds nothing but `skipped`;
     `train_batches` makes an error of it.
     """
@@ -100,7 +100,7 @@ def _load_or_skip(
     sample = samples[index]
     try:
         return {**load(sample, rng), "index": index}
-    except ValueError as error:
+    except SKIPPED as error:
         skipped.append((sample.path, reason_of(error)))
         return {}
 

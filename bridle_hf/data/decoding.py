@@ -11,7 +11,7 @@ that the decoder needs to get there, is ever decoded or held.
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,14 +20,24 @@ import soundfile
 import soxr
 
 from bridle_hf.common.errors import MediaError
-from bridle_hf.image_processing_bridle import image_to_array
+from bridle_hf.feature_extraction_bridle import MAX_AMPLITUDE
+from bridle_hf.image_processing_bridle import check_size, image_to_array
 
 
 # A video that ends this long before its header says is truncated, not just badly rounded.
 TRUNCATION_SECONDS = 0.5
+# A frame of a video counts many times, as decoders keep up to 16 of them: 4K, and no more.
+MAX_FRAME_PIXELS = 4096 * 2304
+MAX_DECODED_PIXELS = 10**10  # from a key frame on to the one that is wanted: 4,800 frames of 1080p, some ten seconds
+_BOUNDS = {"max_pixels": str(MAX_FRAME_PIXELS)}
+# Containers whose header has no duration: libav guesses it from the last packets that have a timestamp.
+_GUESSED_DURATIONS = ("mpeg", "mpegts")
 # Without an index of key frames, decoding on is taken to be cheaper than a seek over less than this.
 BLIND_SEEK_SECONDS = 5.0
 MIN_RATE = 100  # Hz; a lower one is a broken header's, and has no samples for a frame of 25 ms
+# Numbers in a second, of all channels together: eight at 500 kHz, eighty at 48. It bounds what a crop takes.
+MAX_NUMBERS_PER_SECOND = 4_000_000
+NUMBERS_PER_BLOCK = 2**22  # of what is decoded at a time: 16 MB
 # What libsndfile says where the header does not know how many samples follow, as of FLAC that went through a pipe.
 UNKNOWN_LENGTH = 2**63 - 1
 
@@ -48,32 +58,42 @@ def read_audio(
         crop: given (samples, sampling_rate), chooses (start, count) of the samples to decode; all if absent.
 
     Returns:
-        Waveform (channels, samples), float32 in [-1, 1], and the sampling rate in Hz.
+        Waveform (channels, samples), float32 in [-1, 1] (floating-point files may go beyond), and the sampling rate in
+        Hz.
 
     Raises:
-        MediaError: missing, undecodable, empty, or with NaN or infinite samples.
+        MediaError: missing, undecodable or empty; samples that are NaN, infinite or over `MAX_AMPLITUDE`;
+            a sampling rate that is too low, or too high for its channels.
     """
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
-    try:
-        with _SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media) as file:
-            rate, whole = file.samplerate, None
-            if rate < MIN_RATE:
-                raise MediaError(name, f"has a sampling rate of {rate} Hz")
-            if file.frames == UNKNOWN_LENGTH:
-                whole = file.read_to_end()
-            start, count = crop(file.frames if whole is None else len(whole), rate) if crop else (0, None)
-            waveform = file.read_from(start, count) if whole is None else whole[start:][:count]
-    except (soundfile.SoundFileError, OSError, MemoryError) as error:  # memory: a broken header promises terabytes
-        raise MediaError(name, f"cannot be decoded: {error}") from error
-    # Not by `librosa.load`, which would lose much of the above: it reads no bytes without a file object, falls back to
-    # other decoders on an error, and can neither crop by the number of samples nor read an unknown length.
-    if waveform.size == 0:
-        raise MediaError(name, "holds no samples")
-    if not np.isfinite(waveform).all():
-        raise MediaError(name, "holds NaN or infinite samples")
-    return waveform.T, rate
+    (found,) = read_crops(media, name, lambda samples, rate: [crop(samples, rate) if crop else (0, samples)])
+    return found
+
+
+def read_crops(
+    media: str | bytes, name: str | None, crops: Callable[[int, int], Sequence[tuple[int, int]]]
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Several crops of one recording, which `crops` chooses in order and not overlapping: see `read_audio`."""
+    with _open_sound(media, name) as file:
+        for start, count in crops(file.length, file.samplerate):
+            waveform, found = np.empty((count, file.channels), np.float32), 0
+            for block in file.read_blocks(start, count):
+                waveform[found : found + len(block)] = block
+                found += len(block)
+            # Not by `librosa.load`, which would lose much of the above: it reads no bytes without a file object, falls
+            # back to other decoders on an error, and can neither crop by the number of samples nor read an unknown
+            # length.
+            yield waveform[:found].T, file.samplerate
+
+
+def check_audio(media: str | bytes, name: str | None = None) -> None:
+    """Decode a recording from end to end, a block at a time, and keep nothing.
+
+    Raises:
+        MediaError: see `read_audio`.
+    """
+    with _open_sound(media, name) as file:
+        for _ in file.read_blocks(0, file.length):
+            pass
 
 
 def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
@@ -94,24 +114,173 @@ def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np
     return librosa_resample(waveform, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq", fix=False)
 
 
+@contextmanager
+def _open_sound(media: str | bytes, name: str | None) -> Iterator["_SoundFile"]:
+    """A recording, closed at the end; whatever soundfile raises while it is open is a MediaError."""
+    name = name or (media if isinstance(media, str) else "<bytes>")
+    if isinstance(media, str) and not os.path.isfile(media):
+        raise MediaError(name, "no such file")
+    try:
+        with _SoundFile(media, name) as file:
+            yield file
+    except MediaError:
+        raise
+    # Beside its own errors soundfile raises ValueError and others; memory: a broken header promises terabytes.
+    except (RuntimeError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        raise MediaError(name, f"cannot be decoded: {error}") from error
+
+
 class _SoundFile(soundfile.SoundFile):
-    """Also reads what does not say how long it is: there libsndfile fails to seek once it is at the end."""
+    """A recording with its true `length` in samples, be its header silent about it or wrong."""
+
+    def __init__(self, media: str | bytes, name: str):
+        self.path, self.position = name, 0
+        try:
+            super().__init__(_source(media))
+        except soundfile.LibsndfileError:
+            # Of an mp3 that claims to be shorter than its encoder's padding, libsndfile says that it cannot be opened.
+            if (mended := mend_mp3_length(media, 0)) is None:
+                raise
+            super().__init__(_source(mended))
+        rate, channels = self.samplerate, self.channels
+        if rate < MIN_RATE or rate * channels > MAX_NUMBERS_PER_SECOND:
+            raise MediaError(name, f"has a sampling rate of {rate} Hz" + f" in {channels} channels" * (channels > 1))
+        self.length = self.frames
+        if self.frames == UNKNOWN_LENGTH:
+            self.length = sum(map(len, self._blocks(UNKNOWN_LENGTH)))
+            self._open_again(media)  # there libsndfile fails to seek once it is at the end
+        elif self.format == "MP3" and (mended := mend_mp3_length(media, self.frames)) is not None:
+            self._open_again(mended)
+            self.length = self.frames
+
+    def _open_again(self, media: str | bytes) -> None:
+        self.close()
+        super().__init__(_source(media))
+        self.position = 0
 
     def seekable(self) -> bool:
         return self.frames != UNKNOWN_LENGTH and super().seekable()
 
-    def read_from(self, start: int, count: int | None) -> np.ndarray:
-        """(count, channels) float32; all that follow if no count is given."""
-        if start:
-            self.seek(start)
-        return self.read(-1 if count is None else count, dtype="float32", always_2d=True)
+    def read_blocks(self, start: int, count: int) -> Iterator[np.ndarray]:
+        """`count` samples from `start` on, in pieces (samples, channels) float32.
 
-    def read_to_end(self) -> np.ndarray:
-        """(samples, channels) float32, however many there are."""
-        blocks = [np.empty((0, self.channels), np.float32)]
-        while len(block := self.read(1 << 16, dtype="float32", always_2d=True)):
-            blocks.append(block)
-        return np.concatenate(blocks)
+        Raises:
+            MediaError: see `read_audio`.
+        """
+        if start != self.position and self.seekable():
+            self.position = self.seek(start)
+        elif start != self.position:  # GSM 6.10 and others go on, and never back
+            for _ in self._blocks(start - self.position):
+                pass
+        is_empty = True
+        for block in self._blocks(count):
+            is_empty = False
+            if not np.isfinite(block).all():
+                raise MediaError(self.path, "holds NaN or infinite samples")
+            if (loudest := np.abs(block).max()) > MAX_AMPLITUDE:
+                raise MediaError(self.path, f"holds a sample of {loudest:.3g}, over the bound of {MAX_AMPLITUDE:.3g}")
+            yield block
+        if is_empty:
+            raise MediaError(self.path, "holds no samples")
+
+    def _blocks(self, count: int) -> Iterator[np.ndarray]:
+        """The next `count` samples, or as many as there are."""
+        most = max(NUMBERS_PER_BLOCK // self.channels, 1)
+        while count > 0 and len(block := self.read(min(count, most), dtype="float32", always_2d=True)):
+            count -= len(block)
+            self.position += len(block)
+            yield block
+
+
+def _source(media: str | bytes) -> str | io.BytesIO:
+    return io.BytesIO(media) if isinstance(media, bytes) else media
+
+
+# Of MPEG audio, layer III: bit rates in kbit/s of versions 1 and 2 (and 2.5), sampling rates in Hz of version 1.
+_MP3_BIT_RATES = {
+    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+_MP3_RATES = (44100, 48000, 32000)
+_MP3_HEADER = 0xFFFEFE  # the bits of a header's first three bytes that decide over its frame's length
+_MP3_STREAM = 0xFFFE0C  # and those that do not change from frame to frame
+
+
+def _mp3_frame_sizes() -> dict[int, int]:
+    """Size of a frame in bytes, header included, by the first three bytes of the header."""
+    sizes = {}
+    for version_bits, version, slower in ((3, 1, 1), (2, 2, 2), (0, 2, 4)):
+        for number, bit_rate in enumerate(_MP3_BIT_RATES[version], start=1):
+            for rate_bits, rate in enumerate(_MP3_RATES):
+                size = 144_000 // version * bit_rate * slower // rate
+                for padding in (0, 1):
+                    header = 0xFFE000 | version_bits << 11 | 1 << 9 | number << 4 | rate_bits << 2 | padding << 1
+                    sizes[header] = size + padding
+    return sizes
+
+
+_MP3_FRAME_SIZES = _mp3_frame_sizes()
+
+
+def mend_mp3_length(media: str | bytes, claimed: int) -> bytes | None:
+    """An mp3 whose header tells its true length, by a walk over its frames; None if it does already, or is no mp3.
+
+    libsndfile reads as many samples as the first frame's Xing tag claims, or, without one, as the first frame's bit
+    rate lets it guess: too few of files that were joined or that vary in bit rate, or too many of those cut short.
+
+    Args:
+        media: path of the file, or its bytes.
+        claimed: samples, as libsndfile has them.
+    """
+    with _source(media) if isinstance(media, bytes) else open(media, "rb") as file:
+        start = file.read(3)
+        if start != b"ID3" and int.from_bytes(start) & _MP3_HEADER not in _MP3_FRAME_SIZES:
+            return None
+        content = start + file.read()
+    first, frames = _walk_mp3(content)
+    if frames == 0:
+        return None
+    header = int.from_bytes(content[first : first + 3])
+    tag = max(content.find(name, first, first + 64) for name in (b"Xing", b"Info"))
+    if tag >= 0 and content[tag + 7] & 1:
+        found = frames - 1  # the tag's frame holds no sound
+        if abs(int.from_bytes(content[tag + 8 : tag + 12]) - found) <= 1:
+            return None
+        return content[: tag + 8] + found.to_bytes(4) + content[tag + 12 :]
+    samples = 1152 if header >> 11 & 3 == 3 else 576  # of a frame, in versions 1 and 2
+    if abs(frames * samples - claimed) <= 3 * 1152:  # as far as encoders pad
+        return None
+    # A frame of the same stream that holds nothing but a tag, put before the others.
+    is_mono = content[first + 3] >> 6 == 3
+    side_information = {1152: 17 if is_mono else 32, 576: 9 if is_mono else 17}[samples]
+    header = header & _MP3_STREAM | 1 << 8 | 9 << 4  # without a checksum, and long enough for a tag
+    empty = bytearray(_MP3_FRAME_SIZES[header & _MP3_HEADER])
+    start = header.to_bytes(3) + content[first + 3 : first + 4] + bytes(side_information)
+    start += b"Xing" + (1).to_bytes(4) + frames.to_bytes(4)
+    empty[: len(start)] = start
+    return content[:first] + bytes(empty) + content[first:]
+
+
+def _walk_mp3(content: bytes) -> tuple[int, int]:
+    """Where the first frame lies and how many there are, but for those cut off or of another stream."""
+    first, frames, stream, place = 0, 0, None, 0
+    if content[:3] == b"ID3":  # a tag that may hold pictures: seven bits a byte
+        place = 10 + sum(byte << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0)))
+    while (place := content.find(0xFF, place)) >= 0:
+        header = int.from_bytes(content[place : place + 3])
+        size = _MP3_FRAME_SIZES.get(header & _MP3_HEADER)
+        if size is None or stream not in (None, header & _MP3_STREAM):
+            place += 1
+            continue
+        if stream is None:  # the first one is confirmed by the next
+            following = int.from_bytes(content[place + size : place + size + 3])
+            if following & _MP3_HEADER not in _MP3_FRAME_SIZES or (following ^ header) & _MP3_STREAM:
+                place += 1
+                continue
+            first, stream = place, header & _MP3_STREAM
+        place += size
+        frames += place <= len(content)
+    return first, frames
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,8 +300,8 @@ def read_image(media: str | bytes, name: str | None = None, num_channels: int = 
         (height, width, num_channels) uint8.
 
     Raises:
-        MediaError: missing, undecodable, truncated, animated (which frame is meant cannot be known), or with pixels
-            whose conversion would be a guess.
+        MediaError: missing, undecodable, truncated, animated (which frame is meant cannot be known), or what
+            `image_to_array` refuses: too many pixels, too thin, more than 8 bits a channel.
     """
     from PIL import Image
 
@@ -140,7 +309,8 @@ def read_image(media: str | bytes, name: str | None = None, num_channels: int = 
     if isinstance(media, str) and not os.path.isfile(media):
         raise MediaError(name, "no such file")
     try:
-        with Image.open(io.BytesIO(media) if isinstance(media, bytes) else media) as image:
+        with Image.open(_source(media)) as image:
+            check_size(image.height, image.width)  # before the pictures are counted
             frames = getattr(image, "n_frames", 1)
             # The further pictures of an MPO, a camera's JPEG, are previews of the first.
             if frames > 1 and image.format != "MPO":
@@ -167,8 +337,6 @@ Choose = Callable[[int, float], np.ndarray]
 def read_video(media: str | bytes, name: str | None = None, choose: Choose | None = None) -> np.ndarray:
     """Decode chosen frames of a video with PyAV, upright; its sound and cover pictures are not looked at.
 
-    Frames that differ in size from the first one chosen (the stream changed) are resized to it.
-
     Args:
         media: path of the file, or its bytes.
         name: how errors call it; the path if absent.
@@ -179,39 +347,35 @@ def read_video(media: str | bytes, name: str | None = None, choose: Choose | Non
         (*shape of the choice, height, width, 3) uint8, RGB.
 
     Raises:
-        MediaError: missing, undecodable, truncated, without video or timestamps, or turned by other than quarters.
+        MediaError: missing, undecodable, truncated, without video or timestamps, turned by other than quarters, or of
+            frames that are too large or too thin.
         IndexError: `choose` left the video.
     """
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
-    with _open_video(media, name) as video:
-        chosen = np.arange(video.total) if choose is None else np.asarray(choose(video.total, video.rate))
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < video.total:
-            raise IndexError(f"{name}: frames {chosen.min()} .. {chosen.max()} were chosen out of {video.total}")
-        indices, inverse = np.unique(chosen, return_inverse=True)
-        frames = video.convert(video.nearest(indices))
-    return frames[inverse.reshape(chosen.shape)]
+    with open_video(media, name) as video:
+        return video.read(np.arange(video.total) if choose is None else np.asarray(choose(video.total, video.rate)))
 
 
 @contextmanager
-def _open_video(media: str | bytes, name: str) -> Iterator["_Video"]:
-    """A video, closed at the end; whatever libav raises while it is open is a MediaError."""
+def open_video(media: str | bytes, name: str | None = None) -> Iterator["_Video"]:
+    """A video, closed at the end; whatever libav raises while it is open is a MediaError. See `read_video`."""
     import av
 
+    name = name or (media if isinstance(media, str) else "<bytes>")
+    if isinstance(media, str) and not os.path.isfile(media):
+        raise MediaError(name, "no such file")
     try:
-        # Tags in an unknown encoding are no reason to refuse a video.
-        source = io.BytesIO(media) if isinstance(media, bytes) else media
-        with av.open(source, metadata_errors="replace") as container:
+        # Tags in an unknown encoding are no reason to refuse a video. The bounds hold for what libav decodes to find
+        # out what is in the file, and for frames that are larger than the header says.
+        with av.open(_source(media), metadata_errors="replace", options=_BOUNDS) as container:
             yield _Video(container, name)
     except MediaError:
         raise
-    except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(name, f"cannot be decoded: {error.strerror or error}") from error
+    except (av.error.FFmpegError, OSError, ArithmeticError, MemoryError) as error:
+        raise MediaError(name, f"cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
 
 
 class _Video:
-    """The video stream of an open file: `total` frames at a mean `rate` in 1/s, as far as its header tells."""
+    """The video stream of an open file: by its header, `total` frames of (height, width) at a mean `rate` in 1/s."""
 
     def __init__(self, container: Any, name: str):
         from av.stream import Disposition
@@ -220,35 +384,68 @@ class _Video:
         self.stream = container.streams.best("video")  # a cover picture only where there is nothing else
         if self.stream is None or self.stream.disposition & Disposition.attached_pic:
             raise MediaError(name, "holds no video")
-        if self.stream.codec_context is None:
+        codec = self.stream.codec_context
+        if codec is None:
             raise MediaError(name, "has video of a codec that libav does not know")
+        self.height, self.width = codec.height, codec.width
+        self._check_size(self.height, self.width)
+        codec.options = _BOUNDS
         # Workers are what runs in parallel; threads of a decoder's own would get in their way.
-        self.stream.codec_context.thread_count = 1
+        codec.thread_count = 1
         self.start = self.stream.start_time or 0
         rate = self.stream.average_rate or self.stream.guessed_rate
         if not rate:
             raise MediaError(name, "says nothing about its frame rate: remux it into a container that does, as mp4")
         self.rate = float(rate)
-        self.total = max(round(self._seconds() * self.rate), 1)
         self._decoder = self._before = self._after = None
+        self.has_own_duration = True
+        self.total = max(round(self._seconds() * self.rate), 1)
+
+    def read(self, chosen: np.ndarray, view: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
+        """Frames by their indices, an integer array of any shape and order.
+
+        Frames that differ in size from the first one read (the stream changed) are resized to it.
+
+        Args:
+            view: makes of each frame, (height, width, 3) uint8 RGB, what is kept of it, so that no more than one is
+                ever held in full size; called in the order of the frames, once for each that differs from the last.
+
+        Returns:
+            (*shape of the choice, *shape of a frame or of its view).
+        """
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.total:
+            raise IndexError(f"{self.name}: frames {chosen.min()} .. {chosen.max()} were chosen out of {self.total}")
+        indices, inverse = np.unique(chosen, return_inverse=True)
+        return self._convert(self._nearest(indices), view)[inverse.reshape(chosen.shape)]
+
+    def _check_size(self, height: int, width: int) -> None:
+        try:
+            check_size(height, width, MAX_FRAME_PIXELS)
+        except ValueError as error:
+            raise MediaError(self.name, str(error)) from error
 
     def _seconds(self) -> float:
-        if self.stream.duration:
+        if self.stream.duration and self.container.format.name not in _GUESSED_DURATIONS:
             return float(self.stream.duration * self.stream.time_base)
         if "DURATION" in self.stream.metadata:  # Matroska has it in a tag, as 00:01:02.5
             with suppress(ValueError):
-                hours, minutes, seconds = self.stream.metadata["DURATION"].split(":")
-                return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-        if self.container.duration:  # in microseconds, that of the longest stream
+                hours, minutes, seconds = map(float, self.stream.metadata["DURATION"].split(":"))
+                if np.isfinite(duration := 3600 * hours + 60 * minutes + seconds):
+                    return duration
+        if self.container.duration and not self.stream.duration:  # in microseconds, that of the longest stream
+            self.has_own_duration = False  # its sound may be what is longer
             return self.container.duration / 1e6
-        # A live recording: its packets tell, undecoded.
+        # The timestamps of packets tell, undecoded: of the last ones, or of all of a live recording.
+        if guessed := self.stream.duration or 0:
+            self.container.seek(self.start + guessed, stream=self.stream)
         stamps = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
+        self.container.seek(0)
         if not stamps:
             raise MediaError(self.name, "holds no timestamps: remux it into a container that does, as mp4")
-        self.container.seek(0)
-        return float((max(stamps) - min(stamps)) * self.stream.time_base) + 1 / self.rate
+        ticks = max(stamps) - (self.start if guessed else min(stamps))
+        return max(float(ticks * self.stream.time_base) + 1 / self.rate, float(guessed * self.stream.time_base))
 
-    def nearest(self, indices: np.ndarray) -> Iterator[Any]:
+    def _nearest(self, indices: np.ndarray) -> Iterator[Any]:
         """For each of the sorted `indices`, the frame whose timestamp is nearest to index / rate."""
         for index in indices:
             tick = self.start + round(int(index) / self.rate / self.stream.time_base)
@@ -256,8 +453,12 @@ class _Video:
                 self._seek(tick, self.stream)
                 if self._after is None or self._after.pts > tick:
                     self._seek(0)  # it landed behind, as it may without an index: from the beginning, then
+            decoded = 0
             while self._after is not None and self._after.pts < tick:
                 self._before, self._after = self._after, self._next()
+                decoded += self._before.width * self._before.height
+                if decoded > MAX_DECODED_PIXELS:
+                    raise MediaError(self.name, "has too few key frames: write it anew with one every few seconds")
             if self._after is None:
                 self._check_end(tick)
             if self._after is None or (self._before and tick - self._before.pts < self._after.pts - tick):
@@ -293,12 +494,11 @@ class _Video:
         if self._before is None:
             raise MediaError(self.name, "holds no frames that can be decoded")
         missing = float((tick - self._before.pts) * self.stream.time_base)
-        # Without a duration of its own, its sound may be what is longer.
-        if self.stream.duration and missing > max(TRUNCATION_SECONDS, 2 / self.rate):
+        if self.has_own_duration and missing > max(TRUNCATION_SECONDS, 2 / self.rate):
             raise MediaError(self.name, f"is truncated: it ends {missing:.1f} s before a frame that it should have")
 
-    def convert(self, frames: Iterator[Any]) -> np.ndarray:
-        """Decoded frames as (frames, height, width, 3) uint8 RGB, upright and of one size."""
+    def _convert(self, frames: Iterator[Any], view: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+        """Decoded frames as (frames, height, width, 3) uint8 RGB, upright and of one size, or their views."""
         from av.video.reformatter import VideoReformatter
 
         # One for all frames, and one thread: a frame's own would be set up anew each time, at many times the cost.
@@ -310,8 +510,11 @@ class _Video:
                     raise MediaError(self.name, f"has a corrupt frame at {frame.time:.2f} s")
                 if frame.rotation % 90:
                     raise MediaError(self.name, f"is turned by {frame.rotation} degrees: give it quarter turns")
-                size = size or (frame.width, frame.height)
+                if size is None:
+                    size = (frame.width, frame.height)
+                    self._check_size(frame.height, frame.width)
                 rgb = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
-                last, array = frame, np.rot90(rgb, frame.rotation // 90)
+                last, array = frame, np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
+                array = array if view is None else view(array)
             arrays.append(array)
         return np.stack(arrays)

@@ -2,20 +2,21 @@
 
     read_audio ─► AudioLoader ─► input_values (frames, mel bins), attention_mask (frames,)
     read_image ─► ImageLoader ─► pixel_values (channels, height, width)
-    read_video ─► VideoLoader ─► pixel_values_videos (frames, channels, height, width)
+    open_video ─► VideoLoader ─► pixel_values_videos (frames, channels, height, width)
 
 Nothing else knows a modality: `make_sample_loader` of modalities.py chooses by its table.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from bridle_hf.common.errors import MediaError
-from bridle_hf.data.decoding import read_audio, read_image, read_video, resample
+from bridle_hf.data.decoding import open_video, read_audio, read_image, resample
 from bridle_hf.data.sample import Sample
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.image_processing_bridle import fit_channels
@@ -197,29 +198,42 @@ class _PixelLoader:
                 raise ValueError("augmenting images and video needs kornia: pip install kornia") from error
             self._random_crop = RandomResizedCrop(self.size, scale=(min_crop, 1.0), ratio=CROP_RATIOS)
 
-    def _view(self, pixels: np.ndarray, rng: np.random.Generator | None) -> torch.Tensor:
-        """(frames, height, width, channels) uint8 to (frames, channels, *size) float32, all frames alike."""
-        if self.augment and rng is not None:
-            views = self._crop_and_flip(pixels, rng)
-            return self._normalize(views if self.distort is None else self.distort(views, rng))
-        if pixels.shape[1:3] == self.size:  # nothing to resize or crop: twenty times as fast, and the same
-            return self._normalize(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-        return self._process(pixels)
+    def _viewer(self, rng: np.random.Generator | None) -> Callable[[np.ndarray], np.ndarray]:
+        """What makes of each frame (height, width, channels) uint8 its view (channels, *size), of all frames alike."""
+        return partial(self._crop_and_flip, rng, {}) if self._is_random(rng) else self._middle
 
-    def _crop_and_flip(self, pixels: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        """(frames, height, width, channels) uint8 to (frames, channels, *size) uint8, at random."""
-        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        with torch_seeded(rng):
-            corners = self._random_crop.forward_parameters(pixels[:1].shape)["src"][0]
-        (left, top), (right, bottom) = corners[0].int().tolist(), corners[2].int().tolist()
-        pixels = pixels[:, :, top : bottom + 1, left : right + 1]
+    def _finish(self, views: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
+        """Views (frames, channels, *size) to model input, float32."""
+        if not self._is_random(rng):
+            return views
+        return self._normalize(views if self.distort is None else self.distort(views, rng))
+
+    def _is_random(self, rng: np.random.Generator | None) -> bool:
+        return self.augment and rng is not None
+
+    def _middle(self, frame: np.ndarray) -> np.ndarray:
+        """The middle crop, float32."""
+        if frame.shape[:2] == self.size:  # nothing to resize or crop: twenty times as fast, and the same
+            return self._normalize(torch.from_numpy(frame).permute(2, 0, 1)).numpy()
+        return self._process(frame)
+
+    def _crop_and_flip(self, rng: np.random.Generator, chosen: dict[str, Any], frame: np.ndarray) -> np.ndarray:
+        """A random crop, perhaps mirrored, uint8; the first frame's is `chosen` for those that follow."""
+        pixels = torch.from_numpy(frame).permute(2, 0, 1)[None]
+        if not chosen:
+            with torch_seeded(rng):
+                corners = self._random_crop.forward_parameters(pixels.shape)["src"][0]
+            (left, top), (right, bottom) = corners[0].int().tolist(), corners[2].int().tolist()
+            chosen["crop"] = (..., slice(top, bottom + 1), slice(left, right + 1))
+            chosen["flip"] = self.flip and rng.random() < 0.5
         # Cut here: kornia would resize without antialiasing, in float32, at ten times the cost.
-        pixels = torch.nn.functional.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
+        view = torch.nn.functional.interpolate(pixels[chosen["crop"]], self.size, mode="bilinear", antialias=True)[0]
+        return (view.flip(-1) if chosen["flip"] else view).numpy()
 
-    def _process(self, pixels: np.ndarray, **options: Any) -> torch.Tensor:
-        batch = self.image_processor(list(pixels), return_tensors="pt", input_data_format="channels_last", **options)
-        return batch["pixel_values"].reshape(len(pixels), self.num_channels, *batch["pixel_values"].shape[-2:])
+    def _process(self, frame: np.ndarray, **options: Any) -> np.ndarray:
+        """What the processor makes of a frame."""
+        batch = self.image_processor([frame], return_tensors="np", input_data_format="channels_last", **options)
+        return batch["pixel_values"].reshape(self.num_channels, *batch["pixel_values"].shape[-2:])
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         processor = self.image_processor
@@ -266,7 +280,8 @@ class ImageLoader(_PixelLoader):
         super().__init__(image_processor, augment, cache_bytes, min_crop, flip)
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self._view(self.read(sample)[None], rng)[0]}
+        view = torch.from_numpy(self._viewer(rng)(self.read(sample)))
+        return {"pixel_values": self._finish(view[None], rng)[0]}
 
     def read(self, sample: Sample) -> np.ndarray:
         """(height, width, channels) uint8."""
@@ -326,7 +341,8 @@ class VideoLoader(_PixelLoader):
         self.num_frames, self.stride, self.sampling, self.short = num_frames, stride, sampling, short
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        return {"pixel_values_videos": self._view(self.read(sample, rng), rng)}
+        views = self._read(sample, self._viewer(rng), rng)
+        return {"pixel_values_videos": self._finish(torch.from_numpy(views), rng)}
 
     def views(self, sample: Sample, num_clips: int = 5, num_crops: int = 3) -> torch.Tensor:
         """Views for multi-view evaluation: average the model's answers over them.
@@ -336,33 +352,41 @@ class VideoLoader(_PixelLoader):
         Returns:
             (num_clips * num_crops, num_frames, channels, height, width) float32, the crops of a clip in a row.
         """
-        views = []
-        for position in _spread(num_clips):
-            # One clip at a time: a whole video's worth of full-size frames need not fit.
-            pixels = self._process(self.read(sample, position=position), do_center_crop=False)
-            height, width = self.size
-            for offset in _spread(num_crops):
-                top, left = ((size - wanted) * offset for size, wanted in zip(pixels.shape[-2:], self.size))
-                views.append(pixels[..., round(top) : round(top) + height, round(left) : round(left) + width])
-        return torch.stack(views)
+        height, width = self.size
 
-    def read(self, sample: Sample, rng: np.random.Generator | None = None, position: float = 0.5) -> np.ndarray:
-        """A clip, (num_frames, height, width, channels) uint8: at random, or at `position` in [0, 1] without `rng`."""
-        video = self._cache.get(sample.path)
-        if video is not None:
-            return video[self._choose(len(video), sample, rng, position)]
-        is_short = False
+        def crops(frame: np.ndarray) -> np.ndarray:
+            pixels = self._process(frame, do_center_crop=False)
+            corners = (
+                [round((size - wanted) * offset) for size, wanted in zip(pixels.shape[-2:], self.size)]
+                for offset in _spread(num_crops)
+            )
+            return np.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
 
-        def choose(total: int, rate: float) -> np.ndarray:
-            nonlocal is_short
-            is_short = self._free_bytes > 0 and total <= 2 * ((self.num_frames - 1) * self.stride + 1)
-            return np.arange(total) if is_short else self._choose(total, sample, rng, position)
+        clips = [self._read(sample, crops, position=position) for position in _spread(num_clips)]
+        return torch.from_numpy(np.stack(clips)).transpose(1, 2).flatten(0, 1)
 
-        pixels = fit_channels(read_video(sample.media(), sample.path, choose), self.num_channels)
-        if is_short:
-            self._keep(sample.path, pixels)
-            return pixels[self._choose(len(pixels), sample, rng, position)]
-        return pixels
+    def _read(
+        self,
+        sample: Sample,
+        view: Callable[[np.ndarray], np.ndarray],
+        rng: np.random.Generator | None = None,
+        position: float = 0.5,
+    ) -> np.ndarray:
+        """Views of a clip, (num_frames, ...): at random, or at `position` in [0, 1] without `rng`."""
+        frames = self._cache.get(sample.path)
+        if frames is None:
+            with open_video(sample.media(), sample.path) as video:
+                if not self._fits(video):
+                    chosen = self._choose(video.total, sample, rng, position)
+                    return video.read(chosen, lambda frame: view(fit_channels(frame, self.num_channels)))
+                frames = fit_channels(video.read(np.arange(video.total)), self.num_channels)
+            self._keep(sample.path, frames)
+        return np.stack([view(frame) for frame in frames[self._choose(len(frames), sample, rng, position)]])
+
+    def _fits(self, video: Any) -> bool:
+        """Whether all frames of a video may be held: it is short, and the cache has room for it."""
+        size = video.total * video.height * video.width * 3
+        return video.total <= 2 * ((self.num_frames - 1) * self.stride + 1) and size <= self._free_bytes
 
     def _choose(self, total: int, sample: Sample, rng: np.random.Generator | None, position: float) -> np.ndarray:
         if self.sampling == "stride":

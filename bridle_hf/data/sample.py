@@ -6,6 +6,11 @@ from typing import Any, Protocol
 from bridle_hf.common.errors import MediaError
 
 
+# What a loader raises on a sample that cannot be used, to be skipped, counted and listed: MediaError is a ValueError,
+# OverflowError an ArithmeticError; what asks for too much memory is one sample's fault, not the run's.
+SKIPPED = (ValueError, ArithmeticError, MemoryError)
+
+
 @dataclass(frozen=True, slots=True)
 class HubRow:
     """One cell of a `datasets.Dataset` whose media column is kept undecoded: {"bytes": ..., "path": ...}."""

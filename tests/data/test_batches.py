@@ -1,5 +1,6 @@
 """Tests of data/batches.py: how samples are read, and in which order they are drawn."""
 
+import io
 import json
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from bridle_hf.data.batches import (
     make_loader,
     train_batches,
 )
-from bridle_hf.data.decoding import read_audio
+from bridle_hf.data.decoding import read_audio, read_crops
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds, group_folds, split_by_groups
 from bridle_hf.data.labels import Labels, label_names
 from bridle_hf.data.loaders import AudioLoader, roll_and_gain
 from bridle_hf.data.normalization import measure_normalization
 from bridle_hf.data.sample import Sample
-from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor, num_frames
+from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor, num_frames, num_samples
 
 
 MAX_FRAMES = 48
@@ -99,9 +100,60 @@ def test_flac_that_went_through_a_pipe(tmp_path):
         read_audio(bytes(content))
 
 
+@pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "IMA_ADPCM", "MS_ADPCM"])
+def test_codecs_of_telephones(tmp_path, feature_extractor, subtype):
+    path = write_tone(tmp_path / "a.wav", seconds=30, rate=8000, subtype=subtype)
+    with soundfile.SoundFile(path) as file:
+        expected = file.read(file.frames, dtype="float32")
+    waveform, _ = read_audio(path)
+    np.testing.assert_array_equal(waveform, expected[None])
+    # Some of them cannot be sought in.
+    np.testing.assert_array_equal(read_audio(path, crop=lambda *_: (7000, 900))[0], waveform[:, 7000:7900])
+    assert AudioLoader(feature_extractor, MAX_FRAMES)(Sample(path))["attention_mask"].all()
+
+
+def mp3(bit_rates: str, seconds: float = 4.0) -> bytes:
+    """Noise that fades, so that bit rates that vary fall."""
+    samples = int(seconds * 22050)
+    noise = np.random.default_rng(0).normal(size=samples) * np.geomspace(0.3, 1e-4, samples)
+    content = io.BytesIO()
+    soundfile.write(content, noise, 22050, format="MP3", bitrate_mode=bit_rates, compression_level=0.3)
+    return content.getvalue()
+
+
+def with_tag(content: bytes, **numbers: bytes) -> bytes:
+    """An mp3 whose first frame, a tag, has other numbers."""
+    tag = max(content.find(b"Xing"), content.find(b"Info"))
+    place = tag + {"name": 0, "frames": 8}[(name := next(iter(numbers)))]
+    return content[:place] + numbers[name] + content[place + 4 :]
+
+
+@pytest.mark.parametrize("bit_rates", ["VARIABLE", "CONSTANT"])
+def test_mp3_whose_header_lies_about_its_length(feature_extractor, tmp_path, bit_rates):
+    content = mp3(bit_rates)
+    expected, rate = read_audio(content)
+    assert abs(expected.shape[1] - 4 * rate) < 3000
+    for frames in (0, 1, 20, 1000, 2**32 - 1):
+        lying = with_tag(content, frames=frames.to_bytes(4, "big"))
+        np.testing.assert_array_equal(read_audio(lying)[0], expected)
+        (tmp_path / "lying.mp3").write_bytes(lying)
+        for rng in (None, np.random.default_rng(frames)):
+            assert AudioLoader(feature_extractor, MAX_FRAMES)(Sample(str(tmp_path / "lying.mp3")), rng)
+    # Two that were joined, pictures in front, and no tag at all: a frame or two more, of the encoder's padding.
+    padding = 4 * 576
+    pictures = b"ID3\x03\0\0" + bytes([0, 0, 7, 104]) + b"\xff\xf3\x90\0" * 250
+    for longer, times in ((content * 2, 2), (pictures + content, 1), (with_tag(content, name=bytes(4)), 1)):
+        assert 0 <= read_audio(longer)[0].shape[1] - times * expected.shape[1] <= times * padding
+    # Cut short: what is there is read.
+    half = read_audio(content[: len(content) // 2])[0]
+    np.testing.assert_allclose(half[:, :5000], expected[:, :5000], atol=1e-6)
+
+
 def test_a_rate_that_cannot_be(tmp_path):
     with pytest.raises(MediaError, match=r"sampling rate of 10 Hz"):
         read_audio(write_tone(tmp_path / "a.wav", seconds=100, rate=10))
+    with pytest.raises(MediaError, match=r"sampling rate of 655350 Hz in 8 channels"):
+        read_audio(write_tone(tmp_path / "a.flac", seconds=0.1, rate=655350, channels=8))
 
 
 def test_bad_files(tmp_path):
@@ -111,12 +163,14 @@ def test_bad_files(tmp_path):
     (tmp_path / "zero.wav").write_bytes(b"")
     write_tone(tmp_path / "empty.wav", seconds=0)
     soundfile.write(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.5], np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "absurd.wav", np.array([0.0, -1e19, 0.5], np.float32), 16000, subtype="FLOAT")
     reasons = {
         "truncated.flac": "cannot be decoded",
         "text.wav": "cannot be decoded",
         "zero.wav": "cannot be decoded",
         "empty.wav": "holds no samples",
         "nan.wav": "NaN or infinite",
+        "absurd.wav": r"holds a sample of 1e\+19, over the bound of 2.15e\+09",
         "absent.wav": "no such file",
     }
     for name, reason in reasons.items():
@@ -187,6 +241,41 @@ def test_measure_normalization(tones, feature_extractor, ledger):
     assert list(ledger.reasons) == ["absent.wav"]
 
 
+def test_one_absurd_recording_leaves_the_normalization_as_it_was(tones, feature_extractor, ledger):
+    samples = find_samples(tones, "audio")
+    expected = measure_normalization(samples, feature_extractor, ledger)
+    for value in (np.nan, np.inf, 1e19, 1e38, 1e10):
+        path = str(Path(tones) / f"{value}.wav")
+        soundfile.write(path, np.array([0.1, value] * 2000, np.float32), 16000, subtype="FLOAT")
+        found = measure_normalization([*samples, Sample(path)], feature_extractor, SkippedFiles(path + "l", total=20))
+        assert found == expected
+    one = measure_normalization(samples[:1], feature_extractor, ledger)
+    assert np.isfinite(one).all() and one[1] > 0
+    with pytest.raises(TooManyBadFiles, match=r"1 of 1 files .*nan\.wav: holds NaN"):
+        measure_normalization(
+            [Sample(str(Path(tones) / "nan.wav"))], feature_extractor, SkippedFiles(ledger.output_path, total=1)
+        )
+
+
+def test_long_recordings_are_measured_in_crops(tmp_path, feature_extractor, ledger, monkeypatch):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "long.flac"
+    # Its loudness drifts: any one part of it is no measure of the whole.
+    soundfile.write(path, rng.normal(size=16000 * 300) * np.geomspace(1e-3, 0.3, 16000 * 300), 16000)
+    waveform, rate = read_audio(str(path))
+    expected = feature_extractor.measure_normalization([(waveform, rate)])
+    read = []
+    monkeypatch.setattr(
+        "bridle_hf.data.normalization.read_crops",
+        lambda *args: (read.append(crop[0].shape) or crop for crop in read_crops(*args)),
+    )
+    found = measure_normalization([Sample(str(path))], feature_extractor, ledger)
+    assert found == pytest.approx(expected, abs=0.01)
+    few = measure_normalization([Sample(str(path))], feature_extractor, ledger, max_samples=10)
+    assert few == pytest.approx(expected, abs=0.3)
+    assert len(read) == 29 + 10 and max(read) == (1, num_samples(1024, 16000))
+
+
 # --- drawing ---
 
 
@@ -199,6 +288,21 @@ def load_number(sample, rng):
 
 def numbered(count, bad=()):
     return [Sample(f"bad_{index}" if index in bad else f"sample_{index}") for index in range(count)]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("too large"), ValueError("odd"), ZeroDivisionError()])
+def test_a_sample_that_asks_too_much_is_skipped(tmp_path, error):
+    def load(sample, rng):
+        if sample.path == "sample_3":
+            raise error
+        return load_number(sample, rng)
+
+    dataset = DrawDataset(numbered(20), load, seed=0)
+    skipped = [entry for draw in range(20) for entry in dataset[draw]["skipped"]]
+    assert skipped[0] == ("sample_3", str(error) or type(error).__name__)
+    ledger = SkippedFiles(tmp_path / "skipped.jsonl", total=20)
+    assert sum(len(kept) for kept, _ in iterate_eval(numbered(20), load, 8, ledger)) == 19
+    assert list(ledger.reasons) == ["sample_3"]
 
 
 @settings(max_examples=60, deadline=None)

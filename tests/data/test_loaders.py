@@ -15,8 +15,11 @@ import torch
 from av.stream import Disposition
 from helpers.videos import numbers, picture, shade, write_video
 from PIL import Image
+from transformers import pipeline
+from transformers.image_utils import load_image
+from transformers.pipelines.video_classification import read_video_pyav
 
-from bridle_hf import BridleConfig, make_image_processor
+from bridle_hf import BridleConfig, BridleForImageClassification, make_image_processor
 from bridle_hf.common.errors import MediaError
 from bridle_hf.data import decoding as reading
 from bridle_hf.data.batches import DrawDataset
@@ -27,13 +30,16 @@ from bridle_hf.data.modalities import load_processor, make_processor, make_sampl
 from bridle_hf.data.sample import Sample
 
 
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SIZES = {"patch_size": 8, "tubelet_size": 2, "num_frames": 4}
 
 
+def model_config(modality, num_channels, image_size=32, **fields):
+    return BridleConfig(modality=modality, image_size=image_size, num_channels=num_channels, **SIZES, **fields)
+
+
 def processor(modality, image_size=32, num_channels=3):
-    return make_image_processor(
-        BridleConfig(modality=modality, image_size=image_size, num_channels=num_channels, **SIZES)
-    )
+    return make_image_processor(model_config(modality, num_channels, image_size))
 
 
 def photo(height=40, width=60, channels=3, seed=0):
@@ -72,22 +78,85 @@ def test_images_of_other_kinds_are_converted(tmp_path):
     assert set(read_image(str(tmp_path / "bits.png"), num_channels=1).ravel()) == {0, 255}
 
 
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
-    Image.fromarray(levels).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(read_image(str(tmp_path / "deep.png"), num_channels=1).ravel(), np.arange(256))
+# Colour under full transparency, a ramp, and every pixel another one.
+HIDDEN = np.dstack([photo(), np.tile(np.linspace(0, 255, 60).astype(np.uint8), (40, 1))])
 
 
-def test_transparency_is_laid_on_white(tmp_path):
-    rgba = np.zeros((4, 4, 4), np.uint8)
-    rgba[0, 0] = (200, 100, 50, 255)
-    path = write_image(tmp_path / "alpha.png", rgba)
-    pixels = read_image(path)
-    assert pixels[0, 0].tolist() == [200, 100, 50]
-    assert (pixels[1:] == 255).all()
-    np.testing.assert_array_equal(read_image(path, num_channels=4), rgba)
-    Image.fromarray(rgba).convert("LA").save(tmp_path / "la.png")
-    assert (read_image(str(tmp_path / "la.png"), num_channels=1)[1:] == 255).all()
+def transparent(image, colour):
+    image.info["transparency"] = colour
+    return image
+
+
+PICTURES = {
+    "1": lambda: Image.fromarray(photo(channels=1).squeeze()).convert("1"),
+    "L": lambda: Image.fromarray(photo(channels=1).squeeze()),
+    "LA": lambda: Image.fromarray(HIDDEN).convert("LA"),
+    "P": lambda: Image.fromarray(photo()).quantize(16),
+    "L, a transparent grey": lambda: transparent(Image.fromarray(photo(channels=1).squeeze() // 32), 3),
+    "P, a transparent colour": lambda: transparent(Image.fromarray(photo()).quantize(16), 3),
+    "P, transparent by degrees": lambda: transparent(Image.fromarray(photo()).quantize(16), bytes(range(0, 160, 10))),
+    "RGB, a transparent colour": lambda: transparent(Image.fromarray(photo() // 128), (1, 0, 1)),
+    "PA": lambda: Image.fromarray(HIDDEN).convert("PA"),
+    "RGB": lambda: Image.fromarray(photo()),
+    "RGBA": lambda: Image.fromarray(HIDDEN),
+    "CMYK": lambda: Image.fromarray(photo()).convert("CMYK"),
+    "YCbCr": lambda: Image.fromarray(photo()).convert("YCbCr"),
+    "LAB": lambda: Image.fromarray(photo(), "LAB"),
+}
+SUFFIXES = {"CMYK": "tif", "YCbCr": "tif", "LAB": "tif", "PA": "tif"}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("mode", PICTURES)
+def test_loader_and_pipeline_see_the_same_pixels(tmp_path, mode, num_channels):
+    path = tmp_path / f"picture.{SUFFIXES.get(mode, 'png')}"
+    try:
+        PICTURES[mode]().save(path)
+    except OSError:
+        pytest.skip("Pillow writes no such file")
+    process = processor("image", num_channels=num_channels)
+    seen = []
+    model = BridleForImageClassification(model_config("image", num_channels, **TINY))
+    classify = pipeline("image-classification", model=model, image_processor=process)
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"][0]), with_kwargs=True)
+    classify(str(path))
+    expected = process(load_image(str(path)), return_tensors="pt")["pixel_values"][0]
+    loaded = ImageLoader(process)(Sample(str(path)))["pixel_values"]
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded, seen[0], rtol=0, atol=1e-6)
+
+
+def test_alpha_is_kept_by_models_that_take_it(tmp_path):
+    path = write_image(tmp_path / "alpha.png", HIDDEN)
+    np.testing.assert_array_equal(read_image(path, num_channels=4), HIDDEN)
+    expected = processor("image", num_channels=4)(Image.open(path), return_tensors="pt")["pixel_values"][0]
+    loaded = ImageLoader(processor("image", num_channels=4))(Sample(path))["pixel_values"]
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-6)
+    with pytest.raises(MediaError, match="has 3 channels where 2 are expected"):
+        read_image(path, num_channels=2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_eight_bits_are_refused_not_clipped(tmp_path, dtype):
+    Image.fromarray(np.linspace(0, 60000, 4096).astype(dtype).reshape(64, 64)).save(tmp_path / "deep.tif")
+    for num_channels in (1, 3):
+        with pytest.raises(MediaError, match=r"of mode (I;16|I|F), which transformers' `load_image` clips at 255"):
+            read_image(str(tmp_path / "deep.tif"), num_channels=num_channels)
+
+
+def test_videos_with_alpha_and_of_many_bits(tmp_path):
+    for pix_fmt in ("bgra", "gray16le", "yuv444p10le"):
+        with av.open(str(tmp_path / "video.mkv"), "w") as container:
+            stream = container.add_stream("ffv1", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 60, 40, pix_fmt
+            for _ in range(4):
+                frame = av.VideoFrame.from_ndarray(HIDDEN, format="rgba").reformat(format=pix_fmt)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        with av.open(str(tmp_path / "video.mkv")) as container:
+            expected = read_video_pyav(container, np.arange(4))
+        np.testing.assert_array_equal(read_video(str(tmp_path / "video.mkv")), expected)
 
 
 def test_images_come_upright(tmp_path):
@@ -114,7 +183,7 @@ def test_bad_images(tmp_path):
         b"": "cannot be decoded",
         b"not an image": "cannot be decoded",
         str(tmp_path / "animated.gif"): "holds 2 pictures where one is expected",
-        str(tmp_path / "float.tif"): "pixels of mode F, whose range is not known",
+        str(tmp_path / "float.tif"): "pixels of mode F, which transformers' `load_image` clips at 255",
     }
     for media, message in cases.items():
         with pytest.raises(MediaError, match=message):
@@ -292,6 +361,57 @@ def test_a_video_that_ends_before_its_header_says(tmp_path, monkeypatch):
         read_video(video, choose=lambda total, rate: np.array([59]))
 
 
+@pytest.mark.parametrize("extension", ["mkv", "webm"])
+def test_a_video_that_ends_before_its_tag_says(tmp_path, extension):
+    codec = "libvpx-vp9" if extension == "webm" else "libx264"
+    with open(write_video(tmp_path / f"video.{extension}", 20, codec=codec), "rb") as file:
+        content = file.read()
+    longer = content.replace(b"00:00:02.0", b"00:00:05.0")
+    assert longer != content
+    with pytest.raises(MediaError, match=r"truncated: it ends 3\.0 s before a frame that it should have"):
+        read_video(longer, choose=lambda total, rate: np.array([total - 1]))
+    assert numbers(read_video(longer, choose=lambda total, rate: np.array([7]))) == [7]
+    for odd in (b"00:00:nan ", b"00:00:inf "):  # no duration
+        assert len(read_video(content.replace(b"00:00:02.000000000", odd.ljust(18)))) == 20
+
+
+@pytest.mark.parametrize("codec, extension", [("mpeg1video", "mpg"), ("mpeg2video", "mpeg"), ("mpeg2video", "ts")])
+@pytest.mark.parametrize("num_frames", [1, 20, 90])
+def test_mpeg_streams_have_all_their_frames(tmp_path, codec, extension, num_frames):
+    options = {"g": "5", "b": "4000000"}
+    video = write_video(tmp_path / f"video.{extension}", num_frames, rate=25, codec=codec, options=options)
+    with av.open(video) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(decoded) == num_frames
+    frames = read_video(video)
+    assert num_frames <= len(frames) <= num_frames + 2  # the muxer's timestamps may jump
+    np.testing.assert_array_equal(frames[0], decoded[0])
+    np.testing.assert_array_equal(frames[-1], decoded[-1])
+    assert sorted(set(numbers(frames))) == sorted(set(numbers(np.stack(decoded))))
+
+
+def test_frames_too_far_from_their_key_frame(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "video.mp4", 60, options={"g": "60", "sc_threshold": "0"})
+    monkeypatch.setattr(reading, "MAX_DECODED_PIXELS", 40 * 64 * 48)
+    assert numbers(read_video(video, choose=lambda total, rate: np.array([30, 59]))) == [5, 9]
+    with pytest.raises(MediaError, match="too few key frames"):
+        read_video(video, choose=lambda total, rate: np.array([50]))
+
+
+def test_videos_too_large_or_too_thin(tmp_path):
+    for path, reason in (
+        (write_video(tmp_path / "large.mp4", 1, (4160, 2304)), "is 4160 x 2304 pixels, more than 9.4 million"),
+        (write_changing_video(tmp_path / "thin.mkv", [(16, 640)]), "is 16 x 640 pixels, longer than 32 times"),
+    ):
+        with pytest.raises(MediaError, match=reason):
+            read_video(path)
+    # Later in the stream libav itself refuses.
+    video = write_changing_video(tmp_path / "video.mkv", [(64, 48)] * 3 + [(4160, 2304)] * 3)
+    with pytest.raises(MediaError, match="cannot be decoded"):
+        read_video(video)
+    assert len(read_video(video, choose=lambda total, rate: np.arange(2))) == 2
+
+
 # --- which frames ---
 
 
@@ -405,7 +525,7 @@ def test_short_videos(video):
 def test_the_cache_changes_nothing(images, video, monkeypatch):
     for make, samples, reader in (
         (lambda size: ImageLoader(processor("image"), augment=True, cache_bytes=size), images, "read_image"),
-        (lambda size: VideoLoader(processor("video"), 4, 5, augment=True, cache_bytes=size), [video], "read_video"),
+        (lambda size: VideoLoader(processor("video"), 4, 5, augment=True, cache_bytes=size), [video], "open_video"),
     ):
         plain, cached = make(0), make(10**6)
         for seed in (0, 1):

@@ -35,11 +35,11 @@ from bridle_hf.common.errors import ArgumentError, MediaError, RunError, TooMany
 from bridle_hf.common.files import read_json, write_json, write_text
 from bridle_hf.common.output_folder import SHARDS, prepare, release
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.decoding import read_audio, read_image, read_video
+from bridle_hf.data.decoding import check_audio, read_image, read_video
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.order import Places
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import SKIPPED, Sample
 from bridle_hf.data.shards.arguments import ShardArguments
 from bridle_hf.data.shards.entries import INDEX_NAME, Entry, index_line, scan
 from bridle_hf.data.shards.sources import Unreadable
@@ -270,7 +270,7 @@ def decodable(plan: Plan, skipped: list[tuple[str, str]]) -> Iterator[tuple[Memb
             if extension not in MODALITIES[plan.modality].extensions:
                 extension = _extension_of(media, sample.path)
             decode(media, sample.path, plan.modality)
-        except (OSError, ValueError) as error:
+        except (OSError, *SKIPPED) as error:
             skipped.append((sample.path, reason_of(error)))
         else:
             yield member, media, extension
@@ -286,7 +286,7 @@ def _extension_of(media: bytes, path: str) -> str:
 def decode(media: bytes, name: str, modality: str) -> None:
     """Raise `MediaError` if it cannot be trained on; recordings and images are decoded whole, of videos both ends."""
     if modality == "audio":
-        read_audio(media, name)
+        check_audio(media, name)
     elif modality == "video":
         read_video(media, name, lambda total, rate: np.array([0, total - 1]))
     else:
