@@ -11,6 +11,7 @@ import re
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -84,14 +85,15 @@ def parse_command_line(*dataclass_types: type, argv: Sequence[str], takes_recipe
     Raises:
         ArgumentError: an unknown name (with the nearest valid one), a missing or a wrong value.
     """
-    argv = list(argv)
+    argv, recipe = list(argv), None
     values: dict[str, Any] = {}
     names = _names(dataclass_types)
     if argv and not argv[0].startswith("-"):
         if not takes_recipe:
             raise ArgumentError(f"'{argv[0]}' is one word too many: write --name value")
-        values = _read_recipe(argv.pop(0), names)
-    return _parse(dataclass_types, _as_options(values) + _without_dotted(argv, values, names))
+        recipe = argv.pop(0)
+        values = _read_recipe(recipe, names)
+    return _parse(dataclass_types, _as_options(values) + _without_dotted(argv, values, names), recipe)
 
 
 def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -113,10 +115,10 @@ def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str,
     for entry in defaults:
         if merged.get(entry.name) == []:  # an option cannot be given without a value
             del merged[entry.name]
-    return _parse(dataclass_types, _as_options(merged))
+    return _parse(dataclass_types, _as_options(merged), recipe)
 
 
-def _parse(dataclass_types: Sequence[type], options: list[str]) -> tuple[Any, ...]:
+def _parse(dataclass_types: Sequence[type], options: list[str], recipe: str | None) -> tuple[Any, ...]:
     try:
         *instances, unknown = _make_parser(dataclass_types).parse_args_into_dataclasses(
             options, return_remaining_strings=True, look_for_args_file=False
@@ -130,7 +132,16 @@ def _parse(dataclass_types: Sequence[type], options: list[str]) -> tuple[Any, ..
     if unknown:
         before = [option for option in options[: options.index(unknown[0])] if option.startswith("--")]
         raise ArgumentError(f"{before[-1] if before else 'arguments'}: '{unknown[0]}' is one value too many")
+    if recipe is not None:
+        _check_outside(find_recipe(str(recipe)), instances)
     return tuple(instances)
+
+
+def _check_outside(recipe: Path, instances: Sequence[Any]) -> None:
+    """Refuse a recipe where the run writes: --overwrite might remove it."""
+    for out in [getattr(instance, "output_dir", None) for instance in instances]:
+        if out is not None and recipe.resolve().is_relative_to(Path(out).resolve()):
+            raise ArgumentError(f"recipe {recipe} lies inside output_dir {out}: choose another folder")
 
 
 def _make_parser(dataclass_types: Sequence[type]) -> ArgumentParser:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import soundfile
 import soxr
+from torch.utils.data import get_worker_info
 
 from bridle_hf.common.errors import MediaError
 from bridle_hf.feature_extraction_bridle import MAX_AMPLITUDE
@@ -99,6 +100,8 @@ def check_audio(media: str | bytes, name: str | None = None) -> None:
 def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np.ndarray:
     """Resample at soxr's high quality: by librosa where it is installed, else by soxr itself, to the same samples.
 
+    Loader workers leave librosa out, whose import would cost each of them seconds.
+
     Args:
         waveform: (channels, samples) or (samples,), float32, finite.
         source_rate, target_rate: in Hz.
@@ -106,9 +109,11 @@ def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np
     Returns:
         As many channels of about samples * target_rate / source_rate samples, float32.
     """
-    try:
-        from librosa import resample as librosa_resample  # takes seconds to import: only where a rate differs
-    except ImportError:
+    librosa_resample = None
+    if get_worker_info() is None:
+        with suppress(ImportError):
+            from librosa import resample as librosa_resample  # takes seconds to import: only where a rate differs
+    if librosa_resample is None:
         return soxr.resample(waveform.T, source_rate, target_rate).T
     # `fix` would pad with zeros what soxr rounds down to one sample less.
     return librosa_resample(waveform, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq", fix=False)

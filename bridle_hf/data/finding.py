@@ -13,15 +13,9 @@ from bridle_hf.data.folds import are_splits, canonical_split, check_class_folder
 from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.sample import HubRow, Sample
-from bridle_hf.data.shards.entries import (
-    class_names,
-    class_order,
-    column_names,
-    holds_shards,
-    media_column,
-    names_shards,
-    read_entries,
-)
+from bridle_hf.data.shards.entries import read_entries
+from bridle_hf.data.shards.listing import holds_shards, names_shards
+from bridle_hf.data.shards.parquets import class_names, class_order, column_names, media_column
 
 
 logger = logging.getLogger(__name__)

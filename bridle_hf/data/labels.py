@@ -117,8 +117,13 @@ def labels_of(sample: Sample) -> tuple[str, ...]:
     return () if sample.label is None else (sample.label,)
 
 
+def class_orders(samples: Iterable[Sample]) -> set[tuple[str, ...] | None]:
+    """The different orders of classes that samples have, see `Sample.class_order`."""
+    return set({id(sample.class_order): sample.class_order for sample in samples}.values())  # few, but long
+
+
 def _class_order(samples: Iterable[Sample]) -> tuple[str, ...] | None:
-    orders = set({id(sample.class_order): sample.class_order for sample in samples}.values())  # few, but long
+    orders = class_orders(samples)
     if len(orders) > 1:
         raise ValueError("the samples' label columns number the classes in different ways: give a --label_order")
     return next(iter(orders), None)

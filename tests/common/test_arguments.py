@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridle_hf.common.arguments import parse_command_line, read_yaml
+from bridle_hf.common.arguments import make_arguments, parse_command_line, read_yaml
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.pretraining.arguments import PretrainArguments
@@ -213,6 +213,21 @@ def test_recipes_that_cannot_be_read(tmp_path):
     assert str(tmp_path) in refusal(tmp_path)
     (tmp_path / "image.yaml").write_bytes(b"\xff\xfe\x00\xd8")
     assert "decode byte" in refusal(tmp_path / "image.yaml")
+
+
+def test_a_recipe_lies_outside_of_what_is_written(tmp_path):
+    """--overwrite might remove it; by its path through a link, too, and from Python."""
+    recipe, link = tmp_path / "out" / "figures" / "recipe.yaml", tmp_path / "link"
+    recipe.parent.mkdir(parents=True)
+    recipe.write_text("phases: [{train: encoder, steps: 2}]")
+    link.symlink_to(tmp_path / "out")
+    for out in (tmp_path / "out", link):
+        words = ["--data", "d", "--output_dir", str(out), "--overwrite"]
+        with pytest.raises(ArgumentError, match=r"recipe\.yaml lies inside output_dir"):
+            parse_command_line(PretrainArguments, argv=[str(recipe), *words])
+        with pytest.raises(ArgumentError, match=r"recipe\.yaml lies inside output_dir"):
+            make_arguments(PretrainArguments, recipe=str(recipe), values={"data": "d", "output_dir": str(out)})
+    parse_command_line(PretrainArguments, argv=[str(recipe), "--data", "d", "--output_dir", str(tmp_path / "out2")])
 
 
 def test_what_is_required_is_asked_for():

@@ -5,10 +5,11 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from bridle_hf.common.errors import MediaError, one_line
 from bridle_hf.data.order import WINDOW
+from bridle_hf.data.sample import Source
 from bridle_hf.data.shards.copies import opened
 
 
@@ -112,9 +113,18 @@ class Unreadable:
         raise MediaError(self.shard, self.reason)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Opening shards
-# ---------------------------------------------------------------------------------------------------------------------
+class Entry(NamedTuple):
+    """One sample of a shard: its name there, what is known of it (label, split, ...) and where its bytes lie; see
+    `Sample.class_order`."""
+
+    shard: str
+    name: str
+    row: dict[str, Any]
+    source: Source
+    class_order: tuple[str, ...] | None = None
+
+
+# --- Opening shards ---
 
 
 class _Recent:

@@ -8,12 +8,14 @@ are mixed, so that any few shards in a row are a fair sample of all; bytes are c
 the same bytes, whoever writes them: `--resume` makes just the shards that are missing.
 
 In a tar, a sample is <key>.json (file name, label or labels, split, fold, group) and <key>.<extension>, as WebDataset
-has it; in parquet, a row with the same as columns and the media as `datasets` has them.
+has it; in parquet, a row with the same as columns and the media as `datasets` has them. The order of the classes,
+where the data have one, stands in the tar's global header, or in the type of the parquet column, and in the index.
 """
 
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -37,13 +39,18 @@ from bridle_hf.common.output_folder import SHARDS, prepare, release
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.decoding import check_audio, read_image, read_video
 from bridle_hf.data.finding import find_samples
+from bridle_hf.data.labels import class_orders
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.order import Places
 from bridle_hf.data.sample import SKIPPED, Sample
 from bridle_hf.data.shards.arguments import ShardArguments
-from bridle_hf.data.shards.entries import INDEX_NAME, Entry, index_line, scan
-from bridle_hf.data.shards.sources import Unreadable
+from bridle_hf.data.shards.entries import index_lines, scan
+from bridle_hf.data.shards.listing import INDEX_NAME
+from bridle_hf.data.shards.sources import Entry, Unreadable
+from bridle_hf.data.shards.tars import CLASS_ORDER
 
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("label", "labels", "split", "fold", "group")
 # A row group is read for each of its rows that are not at hand: small ones, but not so small that there are many.
@@ -70,12 +77,18 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """One shard to write: all that decides its bytes. `columns` are those of the whole set, for parquet."""
+    """One shard to write: all that decides its bytes.
+
+    Args:
+        columns: those of the whole set, for parquet.
+        class_order: see `Sample.class_order`.
+    """
 
     name: str
     modality: str
     columns: tuple[str, ...]
     members: tuple[Member, ...]
+    class_order: tuple[str, ...] | None = None
 
 
 def make_shards(args: ShardArguments) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
         plans = make_plans(args, samples)
         lock = prepare_shard_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))
-        write_text(out / INDEX_NAME, "".join(map(index_line, entries)))
+        write_text(out / INDEX_NAME, "".join(index_lines(entries)))
         release(lock)
     except (ValueError, TooManyBadFiles) as error:
         raise ArgumentError(str(error)) from error
@@ -118,7 +131,7 @@ def make_plans(args: ShardArguments, samples: Sequence[Sample]) -> list[Plan]:
     order = mixed_order(samples)
     rows = [_row_of(sample, args.data) for sample in samples]
     columns = ("file_name", *(name for name in COLUMNS if any(name in row for row in rows)))
-    plans, key = [], 0
+    class_order, plans, key = _class_order(samples), [], 0
     for split in sorted({sample.split or "data" for sample in samples}):
         if not re.fullmatch(r"\w[\w.-]*", split):
             raise ValueError(f"split {split!r} of the data cannot begin the name of a file: give it another name")
@@ -126,9 +139,17 @@ def make_plans(args: ShardArguments, samples: Sequence[Sample]) -> list[Plan]:
         for place, shard in enumerate(_chunks(args, samples, numbers)):
             members = tuple(Member(f"{key + i:09d}", samples[m], rows[m]) for i, m in enumerate(shard))
             name = f"{split}-{place:06d}.{args.format}"
-            plans.append(Plan(name, args.modality, columns, members))
+            plans.append(Plan(name, args.modality, columns, members, class_order))
             key += len(shard)
     return plans
+
+
+def _class_order(samples: Sequence[Sample]) -> tuple[str, ...] | None:
+    orders = class_orders(samples)
+    if len(orders) > 1:
+        logger.warning("the label columns number the classes in different ways: the shards keep their names alone")
+        return None
+    return orders.pop()
 
 
 def mixed_order(samples: Sequence[Sample]) -> np.ndarray:
@@ -178,6 +199,7 @@ def prepare_shard_folder(out: Path, args: ShardArguments, plans: Sequence[Plan])
         ValueError: it does not, or the folder is not for shards of these data.
     """
     samples = "\n".join(repr((plan.name, plan.columns, s.key, s.row)) for plan in plans for s in plan.members)
+    samples += repr(plans[0].class_order) if plans[0].class_order else ""
     ours = {
         "kind": SHARDS.name,
         "modality": args.modality,
@@ -295,7 +317,8 @@ def decode(media: bytes, name: str, modality: str) -> None:
 
 def write_tar(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes, str]]) -> None:
     """A tar of the samples; nothing in it depends on when, where or by whom it was written."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    order = {} if plan.class_order is None else {CLASS_ORDER: json.dumps(plan.class_order)}
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers=order) as tar:
         for member, media, extension in members:
             text = json.dumps(member.row, ensure_ascii=False).encode()
             # The label first: if the shard is cut later, the media have theirs.
@@ -312,14 +335,18 @@ def write_parquet(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes,
     from pyarrow import parquet
 
     text = datasets.Value("string")
-    kinds = {name: datasets.List(text) if name == "labels" else text for name in plan.columns}
+    names = text if plan.class_order is None else datasets.ClassLabel(names=list(plan.class_order))
+    kinds = {name: {"label": names, "labels": datasets.List(names)}.get(name, text) for name in plan.columns}
     media_kind = getattr(datasets, plan.modality.capitalize())()
     schema = datasets.Features({plan.modality: media_kind, **kinds}).arrow_schema
     stored = {"compression": "none", "use_dictionary": list(plan.columns), "write_page_checksum": True}
     with parquet.ParquetWriter(path, schema, **stored) as writer:
         rows, size = [], 0
         for member, media, extension in members:
-            rows.append({plan.modality: {"bytes": media, "path": member.key + extension}, **member.row})
+            row = {plan.modality: {"bytes": media, "path": member.key + extension}, **member.row}
+            if plan.class_order is not None:
+                row |= {name: names.str2int(row[name]) for name in ("label", "labels") if name in row}
+            rows.append(row)
             size += len(media)
             if size >= ROW_GROUP_BYTES:
                 writer.write_table(pyarrow.Table.from_pylist(rows, schema))

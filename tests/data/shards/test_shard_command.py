@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import webdataset
 from helpers.shard_sets import digest, digests, make_shards
 from helpers.sounds import write_tone, write_tones
 from helpers.tiny_run import ROOT
@@ -18,9 +19,12 @@ from helpers.waiting import DEADLINE
 
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.data.finding import find_samples
+from bridle_hf.data.labels import Labels
 from bridle_hf.data.order import Places
+from bridle_hf.data.sample import Sample
 from bridle_hf.data.shards import writer as shard
-from bridle_hf.data.shards.entries import INDEX_NAME
+from bridle_hf.data.shards.listing import INDEX_NAME
+from bridle_hf.data.shards.writer import _class_order
 
 
 def hashes(folder: str | Path) -> dict[str, str]:
@@ -208,3 +212,44 @@ def test_data_that_changed_meanwhile(tmp_path):
     bad.write_bytes(content)
     with pytest.raises(ArgumentError, match=r"data-000000\.tar holds 19 samples, not what the data has for it now"):
         make_shards(tones, Path(out), "--samples_per_shard", "20", "--resume")
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_the_order_of_a_class_label_survives(tmp_path, kind, indexed, column):
+    """As a Hub set has it: not that of the alphabet, with a class that no sample has, and a sample without any."""
+    names = ["zebra", "Ähre", "unseen", "ant"]
+    paths = [Path(write_tone(tmp_path / f"{number}.wav", frequency=300 + 100 * number)) for number in range(4)]
+    media = [path.read_bytes() for path in paths]
+    numbers = [3, 0, 1, None] if column == "label" else [[3, 0], [1], [0, 1], None]
+    label = datasets.ClassLabel(names=names)
+    rows = datasets.Dataset.from_dict({"audio": [{"bytes": each, "path": None} for each in media], column: numbers})
+    rows = rows.cast_column("audio", datasets.Audio())
+    rows = rows.cast_column(column, label if column == "label" else datasets.List(label))
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "set" / "data" / "train-0.parquet")
+    out = Path(make_shards(tmp_path / "set", tmp_path / "out", "--format", kind, "--samples_per_shard", "2"))
+    if not indexed:
+        (out / "index.jsonl").unlink()
+    samples = find_samples(str(out), "audio")
+    assert {sample.class_order for sample in samples} == {tuple(names)}
+    assert Labels([sample for sample in samples if sample.label or sample.labels]).names == names
+    if column == "label":
+        expected = [(each if each is None else names[each], None) for each in numbers]
+    else:
+        expected = [(None, each and tuple(names[number] for number in each)) for each in numbers]
+    assert {sample.media(): (sample.label, sample.labels) for sample in samples} == dict(zip(media, expected))
+    shards = sorted(str(path) for path in out.glob(f"*.{kind}"))
+    if kind == "parquet":
+        again = datasets.load_dataset("parquet", data_files=shards, cache_dir=str(tmp_path / "cache"))
+        assert again["train"].features[column] == rows.features[column]
+    else:
+        read = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+        assert sorted(sample["wav"] for sample in read) == sorted(media), "others see samples alone"
+
+
+def test_shards_of_several_orders_keep_the_names_alone(caplog):
+    samples = [Sample("a", label="x", class_order=("x", "y")), Sample("b", label="x", class_order=("y", "x"))]
+    assert _class_order(samples) is None and "in different ways" in caplog.text
+    assert _class_order(samples[:1]) == ("x", "y") and _class_order([Sample("c")]) is None

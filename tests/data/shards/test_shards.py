@@ -1,4 +1,4 @@
-"""Tests of data/shards/entries.py: shards hold what the files did, in an order that nothing can disturb."""
+"""Tests of data/shards: shards hold what the files did, in an order that nothing can disturb."""
 
 import io
 import json
@@ -32,8 +32,8 @@ from bridle_hf.data.order import WINDOW, Places
 from bridle_hf.data.sample import Sample
 from bridle_hf.data.shards import copies as shard_copies
 from bridle_hf.data.shards import sources as shard_sources
-from bridle_hf.data.shards.entries import Entry, index_line
-from bridle_hf.data.shards.sources import TarMember, Unreadable
+from bridle_hf.data.shards.entries import index_lines
+from bridle_hf.data.shards.sources import Entry, TarMember, Unreadable
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def test_sizes_that_cannot_be(tmp_path, size):
     path = Path(write_tar(tmp_path / "a.tar", *(member for pair in pairs for member in pair)))
     samples, left = find_samples(str(path), "audio"), [digest(b"a" * 700), digest(b"c" * 700)]
     offset, index = samples[1].source.offset, tmp_path / "index.jsonl"
-    lines = "".join(index_line(Entry("a.tar", f"{n}.wav", {}, sample.source)) for n, sample in enumerate(samples))
+    lines = "".join(index_lines(Entry("a.tar", f"{n}.wav", {}, sample.source) for n, sample in enumerate(samples)))
     index.write_text(lines.replace(f'{offset}, "size": 700', f'{offset}, "size": {size}'))
     found, reasons = survivors(str(path))
     assert found == left and len(reasons) == 1
