@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .image_processing_bridle import BridleImageProcessor, make_image_processor
     from .modeling_bridle import (
         BridleForAudioClassification,
+        BridleForAudioFrameClassification,
         BridleForImageClassification,
         BridleForPreTraining,
         BridleForVideoClassification,
@@ -40,6 +41,7 @@ __all__ = [
     "BridleConfig",
     "BridleFeatureExtractor",
     "BridleForAudioClassification",
+    "BridleForAudioFrameClassification",
     "BridleForImageClassification",
     "BridleForPreTraining",
     "BridleForVideoClassification",
@@ -75,6 +77,7 @@ def load() -> None:
         AutoImageProcessor,
         AutoModel,
         AutoModelForAudioClassification,
+        AutoModelForAudioFrameClassification,
         AutoModelForImageClassification,
         AutoModelForPreTraining,
         AutoModelForVideoClassification,
@@ -88,6 +91,7 @@ def load() -> None:
     from .image_processing_bridle import BridleImageProcessor, make_image_processor  # noqa: F401 (a public name)
     from .modeling_bridle import (
         BridleForAudioClassification,
+        BridleForAudioFrameClassification,
         BridleForImageClassification,
         BridleForPreTraining,
         BridleForVideoClassification,
@@ -103,6 +107,7 @@ def load() -> None:
     AutoModelForPreTraining.register(BridleConfig, BridleForPreTraining, exist_ok=True)
     AutoModelForPreTraining.register(BridleTokenizerConfig, BridleTokenizerModel, exist_ok=True)
     AutoModelForAudioClassification.register(BridleConfig, BridleForAudioClassification, exist_ok=True)
+    AutoModelForAudioFrameClassification.register(BridleConfig, BridleForAudioFrameClassification, exist_ok=True)
     AutoModelForImageClassification.register(BridleConfig, BridleForImageClassification, exist_ok=True)
     AutoModelForVideoClassification.register(BridleConfig, BridleForVideoClassification, exist_ok=True)
     AutoFeatureExtractor.register(BridleConfig, BridleFeatureExtractor, exist_ok=True)

@@ -324,6 +324,7 @@ class BridleConfig(BridleEncoderConfig):
         "AutoModel": "modeling_bridle.BridleModel",
         "AutoModelForPreTraining": "modeling_bridle.BridleForPreTraining",
         "AutoModelForAudioClassification": "modeling_bridle.BridleForAudioClassification",
+        "AutoModelForAudioFrameClassification": "modeling_bridle.BridleForAudioFrameClassification",
         "AutoModelForImageClassification": "modeling_bridle.BridleForImageClassification",
         "AutoModelForVideoClassification": "modeling_bridle.BridleForVideoClassification",
     }

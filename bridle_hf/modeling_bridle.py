@@ -14,6 +14,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -497,6 +498,68 @@ class BridleForAudioClassification(BridleForClassification):
         return BridleAudioClassificationPipeline(model=self, feature_extractor=feature_extractor, **options)
 
 
+class BridleForAudioFrameClassification(BridleForClassification):
+    """Classifier of every time step of a recording: the encoder with a linear head on the mean of a step's patches.
+
+    Steps are `config.seconds_per_frame` long. The head has the names of [`BridleForAudioClassification`]'s, whose
+    checkpoints load.
+    """
+
+    _auto_class = "AutoModelForAudioFrameClassification"
+    modality = "audio"
+    output_class = TokenClassifierOutput
+
+    @can_return_tuple
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Classify every step.
+
+        Args:
+            inputs, attention_mask, input_values: As in [`BridleModel.forward`].
+            labels: (batch, steps) integers for one label per step, where -100 does not count; or (batch, steps,
+                num_labels) of any type for several (sound events; float and soft with
+                `config.problem_type="single_label_classification"`). Padding does not count.
+
+        Returns:
+            `loss` where `labels` were given, and `logits` (batch, steps, num_labels), padding included.
+
+        Raises:
+            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that do not fit.
+        """
+        values = select_input(self.config, inputs, input_values)
+        grid = patch_grid_of(values, self.config)
+        outputs = self.bridle(values, attention_mask, **kwargs)
+        tokens = outputs.last_hidden_state[:, int(self.config.use_class_token) :]
+        logits = self.classifier(self.fc_norm(tokens.unflatten(1, grid).mean(dim=2)))
+        loss = None
+        if labels is not None:
+            real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            if attention_mask is not None:
+                real = patch_attention_mask(attention_mask, self.config).unflatten(1, grid)[..., 0]
+            one_each, several = labels.shape == logits.shape[:2] and is_integer(labels), labels.shape == logits.shape
+            if not one_each and not several:
+                raise ValueError(
+                    f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}; give {tuple(logits.shape[:2])} "
+                    f"integers, or {tuple(logits.shape)}"
+                )
+            counted = real & (labels != -100) if one_each else real
+            problem = self.config.problem_type or ("single" if one_each else "multi") + "_label_classification"
+            labels = _fit_labels(labels[counted], problem, logits[counted])
+            if problem == "single_label_classification":
+                loss = F.cross_entropy(logits[counted].float(), labels, label_smoothing=self.config.label_smoothing)
+            else:
+                loss = F.binary_cross_entropy_with_logits(logits[counted].float(), labels.float())
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 class BridleForImageClassification(BridleForClassification):
     """Classifier of images: see [`BridleForClassification`]."""
 
@@ -516,6 +579,7 @@ class BridleForVideoClassification(BridleForClassification):
 __all__ = [
     "PARTS",
     "BridleForAudioClassification",
+    "BridleForAudioFrameClassification",
     "BridleForImageClassification",
     "BridleForPreTraining",
     "BridleForPreTrainingOutput",

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
     VideoMAEConfig,
     VideoMAEModel,
     ViTMAEConfig,
@@ -18,6 +19,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from bridle_hf import (
     BridleConfig,
     BridleForAudioClassification,
+    BridleForAudioFrameClassification,
     BridleForImageClassification,
     BridleForPreTraining,
     BridleForVideoClassification,
@@ -611,6 +613,51 @@ def test_a_head_of_another_size_is_the_only_part_made_anew(tiny_config, tmp_path
     for name, parameter in resized.named_parameters():
         same = parameter.shape == model.get_parameter(name).shape
         assert same == (not name.startswith("classifier")) and (not same or parameter.equal(model.get_parameter(name)))
+
+
+def test_frames_are_classified_each_for_itself(tiny_config):
+    """Equal to the clip classifier's head on the mean of the step's patches; padding changes and counts nothing."""
+    model = BridleForAudioFrameClassification(tiny_config("audio", num_labels=5)).eval()
+    clips = [torch.randn(1, frames, 64) for frames in (96, 40)]
+    padded = torch.cat([clips[0], F.pad(clips[1], (0, 0, 0, 56), value=3.0)])
+    mask = (torch.arange(96) < torch.tensor([[96], [40]])).long()
+    logits = model(padded, mask).logits
+    assert logits.shape == (2, 6, 5)
+    for row, clip in zip(logits, clips):
+        steps = -(-clip.shape[1] // 16)
+        patches = model.bridle(clip).last_hidden_state[:, 1:].view(steps, 4, -1)
+        torch.testing.assert_close(
+            row[:steps], model.classifier(model.fc_norm(patches.mean(dim=1))), atol=1e-5, rtol=0
+        )
+    one = torch.randint(5, (2, 6))
+    one[0, 2] = -100
+    counted = [(0, step) for step in (0, 1, 3, 4, 5)] + [(1, step) for step in range(3)]
+    wanted = F.cross_entropy(torch.stack([logits[place] for place in counted]), torch.stack([one[p] for p in counted]))
+    torch.testing.assert_close(model(padded, mask, labels=one).loss, wanted)
+    several = torch.randint(2, (2, 6, 5))
+    wanted = F.binary_cross_entropy_with_logits(
+        torch.cat([logits[0], logits[1, :3]]), torch.cat([several[0], several[1, :3]]).float()
+    )
+    for kind in (torch.int64, torch.float32, torch.bool):
+        torch.testing.assert_close(model(padded, mask, labels=several.to(kind)).loss, wanted)
+    model(padded, mask, labels=one).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    for wrong in (one[:, :5], one.float(), several[:, :, :2]):
+        with pytest.raises(ValueError, match="`labels` are"):
+            model(padded, mask, labels=wrong)
+
+
+def test_a_frame_classifier_saved_and_loaded(tiny_config, tmp_path):
+    clip_model = BridleForAudioClassification(tiny_config("audio", num_labels=3))
+    clip_model.save_pretrained(tmp_path)
+    frames = AutoModelForAudioFrameClassification.from_pretrained(tmp_path)
+    assert type(frames) is BridleForAudioFrameClassification
+    assert torch.equal(frames.classifier.weight, clip_model.classifier.weight)
+    frames.save_pretrained(tmp_path / "frames")
+    assert "BridleForAudioFrameClassification" in (tmp_path / "frames" / "config.json").read_text()
+    again = AutoModelForAudioFrameClassification.from_pretrained(tmp_path / "frames")
+    for name, value in frames.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
 
 
 def test_a_classifier_of_another_modality_is_refused(tiny_config):

@@ -106,6 +106,7 @@ class Embedder:
         self.batch_size = batch_size or BATCH_SIZE.get(self.model.device.type, OTHER_BATCH_SIZE)
         if self.batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1")
+        self.sampling_rate = getattr(processor, "sampling_rate", None)  # Hz, of audio
         self._read = make_reader(self.config, processor, overlap, stride)
 
     @classmethod
@@ -196,6 +197,40 @@ class Embedder:
         pool = self._pool(level, layers, pooling)
         self.shape(level, layers, pooling)  # refuses layers that are not there
         return self._iterate(tqdm(inputs, unit="input", disable=not progress), pool, level, pooling, sampling_rate)
+
+    def encode(
+        self,
+        sentences: Any,
+        batch_size: int | None = None,
+        show_progress_bar: bool = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Embed clips as sentence-transformers does sentences.
+
+        Args:
+            sentences: what [`embed`] takes for `inputs`.
+            batch_size: for this call, else the embedder's own.
+            convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
+            convert_to_numpy: return an array; without it, and without `convert_to_tensor`, a list of tensors.
+            normalize_embeddings: give them length 1, so that a dot product is their cosine.
+            options: `layers`, `pooling`, `sampling_rate` and `errors` of [`embed`].
+
+        Returns:
+            (inputs, dim) or, of a single input, (dim,).
+        """
+        own, self.batch_size = self.batch_size, batch_size or self.batch_size
+        try:
+            found = torch.from_numpy(self.embed(sentences, progress=show_progress_bar, **options))
+        finally:
+            self.batch_size = own
+        if normalize_embeddings:
+            found = torch.nn.functional.normalize(found, dim=-1)
+        if convert_to_tensor:
+            return found
+        return found.numpy() if convert_to_numpy else (found if is_one(sentences) else list(found))
 
     def shape(self, level: Level = "clip", layers: Layers = -1, pooling: str | None = None) -> tuple[int, ...]:
         """The shape of one embedding: (dim,), or (layers, dim) for "all"."""

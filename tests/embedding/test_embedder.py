@@ -5,13 +5,14 @@ import pytest
 import soundfile
 import torch
 from helpers.fresh_process import run_fresh
-from helpers.pixels import pixel_config
+from helpers.pixels import pixel_config, save_pixel_encoder
 from helpers.sounds import RATE, save_encoder, tiny_config, write_tone
 from helpers.videos import write_video
 from PIL import Image
 
 from bridle_hf import BridleFeatureExtractor, BridleModel, make_image_processor
 from bridle_hf.common.errors import MediaError
+from bridle_hf.embedding import hear
 from bridle_hf.embedding.embedder import Embedder
 
 
@@ -194,6 +195,37 @@ def test_from_pretrained(tmp_path, rng):
         Embedder.from_pretrained(str(tmp_path))
 
 
+def test_encode_as_sentence_transformers_does(embedder, rng):
+    clips = [(noise(rng, seconds), RATE) for seconds in (0.2, 0.4, 0.9)]
+    wanted = embedder.embed(clips)
+    np.testing.assert_array_equal(embedder.encode(clips, batch_size=1, show_progress_bar=False), wanted)
+    assert embedder.batch_size == 8
+    unit = embedder.encode(clips, normalize_embeddings=True, convert_to_tensor=True)
+    np.testing.assert_allclose(unit, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
+    rows = embedder.encode(clips, convert_to_numpy=False)
+    assert isinstance(rows, list) and all(isinstance(row, torch.Tensor) and row.shape == (16,) for row in rows)
+    assert embedder.encode(clips[0]).shape == (16,)
+
+
+def test_hear(tmp_path, rng):
+    """The API's own words: https://hearbenchmark.com/hear-api.html."""
+    model = hear.load_model(save_encoder(tmp_path / "model"))
+    assert isinstance(model, torch.nn.Module) and model.sample_rate == RATE
+    audio = torch.from_numpy(noise(rng, 1.3, 2)).float()
+    scenes = hear.get_scene_embeddings(audio, model)
+    assert scenes.shape == (2, model.scene_embedding_size) and scenes.dtype == torch.float32
+    embeddings, timestamps = hear.get_timestamp_embeddings(audio, model)
+    assert embeddings.shape == (2, timestamps.shape[1], model.timestamp_embedding_size) and timestamps.shape == (2, 8)
+    np.testing.assert_allclose(timestamps[1], 87.5 + 160 * np.arange(8), atol=1e-3)  # milliseconds
+    np.testing.assert_allclose(embeddings.mean(dim=1), scenes, atol=1e-5)
+    for number in range(2):
+        np.testing.assert_allclose(scenes[number], model.embedder.embed((audio[number], RATE)), atol=1e-5)
+    with pytest.raises(ValueError, match="audio has shape"):
+        hear.get_scene_embeddings(audio[0], model)
+    with pytest.raises(ValueError, match="HEAR is for audio"):
+        hear.load_model(save_pixel_encoder(tmp_path / "image", "image"))
+
+
 # --- images and videos ---
 
 
@@ -248,7 +280,8 @@ HOUR = """
     import bridle_hf
     import numpy as np
     from bridle_hf.audio_windows_bridle import cut_windows
-    from bridle_hf.embedding.embedder import Embedder
+    from bridle_hf.embedding import hear
+from bridle_hf.embedding.embedder import Embedder
 
     torch.manual_seed(0)
     config = bridle_hf.BridleConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768)
