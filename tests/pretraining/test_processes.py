@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from helpers.tiny_run import PHASES, ROOT, rows, weights, write_recipe, write_recordings
+from helpers.tiny_run import PHASES, ROOT, VIEWS, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
 
@@ -73,6 +74,8 @@ def folder(tmp_path) -> Path:
     for name in PHASES:
         tokenizer = {"ema_decay": 0.6, "dead_code_threshold": 0.6, "drop_path_rate": 0.3}
         write_recipe(tmp_path / f"{name}.yaml", name, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
+    views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
+    write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
     return tmp_path
 
 
@@ -129,10 +132,12 @@ def assert_equal_ranks(ranks: list[list[dict]]) -> None:
 # The same result
 
 
-def check_against_one_process(folder: Path, launcher: str, *options: str, tolerance: float = 1e-5) -> None:
-    run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in PHASES])
-    run_all(launcher, folder, [[name, name, None, options] for name in PHASES])
-    for name in PHASES:
+def check_against_one_process(
+    folder: Path, launcher: str, *options: str, tolerance: float = 1e-5, recipes: Iterable[str] = PHASES
+) -> None:
+    run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in recipes])
+    run_all(launcher, folder, [[name, name, None, options] for name in recipes])
+    for name in recipes:
         assert_same_run(folder, name, f"alone_{name}", tolerance)
         ranks = seen_by(folder, name, 2)
         assert_same_steps(ranks, seen_by(folder, f"alone_{name}", 1))
@@ -143,7 +148,7 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, tolera
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "torchrun")
+    check_against_one_process(folder, "torchrun", recipes=[*PHASES, "views"])
 
 
 @pytest.mark.slow
