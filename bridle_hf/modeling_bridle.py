@@ -28,7 +28,9 @@ from .patching_bridle import (
     INPUT_NAMES,
     BridleEmbeddings,
     BridlePositions,
+    check_mask_shape,
     check_patch_shape,
+    mask_rows,
     patch_attention_mask,
     patch_grid_of,
     select_input,
@@ -183,7 +185,8 @@ class BridleModel(BridlePreTrainedModel):
             pixel_values: (batch, channels, height, width) of images.
             pixel_values_videos: (batch, frames, channels, height, width) of video.
             attention_mask: (batch, frames) of audio, 1 = real, 0 = padding at the end.
-            bool_masked_pos: (batch, patches) bool, True = hidden from the encoder.
+            bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
+                every output has batch * masks rows, those of a sample in a row.
 
         Returns:
             `last_hidden_state` (batch, [class] + visible patches in grid order, hidden), and `pooler_output`
@@ -250,12 +253,14 @@ class BridleForPreTraining(BridlePreTrainedModel):
         Args:
             inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
-                if not given.
+                if not given. Or (batch, masks, patches), several masks of each sample: every output then has
+                batch * masks rows, those of a sample in a row, and loss and accuracy are over all of them.
             labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
                 weighted targets ("soft codes"); `accuracy` compares with the first. Of a model whose `config.target`
                 is no code: (batch, patches, values) float.
-            bool_decoded_pos: (batch, patches) bool, the hidden patches whose codes are predicted and make the loss; if
-                not given, all of them, or, while a cross decoder is trained, the share `config.decoded_ratio`, drawn.
+            bool_decoded_pos: Of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
+                make the loss; if not given, all of them, or, while a cross decoder is trained, the share
+                `config.decoded_ratio`, drawn.
 
         Raises:
             ValueError: As [`BridleModel.forward`]; or masks or labels that do not fit the input.
@@ -265,14 +270,20 @@ class BridleForPreTraining(BridlePreTrainedModel):
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         if bool_masked_pos is None:
             bool_masked_pos = self._draw_masks(len(values), grid, real).to(values.device)
-        bool_masked_pos = bool_masked_pos.bool() if real is None else bool_masked_pos.bool() & real
         encoded, read = self._encode(values, attention_mask, bool_masked_pos, kwargs)
-        decoded = self._decoded(bool_masked_pos, bool_decoded_pos, grid)
+        if bool_decoded_pos is not None:
+            check_mask_shape("bool_decoded_pos", bool_decoded_pos, len(values), grid)
+            bool_decoded_pos = mask_rows(bool_decoded_pos.bool(), real)
+        bool_masked_pos = mask_rows(bool_masked_pos.bool(), real)
+        masks = len(bool_masked_pos) // len(values)
+        real = None if real is None else real.repeat_interleave(masks, dim=0)
+        decoded = self._decoded(bool_masked_pos, bool_decoded_pos)
         wanted = chosen_patches(decoded) if self._decodes_hidden_alone(labels) else None
         rows = self.decoder(read, bool_masked_pos, real, grid, wanted)
         loss = accuracy = None
         if labels is not None:
             check_patch_shape("labels", labels, len(values), grid)
+            labels = labels.repeat_interleave(masks, dim=0)
             loss, accuracy = self._loss(rows[decoded if wanted is None else wanted[1]], labels, decoded)
         return BridleForPreTrainingOutput(
             loss=loss,
@@ -299,11 +310,10 @@ class BridleForPreTraining(BridlePreTrainedModel):
             encoded.hidden_states = None
         return encoded, read
 
-    def _decoded(self, masked: torch.Tensor, given: torch.Tensor | None, grid: tuple[int, ...]) -> torch.Tensor:
+    def _decoded(self, masked: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
         """(batch, patches) bool, the hidden patches that the loss is over."""
         if given is not None:
-            check_patch_shape("bool_decoded_pos", given, len(masked), grid)
-            return masked & given.bool()
+            return masked & given
         return draw_share(masked, self.config.decoded_ratio) if self.training else masked
 
     def _decodes_hidden_alone(self, labels: torch.Tensor | None) -> bool:

@@ -226,27 +226,39 @@ class BridleEmbeddings(nn.Module):
         Args:
             values: The modality's input.
             attention_mask: (batch, frames) of audio, 1 = real.
-            bool_masked_pos: (batch, patches) bool, True = hidden.
+            bool_masked_pos: (batch, patches) bool, True = hidden; or (batch, masks, patches).
 
         Returns:
             Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without
-            hidden, bool), or `None` where all are.
+            hidden, bool), or `None` where all are. Of several masks, batch * masks rows, those of a sample in a row.
         """
         patches, grid = patchify(silence_padding(values, attention_mask), self.config)
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         positions = self.positions(grid).expand(patches.shape[0], -1, -1)
+        indices = None
         if bool_masked_pos is not None:
-            check_patch_shape("bool_masked_pos", bool_masked_pos, patches.shape[0], grid)
-            visible = ~bool_masked_pos.bool() if real is None else ~bool_masked_pos.bool() & real
-            indices, real = visible_patches(visible)
+            check_mask_shape("bool_masked_pos", bool_masked_pos, patches.shape[0], grid)
+            indices, real = visible_patches(mask_rows(~bool_masked_pos.bool(), real))
+        # One mask: visible patches alone are projected. Several: all patches, once.
+        once = indices is not None and bool_masked_pos.dim() == 3
+        if indices is not None and not once:
             patches, positions = (take_patches(tensor, indices) for tensor in (patches, positions))
         dtype = parameter_dtype(self)
         embeddings = self.projection(patches.to(dtype)) + positions.to(dtype)
+        if once:
+            embeddings = take_patches(embeddings, indices.reshape(patches.shape[0], -1)).view(*indices.shape, -1)
         if self.cls_token is not None:
             cls = self.cls_token.expand(embeddings.shape[0], -1, -1).to(embeddings.dtype)
             embeddings = torch.cat([cls, embeddings], dim=1)
             real = None if real is None else nn.functional.pad(real, (1, 0), value=True)
         return embeddings, real
+
+
+def mask_rows(masks: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Masks (batch, patches) or (batch, masks, patches), of `real` (batch, patches) alone, as rows of patches."""
+    if real is not None:
+        masks = masks & (real if masks.dim() == 2 else real[:, None])
+    return masks.flatten(0, -2)
 
 
 def take_patches(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -264,6 +276,16 @@ def check_patch_shape(name: str, tensor: torch.Tensor, batch: int, grid: tuple[i
         )
 
 
+def check_mask_shape(name: str, mask: torch.Tensor, batch: int, grid: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless `mask` is (`batch`, patches of `grid`) or (`batch`, masks, patches of `grid`)."""
+    expected = (batch, math.prod(grid))
+    if mask.dim() not in (2, 3) or (mask.shape[0], mask.shape[-1]) != expected or mask.numel() == 0:
+        raise ValueError(
+            f"`{name}` has shape {tuple(mask.shape)}; for this input it must be {expected}, (batch, patches of the "
+            f"grid {tuple(grid)}), or the same with several masks of each sample between the two"
+        )
+
+
 def parameter_dtype(module: nn.Module) -> torch.dtype:
     """What a module computes in: the dtype of its first floating-point parameter.
 
@@ -277,7 +299,9 @@ __all__ = [
     "INPUT_NAMES",
     "BridleEmbeddings",
     "BridlePositions",
+    "check_mask_shape",
     "check_patch_shape",
+    "mask_rows",
     "parameter_dtype",
     "patch_attention_mask",
     "patch_grid_of",

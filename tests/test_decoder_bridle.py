@@ -117,6 +117,42 @@ def test_the_loss_is_that_of_all_logits(tiny_config, tiny_input, modality, decod
         torch.testing.assert_close(gradients[1][name], expected, **EXACT, msg=name)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_several_masks_are_the_mean_of_as_many_passes(data):
+    """Loss, accuracy, gradients and outputs, of samples of unequal lengths whose masks hide equally many patches."""
+    torch.manual_seed(data.draw(st.integers(0, 2**30)))
+    masks, decoder_type = data.draw(st.integers(1, 4)), data.draw(st.sampled_from(["swin", "plain", "cross"]))
+    sizes = {**SIZES, "decoder_type": decoder_type, "initializer_range": 0.5}
+    model = BridleForPreTraining(BridleConfig(**sizes)).double().eval()
+    steps = torch.tensor([6, 4, 2])
+    values, real = torch.randn(3, 96, 64, dtype=torch.double), torch.arange(96) < 16 * steps[:, None]
+    hidden = torch.zeros(3, masks, 24, dtype=torch.bool)
+    for row, count in enumerate(steps.tolist()):
+        for number in range(masks):
+            hidden[row, number, torch.randperm(4 * count)[: 3 * count]] = True
+    labels = torch.randint(16, (3, 24, 3))
+    together = model(values, real, hidden, labels=labels)
+    apart = [model(values, real, hidden[:, number], labels=labels) for number in range(masks)]
+    torch.testing.assert_close(together.loss, sum(one.loss for one in apart) / masks)
+    torch.testing.assert_close(together.accuracy, sum(one.accuracy for one in apart) / masks)
+    torch.testing.assert_close(together.logits, torch.stack([one.logits for one in apart], dim=1).flatten(0, 1))
+    assert torch.equal(together.bool_masked_pos, hidden.flatten(0, 1))
+    weight = model.bridle.embeddings.projection.weight
+    gradients = torch.autograd.grad(together.loss, weight), torch.autograd.grad(sum(o.loss for o in apart), weight)
+    torch.testing.assert_close(gradients[0][0], gradients[1][0] / masks)
+
+
+@torch.no_grad()
+def test_several_masks_of_every_modality(tiny_config, tiny_input, modality):
+    model = BridleForPreTraining(tiny_config(modality)).eval()
+    hidden, values = torch.stack([make_masks(model.config) for _ in range(3)], dim=1), tiny_input(modality)
+    together = model(values, bool_masked_pos=hidden).logits.unflatten(0, (2, 3))
+    for number in range(3):
+        alone = model(values, bool_masked_pos=hidden[:, number]).logits
+        torch.testing.assert_close(together[:, number], alone, **EXACT)
+
+
 @torch.no_grad()
 def test_a_mix_of_one_state_reads_that_state(tiny_config, tiny_input):
     """A mix whose weight is on the encoder's output alone reads what the decoder without mixes reads."""

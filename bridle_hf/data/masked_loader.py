@@ -16,19 +16,21 @@ class MaskedLoader:
     """A loader whose samples carry `bool_masked_pos` (patches,), drawn for each sample from a mix of masks.
 
     Only real patches are hidden, so that a padded clip has its share of visible ones. Where a share of the hidden ones
-    is decoded (`config.decoded_ratio`), that is drawn, too: `bool_decoded_pos` (patches,).
+    is decoded (`config.decoded_ratio`), that is drawn, too: `bool_decoded_pos` (patches,). With several masks of a
+    sample both are (masks, patches).
 
     Args:
         load: loader of a modality.
         config: `BridleConfig` of the encoder; gives patches and `mask_ratio`.
         masks: weight by kind of mask, such as {"random": 1, "mel_band": 3}; empty: the config's `mask_type` alone.
+        masks_per_sample: masks drawn for each sample, one after the other.
 
     Raises:
         ValueError: a kind of mask that is unknown or does not fit the grid, or weights that are not.
     """
 
-    def __init__(self, load: Load, config: BridleConfig, masks: dict[str, float]):
-        self.load, self.config = load, config
+    def __init__(self, load: Load, config: BridleConfig, masks: dict[str, float], masks_per_sample: int = 1):
+        self.load, self.config, self.masks_per_sample = load, config, masks_per_sample
         masks = masks or {config.mask_type: 1.0}
         for kind, weight in masks.items():
             make_mask(kind, config.patch_grid, config.mask_ratio)
@@ -47,10 +49,17 @@ class MaskedLoader:
         if "attention_mask" in loaded:
             real = patch_attention_mask(loaded["attention_mask"][None], self.config)
             steps = int(real.sum()) // math.prod(grid[1:])
+        drawn = [self._draw(steps, grid, rng) for _ in range(self.masks_per_sample)]
+        if self.masks_per_sample == 1:
+            return {**loaded, **drawn[0]}
+        return {**loaded, **{name: torch.stack([masks[name] for masks in drawn]) for name in drawn[0]}}
+
+    def _draw(self, steps: int, grid: tuple[int, ...], rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """A mask over the first `steps` of the grid, and what of it is decoded."""
         kind = self.kinds[rng.choice(len(self.kinds), p=self.shares)]
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         mask = make_mask(kind, (steps, *grid[1:]), self.config.mask_ratio, generator, padded_grid=grid)
-        drawn = {"bool_masked_pos": mask}
-        if self.config.decoded_ratio < 1:
-            drawn["bool_decoded_pos"] = draw_share(mask[None], self.config.decoded_ratio, generator)[0]
-        return {**loaded, **drawn}
+        if self.config.decoded_ratio == 1:
+            return {"bool_masked_pos": mask}
+        decoded = draw_share(mask[None], self.config.decoded_ratio, generator)[0]
+        return {"bool_masked_pos": mask, "bool_decoded_pos": decoded}

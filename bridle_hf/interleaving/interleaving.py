@@ -196,7 +196,7 @@ class Interleaving:
         trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
         for part, weight in zip(parts, weights):
             self.seed_step(step)
-            self._place(trained, batch, part)
+            self._place(sides, batch, part)
             with self.sharding.synchronized(trained, last=part is parts[-1]):
                 loss, metrics = self._losses(step, part, weight, sides, statistics)
                 self.accelerator.backward(loss)
@@ -275,13 +275,18 @@ class Interleaving:
     def _micro_batches(self, batch: dict[str, Any]) -> Iterator[MicroBatch]:
         return micro_batches(batch, self.encoder_config.modality, self.micro_batch_size, self.accelerator.device)
 
-    def _place(self, trained: list[nn.Module], batch: dict[str, Any], part: MicroBatch) -> None:
-        """Tell stochastic depth which samples of all processes' batch a micro batch of this process holds."""
-        own = len(batch[self.input_name])
-        for model in trained:
-            self.accelerator.unwrap_model(model).place_in_batch(
-                self.accelerator.process_index * own + part.first, own * self.accelerator.num_processes
-            )
+    def _place(self, sides: tuple[bool, bool], batch: dict[str, Any], part: MicroBatch) -> None:
+        """Tell stochastic depth which rows of all processes' batch a micro batch of this process holds.
+
+        A row of the encoder is a mask of a sample, one of the tokenizer a sample.
+        """
+        own, processes = len(batch[self.input_name]), self.accelerator.num_processes
+        first = self.accelerator.process_index * own + part.first
+        if sides[0]:
+            masks = part.masks_per_sample
+            self.unwrapped_encoder.place_in_batch(first * masks, own * processes * masks)
+        if sides[1]:
+            self.unwrapped_tokenizer.place_in_batch(first, own * processes)
 
     def _set_learning_rates(self, step: int) -> None:
         for name, rate in zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)):

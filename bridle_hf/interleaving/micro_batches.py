@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from bridle_hf import BridleConfig
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
+from bridle_hf.patching_bridle import INPUT_NAMES, mask_rows, patch_attention_mask
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class MicroBatch:
     Args:
         inputs: The modality's input, (samples, ...).
         attention_mask: (samples, frames) of audio, or `None` where the whole batch has no padding.
-        bool_masked_pos: (samples, patches), True = hidden.
-        bool_decoded_pos: (samples, patches), True = hidden and decoded; `None`: all that are hidden.
+        bool_masked_pos: (samples, patches), or (samples, masks, patches), True = hidden.
+        bool_decoded_pos: Of the same shape, True = hidden and decoded; `None`: all that are hidden.
         first: Which sample of this process's batch the first of these is.
     """
 
@@ -28,6 +28,10 @@ class MicroBatch:
     bool_masked_pos: torch.Tensor
     bool_decoded_pos: torch.Tensor | None
     first: int
+
+    @property
+    def masks_per_sample(self) -> int:
+        return self.bool_masked_pos.shape[:-1].numel() // len(self.inputs)
 
     def real(self, config: BridleConfig) -> torch.Tensor | None:
         """(samples, patches) bool, which patches are real, or `None` where all are."""
@@ -63,8 +67,8 @@ def shares(parts: list[MicroBatch], config: BridleConfig, accelerator: Accelerat
     for part in parts:
         real = part.real(config)
         if real is None:
-            real = torch.ones_like(part.bool_masked_pos, dtype=torch.bool)
+            real = part.bool_masked_pos.new_ones(len(part.inputs), part.bool_masked_pos.shape[-1], dtype=torch.bool)
         decoded = part.bool_masked_pos if part.bool_decoded_pos is None else part.bool_decoded_pos
-        counts.append(torch.stack([(decoded.bool() & real).sum(), real.sum()]))
+        counts.append(torch.stack([mask_rows(decoded.bool(), real).sum(), real.sum()]))
     counts = torch.stack(counts).float()
     return counts * accelerator.num_processes / accelerator.reduce(counts.sum(dim=0), "sum")

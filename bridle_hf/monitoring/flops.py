@@ -34,13 +34,19 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 
 
 def sample_flops(
-    encoder: BridleConfig, tokenizer: BridleTokenizerConfig, sides: tuple[bool, bool], visible: int, distilled: bool
+    encoder: BridleConfig,
+    tokenizer: BridleTokenizerConfig,
+    sides: tuple[bool, bool],
+    visible: int,
+    distilled: bool,
+    masks_per_sample: int = 1,
 ) -> dict[str, int]:
     """FLOPs of one sample in one optimizer step, by part.
 
     Args:
         sides: Whether encoder and tokenizer are trained (see `Schedule.sides`).
         visible: Patches that the mask leaves to the encoder, see `num_visible_patches`.
+        masks_per_sample: How often the encoder and its decoder see a sample, each time under another mask.
         distilled: Codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
 
     Returns:
@@ -49,8 +55,8 @@ def sample_flops(
     """
     parts: dict[str, int] = {}
     if sides[0]:
-        parts["encoder"] = _encoder(encoder, visible, train=True)
-        parts["decoder"] = FORWARD_AND_BACKWARD * _decoder(encoder, visible)
+        parts["encoder"] = _encoder(encoder, visible, train=True, rows=masks_per_sample)
+        parts["decoder"] = FORWARD_AND_BACKWARD * masks_per_sample * _decoder(encoder, visible)
         parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
     if sides[1]:
         parts["teacher"] = _encoder(encoder, math.prod(encoder.patch_grid), train=False)
@@ -72,11 +78,15 @@ def num_visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
     return max(int((~make_mask(kind, config.patch_grid, config.mask_ratio, generator)).sum()) for kind in kinds)
 
 
-def _encoder(config: BridleEncoderConfig, patches: int, train: bool) -> int:
-    """The ViT on so many patches. Its first layer's input has no gradient."""
-    embedding = _linear(patches, config.patch_dim, config.hidden_size)
+def _encoder(config: BridleEncoderConfig, patches: int, train: bool, rows: int = 1) -> int:
+    """The ViT on `rows` choices of so many patches; of several, all patches are embedded once.
+
+    Its first layer's input has no gradient.
+    """
+    embedded = patches if rows == 1 else math.prod(config.patch_grid)
+    embedding = _linear(embedded, config.patch_dim, config.hidden_size)
     tokens = patches + int(config.use_class_token)
-    layer = _layer(tokens, config.hidden_size, config.intermediate_size)
+    layer = rows * _layer(tokens, config.hidden_size, config.intermediate_size)
     if not train:
         return embedding + config.num_hidden_layers * layer
     return 2 * embedding + FORWARD_AND_BACKWARD * config.num_hidden_layers * layer
@@ -153,18 +163,25 @@ class ScheduleFlops:
     """FLOPs per sample over the steps of a schedule.
 
     Args:
-        masks: As in a recipe.
+        masks, masks_per_sample: As in a recipe.
     """
 
     def __init__(
-        self, schedule: Schedule, encoder: BridleConfig, tokenizer: BridleTokenizerConfig, masks: dict[str, float]
+        self,
+        schedule: Schedule,
+        encoder: BridleConfig,
+        tokenizer: BridleTokenizerConfig,
+        masks: dict[str, float],
+        masks_per_sample: int = 1,
     ):
+        self.masks_per_sample = masks_per_sample
         self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), num_visible_patches(encoder, masks)
         self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
 
     def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:
         """[`sample_flops`] of a step of phase `number` that trains `sides`."""
-        return sample_flops(*self.configs, sides, self.visible, distilled=self.schedule.iteration(number) > 0)
+        distilled = self.schedule.iteration(number) > 0
+        return sample_flops(*self.configs, sides, self.visible, distilled, self.masks_per_sample)
 
     def of_step(self, step: int) -> int:
         """FLOPs of one sample at optimizer step `step` (from 0)."""
@@ -189,7 +206,8 @@ class ScheduleFlops:
     def lines(self, batch_size: int) -> list[str]:
         """What a sample costs in each phase, to be printed."""
         patches = math.prod(self.configs[0].patch_grid)
-        lines = [f"FLOPs per sample (10^9), {self.visible} of {patches} patches visible"]
+        views = f", {self.masks_per_sample} masks per sample" if self.masks_per_sample > 1 else ""
+        lines = [f"FLOPs per sample (10^9), {self.visible} of {patches} patches visible{views}"]
         for number, phase in enumerate(self.schedule.phases):
             mean, steps = self.of_phases[number], self.schedule.lengths[number]
             name = f"phase {number}: {phase.train} {self.schedule.iteration(number)}"
@@ -198,7 +216,8 @@ class ScheduleFlops:
             for sides, share in self.shares(number).items():
                 parts = self.parts(number, sides)
                 text = ", ".join(f"{part} {_giga(value)}" for part, value in parts.items())
-                lines.append(f"    {share:.0%} of the steps: {text}")
+                view = f"; {_giga(sum(parts.values()) / self.masks_per_sample)} per masked view" if sides[0] else ""
+                lines.append(f"    {share:.0%} of the steps: {text}{view}")
         return lines
 
     def _mean(self, number: int) -> float:

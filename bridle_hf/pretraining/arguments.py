@@ -36,6 +36,9 @@ class PretrainArguments:
     masks: YamlMapping = field(
         default_factory=dict, metadata={"help": "weights of the masks drawn from, as {random: 1, mel_band: 3}"}
     )
+    masks_per_sample: int = field(
+        default=1, metadata={"help": "masks of each sample that is read and tokenized, each a row of the encoder"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
 
     phases: YamlSequence = field(
@@ -47,7 +50,8 @@ class PretrainArguments:
     steps_scale: float = field(default=1.0, metadata={"help": "factor on the length of every phase"})
     global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
     micro_batch_size: int | None = field(
-        default=None, metadata={"help": "samples that one process holds at a time; gradients are accumulated"}
+        default=None,
+        metadata={"help": "samples, with their masks, that a process holds at a time; gradients are accumulated"},
     )
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
@@ -93,6 +97,7 @@ class PretrainArguments:
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
+            "masks_per_sample": (1, 1e4),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),

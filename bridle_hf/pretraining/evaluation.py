@@ -89,7 +89,7 @@ def draw_example(
     encoder, tokenizer = encoder.eval(), tokenizer.eval()
     batch = {key: value[None] for key, value in loaded.items() if isinstance(value, torch.Tensor)}
     inputs, mask = _inputs(batch, tokenizer)
-    hidden = batch["bool_masked_pos"].to(inputs.device)
+    hidden = batch["bool_masked_pos"].flatten(0, -2)[:1].to(inputs.device)  # of several masks, the first
     codes = tokenizer.encode(inputs, mask)
     config, grid = encoder.config, patch_grid_of(inputs, encoder.config)
     pictures = {

@@ -150,7 +150,9 @@ class Run:
     def _make_dataset(self) -> DrawDataset:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
-        return DrawDataset(self.samples, MaskedLoader(self.load, config, args.masks), seed=args.seed)
+        return DrawDataset(
+            self.samples, MaskedLoader(self.load, config, args.masks, args.masks_per_sample), seed=args.seed
+        )
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:
         """See that the run goes on as it began; note what data it has lost or got, if it may.
@@ -219,7 +221,8 @@ class Run:
 
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
-        self.flops = ScheduleFlops(self.schedule, self.encoder_config, self.tokenizer_config, args.masks)
+        configs = self.encoder_config, self.tokenizer_config
+        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample)
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
             self._write_run_json()  # first: it says whose folder it is

@@ -19,6 +19,17 @@ def draw(config, frames: int = 96, seed: int = 0) -> dict[str, torch.Tensor]:
     )
 
 
+def test_masks_of_a_sample_follow_each_other(tiny_config):
+    config = tiny_config("audio", decoder_type="cross", decoded_ratio=0.5)
+    one, four = (MaskedLoader(load(70), config, {"random": 1, "mel_band": 1}, count) for count in (1, 4))
+    single, several = (each(Sample("a.wav"), np.random.default_rng(3)) for each in (one, four))
+    for name in ("bool_masked_pos", "bool_decoded_pos"):
+        assert single[name].shape == (24,) and several[name].shape == (4, 24)
+        assert torch.equal(several[name][0], single[name])
+    assert len({tuple(mask) for mask in several["bool_masked_pos"].tolist()}) == 4
+    assert not several["bool_masked_pos"][:, 20:].any()
+
+
 def test_what_is_decoded_is_a_share_of_what_is_hidden(tiny_config):
     whole, half = (tiny_config("audio", decoder_type="cross", decoded_ratio=ratio) for ratio in (1.0, 0.5))
     shares = set()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.tiny_run import pretrain, write_recipe, write_recordings
+from helpers.tiny_run import VIEWS, pretrain, write_recipe, write_recordings
 
 import bridle_hf.pretraining.run
 
@@ -68,6 +68,7 @@ def kill_and_resume(folder: Path, moments: list) -> None:
     (folder / "data" / "broken.wav").write_bytes(b"no sound")
     options = ("--micro_batch_size", "3")
     recipes = {name: write_recipe(folder / f"{name}.yaml", name) for name in ("phases", "joint", "alternate")}
+    recipes["views"] = write_recipe(folder / "views.yaml", **VIEWS)
     for schedule in {entry["schedule"] for entry in moments}:
         arguments = (recipes[schedule], data, folder / f"undisturbed_{schedule}", *options)
         assert not run_child(pretrain, arguments, None)

@@ -56,6 +56,8 @@ PHASES = {
     "alternate": [{"train": "alternate", "steps": 12, "switch_every": 3, "learning_rate": 1e-3}],
     "joint": [{"train": "joint", "steps": 12, "tokenizer_every": 2, "learning_rate": 1e-3}],
 }
+# Several masks of a sample, of which a cross decoder decodes a share.
+VIEWS = {"masks_per_sample": 4, "encoder": {"decoder_type": "cross", "decoded_ratio": 0.5}}
 
 
 def write_recordings(folder: Path, count: int = 24, labels: bool = False) -> str:

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle_hf import teacher_features
+from bridle_hf import BridleConfig, teacher_features
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.sample import Sample
@@ -285,6 +285,54 @@ def test_a_decoded_share_weighs_the_same_in_micro_batches(build):
     for expected, found in zip(train(whole, batch=batch), train(cut, batch=batch)):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
+    for name, value in tensors(whole).items():
+        torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+
+def several_masks(batch: dict, count: int) -> dict:
+    """The batch with `count` masks of each sample, which hide as many patches as its own."""
+    real = patch_attention_mask(batch["attention_mask"], BridleConfig(num_mel_bins=64))
+    generator = torch.Generator().manual_seed(7)
+    scores = torch.rand(len(real), count, 24, generator=generator).masked_fill(~real[:, None], -1.0)
+    ranks = scores.argsort(dim=2, descending=True).argsort(dim=2)
+    return {**batch, "bool_masked_pos": ranks < batch["bool_masked_pos"].sum(dim=1)[:, None, None]}
+
+
+def test_a_step_of_several_masks_is_the_mean_of_steps_of_one(build):
+    """The loss, and the gradient by its norm; the sample is tokenized once."""
+    batch = several_masks(make_batch(1), 4)
+    singles = [{**batch, "bool_masked_pos": batch["bool_masked_pos"][:, number]} for number in range(4)]
+    metrics = []
+    for each in [batch, *singles]:
+        run = build([{"train": "encoder", "steps": 1}], encoder={"decoder_type": "cross"})
+        run.enter_phase(0, peek)
+        gradients = {}
+
+        def note(optimizer, *args, gradients=gradients, run=run):
+            named = run.unwrapped_encoder.named_parameters()
+            gradients |= {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+        run.optimizers["encoder"].register_step_pre_hook(note)
+        metrics.append({**run.step(0, each), "gradients": gradients})
+    together, apart = metrics[0], metrics[1:]
+    for name in ("encoder/loss", "encoder/accuracy"):
+        torch.testing.assert_close(together[name], sum(one[name] for one in apart) / 4, atol=1e-6, rtol=0)
+    for name, gradient in together["gradients"].items():
+        mean = sum(one["gradients"][name] for one in apart) / 4
+        torch.testing.assert_close(gradient, mean, atol=1e-6, rtol=1e-4)
+    assert torch.equal(together["counts"], apart[0]["counts"])
+
+
+@pytest.mark.parametrize("kind", ["encoder", "joint"])
+def test_several_masks_in_micro_batches(build, kind):
+    """A row keeps its fate in stochastic depth, whichever micro batch its sample stands in."""
+    phases = [{"train": kind, "steps": 3, "tokenizer_every": 2, "learning_rate": 1e-4}]
+    fields = {"drop_path_rate": 0.5}
+    whole, cut = build(phases, fields, fields), build(phases, fields, fields, micro_batch_size=2)
+    runs = [train(run, batch=lambda number: several_masks(make_batch(number), 3)) for run in (whole, cut)]
+    for expected, found in zip(*runs):
+        for name in ("encoder/loss", "encoder/grad_norm"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
     for name, value in tensors(whole).items():
         torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
 

@@ -53,12 +53,15 @@ def make_configs(modality: str, **decoder) -> tuple[BridleConfig, BridleTokenize
     return encoder, BridleTokenizerConfig(**shared, **shape, **TOKENIZER)
 
 
-def make_batch(config: BridleConfig, size: int) -> dict[str, torch.Tensor]:
+def make_batch(config: BridleConfig, size: int, masks_per_sample: int = 1) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(size)
     masks = [make_mask(config.mask_type, config.patch_grid, config.mask_ratio, generator) for _ in range(size)]
     inputs = torch.randn(size, *INPUTS[config.modality][1], generator=generator)
     masks = torch.stack(masks)
-    decoded = draw_share(masks, config.decoded_ratio, generator)
+    if masks_per_sample > 1:
+        # Each sample's own, and those of others: all hide as many.
+        masks = torch.stack([masks.roll(number, dims=0) for number in range(masks_per_sample)], dim=1)
+    decoded = draw_share(masks.flatten(0, -2), config.decoded_ratio, generator).view(masks.shape)
     return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": masks, "bool_decoded_pos": decoded}
 
 
@@ -69,12 +72,13 @@ def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor])
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("masks_per_sample", [1, 3])
 @pytest.mark.parametrize(("modality", "decoder"), DECODERS, ids=str)
-def test_flops_are_those_that_torch_counts(modality, decoder, accelerator):
+def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, accelerator):
     """One more sample costs, to the last FLOP, what is computed from the configs: in each phase, for each side."""
     encoder, tokenizer = make_configs(modality, **decoder)
     schedule = Schedule(PHASES, steps_per_epoch=1.0)
-    flops = ScheduleFlops(schedule, encoder, tokenizer, masks={})
+    flops = ScheduleFlops(schedule, encoder, tokenizer, {}, masks_per_sample)
     interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
     seen = set()
     for step in range(schedule.total_steps):
@@ -84,7 +88,8 @@ def test_flops_are_those_that_torch_counts(modality, decoder, accelerator):
         if (number, schedule.sides(step)) in seen:
             continue
         seen.add((number, schedule.sides(step)))
-        fewer, more = (count(interleaving, step, make_batch(encoder, size)) for size in (2, 3))
+        batches = (make_batch(encoder, size, masks_per_sample) for size in (2, 3))
+        fewer, more = (count(interleaving, step, batch) for batch in batches)
         assert flops.of_step(step) == more - fewer, (number, schedule.sides(step))
     assert len(seen) == 7
 

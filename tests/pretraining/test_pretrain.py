@@ -315,6 +315,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         ("phases", [[step, 10], ["pretraining.run:Run._save", 1], ["pretraining.run:Run.finish", 1]]),
         ("joint", [[step, 7]]),
         ("alternate", [[forward, 16]]),
+        ("views", [[forward, 14], ["pretraining.run:Run._save", 2], [step, 5]]),
     ]  # fmt: skip
     run_killed(tmp_path, [{"schedule": schedule, "kills": entry} for schedule, entry in kills])
 
@@ -323,7 +324,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
 def test_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
     random.seed(0)
     moments = [
-        {"schedule": random.choice(list(PHASES)), "kills": [random.uniform(0.1, 2.5) for _ in range(2)]}
+        {"schedule": random.choice([*PHASES, "views"]), "kills": [random.uniform(0.1, 2.5) for _ in range(2)]}
         for _ in range(20)
     ]
     run_killed(tmp_path, moments)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import torch
 import yaml
 from helpers import process_runs
 from helpers.forks import in_forks
-from helpers.tiny_run import PHASES, ROOT, rows, weights, write_recipe, write_recordings
+from helpers.tiny_run import PHASES, ROOT, VIEWS, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
 
@@ -77,6 +78,8 @@ def folder(tmp_path) -> Path:
     for name in PHASES:
         tokenizer = {"ema_decay": 0.6, "dead_code_threshold": 0.6, "drop_path_rate": 0.3}
         write_recipe(tmp_path / f"{name}.yaml", name, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
+    views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
+    write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
     return tmp_path
 
 
@@ -139,10 +142,10 @@ def assert_equal_ranks(ranks: list[list[dict]]) -> None:
 # The same result
 
 
-def check_against_one_process(folder: Path, launcher: str, *options: str) -> None:
-    run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in PHASES])
-    run_all(launcher, folder, [[name, name, None, options] for name in PHASES])
-    for name in PHASES:
+def check_against_one_process(folder: Path, launcher: str, *options: str, recipes: Iterable[str] = PHASES) -> None:
+    run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in recipes])
+    run_all(launcher, folder, [[name, name, None, options] for name in recipes])
+    for name in recipes:
         assert_same_run(folder, name, f"alone_{name}")
         ranks = seen_by(folder, name, 2)
         assert_same_steps(ranks, seen_by(folder, f"alone_{name}", 1))
@@ -153,7 +156,7 @@ def check_against_one_process(folder: Path, launcher: str, *options: str) -> Non
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks")
+    check_against_one_process(folder, "forks", recipes=[*PHASES, "views"])
 
 
 @pytest.mark.slow
