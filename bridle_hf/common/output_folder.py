@@ -62,6 +62,9 @@ FINETUNING = RunKind(
     "fine-tuning",
     ("run.json", "results.json", "skipped.jsonl", "checkpoints/checkpoint-*", *_MODEL_FILES),
 )
+STUDY = RunKind(
+    "a study", ("run.json", "results.jsonl", "items/*.json", "report.md", "figures/*.png", "runs/*"), begun=("runs",)
+)
 SHARDS = RunKind(
     "shards",
     ("plan.json", "index.jsonl", "skipped.jsonl", "*.tar", "*.parquet", ".*.part"),
@@ -109,7 +112,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     lock = _lock(out)
     if overwrite and not resume:
-        _remove(out, kind)
+        remove_written(out, kind)
     return lock
 
 
@@ -142,10 +145,12 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, str | None]) -> None:
             )
 
 
-def _remove(out: Path, kind: RunKind) -> None:
-    """Remove what a run of this kind wrote; links are removed, not followed."""
+def remove_written(out: Path, kind: RunKind, keep: Collection[str] = ()) -> None:
+    """Remove what a run of this kind wrote, but for these patterns of it; links are removed, not followed."""
     folders = set()
     for pattern in kind.writes:
+        if pattern in keep:
+            continue
         for path in list(out.glob(pattern)):
             # Through a link lies what is not the run's.
             if any(parent.is_symlink() for parent in path.parents if parent != out and out in parent.parents):

@@ -9,7 +9,8 @@ class beside it, under several poolings.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
@@ -36,11 +38,6 @@ NUM_NEIGHBORS = 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Probes: `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds`
 # is the fold number of each sample. Each fold is tested by a probe fitted on all others.
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,11 +45,15 @@ NUM_NEIGHBORS = 20
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP"."""
+    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP".
+
+    `correct` (samples,) says of which samples the label was found; `None` where samples carry several.
+    """
 
     metric: str
     score: float
     per_fold: tuple[float, ...]
+    correct: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
@@ -60,6 +61,25 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) ->
 
     The regularization is chosen for each fold, on one of the folds that it trains on.
     """
+    return _chosen_probe(_fit_and_score, features, labels, folds)
+
+
+def gated_probe(layers: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
+    """[`linear_probe`] on a convex combination of the layers, whose weights are learned with it.
+
+    Which layer serves a task best differs from encoder to encoder; a probe of the last alone reorders them.
+
+    Args:
+        layers: (samples, layers, dim); each number is standardised.
+    """
+    fit = partial(_fit_gated_and_score, layers=layers.shape[1])
+    return _chosen_probe(fit, layers.reshape(len(layers), -1), labels, folds)
+
+
+def _chosen_probe(
+    fit_and_score: Callable[..., np.ndarray], features: np.ndarray, labels: np.ndarray, folds: np.ndarray
+) -> ProbeResult:
+    """Cross-validated, with the regularization that does best on one of the folds that each fold trains on."""
 
     def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
         # Of a single training fold, every fourth sample.
@@ -67,9 +87,9 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) ->
         inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
         found = {}
         for strength in REGULARIZATIONS:
-            fitted = _fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
+            fitted = fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
             found[strength] = score(train_labels[inner], fitted)
-        return _fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
+        return fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
 
     return _cross_validate(scores, features, labels, folds)
 
@@ -91,6 +111,42 @@ def _fit_and_score(
             if target.min() != target.max():  # else there is nothing to learn from
                 found[:, number] = model.fit(train, target).decision_function(test)
         return found
+
+
+def _fit_gated_and_score(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, strength: float, iterations: int, layers: int
+) -> np.ndarray:
+    """(test samples, classes) scores of a logistic regression on a learned convex combination of the layers."""
+    single = train_labels.ndim == 1
+    classes = int(train_labels.max()) + 1 if single else train_labels.shape[1]
+    # Layers first: their combination is then one product of a vector and a matrix.
+    train, test = (
+        torch.from_numpy(part).unflatten(1, (layers, -1)).transpose(0, 1).contiguous() for part in (train, test)
+    )
+    targets = torch.from_numpy(train_labels)
+    gate = torch.zeros(layers, requires_grad=True)
+    weight = torch.zeros(train.shape[2], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([gate, weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
+
+    def logits(features: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(gate.softmax(dim=0), features, dims=1) @ weight + bias
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        found = logits(train)
+        value = F.cross_entropy(found, targets) if single else F.binary_cross_entropy_with_logits(found, targets)
+        # As scikit-learn has it: C times the sum over samples, plus half the squared norm.
+        value = value + weight.square().sum() / (2 * strength * train.shape[1])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    with torch.no_grad():
+        found = logits(test)
+    if single:
+        found[:, torch.bincount(targets, minlength=classes) == 0] = -torch.inf  # a class that is absent
+    return found.numpy()
 
 
 def knn_probe(
@@ -136,15 +192,17 @@ def _cross_validate(
         )
     if len(np.unique(folds)) < 2:
         raise ValueError("all samples are in one fold: a probe needs at least 2")
-    results = []
+    results, correct = [], np.zeros(len(labels), dtype=bool)
     for fold in np.unique(folds):
         test = folds == fold
         scaler = StandardScaler().fit(features[~test])
         train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
         found = scores(train_features, labels[~test], folds[~test], test_features)
         results.append(score(labels[test], found))
+        if labels.ndim == 1:
+            correct[test] = found.argmax(axis=1) == labels[test]
     metric = METRIC_NAMES["single_label" if labels.ndim == 1 else "multi_label"]
-    return ProbeResult(metric, float(np.mean(results)), tuple(results))
+    return ProbeResult(metric, float(np.mean(results)), tuple(results), correct if labels.ndim == 1 else None)
 
 
 def run_probes(
@@ -222,8 +280,3 @@ def format_probes(rows: Sequence[dict[str, Any]]) -> str:
         values = f"{100 * row['linear']:16.1f} {100 * row['knn']:6.1f}"
         lines.append(f"{row['features']:<20} {row['pooling']:<10} {values}   {per_fold}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the codes keep of the teacher
-# ---------------------------------------------------------------------------------------------------------------------
