@@ -31,7 +31,7 @@ from bridle_hf.common.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json",
-                "README.md")  # fmt: skip
+                "README.md", "*_bridle*.py")  # fmt: skip
 _MODEL_FOLDERS = ("encoder", "tokenizer", "iterations/*/encoder", "iterations/*/tokenizer")
 
 

@@ -10,7 +10,6 @@ class beside it, under several poolings.
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,8 @@ from bridle_hf.probing.metrics import METRIC_NAMES, score
 REGULARIZATIONS = (0.03, 0.3)
 # The trials need only tell which is better; the last fit stops short of converging, at a second per fold.
 TRIAL_ITERATIONS, MAX_ITERATIONS = 25, 100
+# The gate over a few layers settles long before the classifier that is trained with it.
+GATE_ITERATIONS = 20
 NUM_NEIGHBORS = 20
 
 
@@ -61,37 +62,66 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) ->
 
     The regularization is chosen for each fold, on one of the folds that it trains on.
     """
-    return _chosen_probe(_fit_and_score, features, labels, folds)
+    return _cross_validate(_linear_scores, features, labels, folds)
 
 
 def gated_probe(layers: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
-    """[`linear_probe`] on a convex combination of the layers, whose weights are learned with it.
+    """[`linear_probe`] on a convex combination of the layers, whose weights each fold learns first.
 
     Which layer serves a task best differs from encoder to encoder; a probe of the last alone reorders them.
 
     Args:
         layers: (samples, layers, dim); each number is standardised.
     """
-    fit = partial(_fit_gated_and_score, layers=layers.shape[1])
-    return _chosen_probe(fit, layers.reshape(len(layers), -1), labels, folds)
-
-
-def _chosen_probe(
-    fit_and_score: Callable[..., np.ndarray], features: np.ndarray, labels: np.ndarray, folds: np.ndarray
-) -> ProbeResult:
-    """Cross-validated, with the regularization that does best on one of the folds that each fold trains on."""
+    count = layers.shape[1]
 
     def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
-        # Of a single training fold, every fourth sample.
-        several = train_folds.min() != train_folds.max()
-        inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
-        found = {}
-        for strength in REGULARIZATIONS:
-            fitted = fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
-            found[strength] = score(train_labels[inner], fitted)
-        return fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
+        train, test = (part.reshape(len(part), count, -1).swapaxes(0, 1) for part in (train, test))
+        gate = _learned_gate(train, train_labels)
+        combined = [np.tensordot(gate, part, axes=1) for part in (train, test)]
+        scaler = StandardScaler().fit(combined[0])
+        return _linear_scores(scaler.transform(combined[0]), train_labels, train_folds, scaler.transform(combined[1]))
 
-    return _cross_validate(scores, features, labels, folds)
+    return _cross_validate(scores, layers.reshape(len(layers), -1), labels, folds)
+
+
+def _linear_scores(
+    train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray
+) -> np.ndarray:
+    # Of a single training fold, every fourth sample.
+    several = train_folds.min() != train_folds.max()
+    inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
+    found = {}
+    for strength in REGULARIZATIONS:
+        fitted = _fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
+        found[strength] = score(train_labels[inner], fitted)
+    return _fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
+
+
+def _learned_gate(layers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(layers,) weights of a convex combination, trained with a linear classifier on (layers, samples, dim)."""
+    if len(layers) == 1:
+        return np.ones(1, dtype=np.float32)
+    # A layout in which their combination is one product of a vector and a matrix.
+    values, targets = torch.from_numpy(np.ascontiguousarray(layers)), torch.from_numpy(labels)
+    single = targets.dim() == 1
+    classes = int(targets.max()) + 1 if single else targets.shape[1]
+    gate = torch.zeros(len(values), requires_grad=True)
+    weight = torch.zeros(values.shape[2], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([gate, weight, bias], max_iter=GATE_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = torch.tensordot(gate.softmax(dim=0), values, dims=1) @ weight + bias
+        value = F.cross_entropy(logits, targets) if single else F.binary_cross_entropy_with_logits(logits, targets)
+        # As scikit-learn has it: C times the sum over samples, plus half the squared norm.
+        value = value + weight.square().sum() / (2 * REGULARIZATIONS[0] * values.shape[1])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return gate.detach().softmax(dim=0).numpy()
 
 
 def _fit_and_score(
@@ -111,42 +141,6 @@ def _fit_and_score(
             if target.min() != target.max():  # else there is nothing to learn from
                 found[:, number] = model.fit(train, target).decision_function(test)
         return found
-
-
-def _fit_gated_and_score(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, strength: float, iterations: int, layers: int
-) -> np.ndarray:
-    """(test samples, classes) scores of a logistic regression on a learned convex combination of the layers."""
-    single = train_labels.ndim == 1
-    classes = int(train_labels.max()) + 1 if single else train_labels.shape[1]
-    # Layers first: their combination is then one product of a vector and a matrix.
-    train, test = (
-        torch.from_numpy(part).unflatten(1, (layers, -1)).transpose(0, 1).contiguous() for part in (train, test)
-    )
-    targets = torch.from_numpy(train_labels)
-    gate = torch.zeros(layers, requires_grad=True)
-    weight = torch.zeros(train.shape[2], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([gate, weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
-
-    def logits(features: torch.Tensor) -> torch.Tensor:
-        return torch.tensordot(gate.softmax(dim=0), features, dims=1) @ weight + bias
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        found = logits(train)
-        value = F.cross_entropy(found, targets) if single else F.binary_cross_entropy_with_logits(found, targets)
-        # As scikit-learn has it: C times the sum over samples, plus half the squared norm.
-        value = value + weight.square().sum() / (2 * strength * train.shape[1])
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    with torch.no_grad():
-        found = logits(test)
-    if single:
-        found[:, torch.bincount(targets, minlength=classes) == 0] = -torch.inf  # a class that is absent
-    return found.numpy()
 
 
 def knn_probe(

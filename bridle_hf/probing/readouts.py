@@ -51,8 +51,8 @@ READOUTS = (
     Readout("region_mean_std", "last", "knn"),
     Readout("mean_std", "last", "knn"),
 )
-# The one that counts, fixed before the first reported run: on notes it is the best or near it for a trained encoder, an
-# untrained one and the patches alike, in both tasks, so that no source is held back by what its pooling drops.
+# The one that counts, fixed before the first reported run: on notes it is the best or near it for a trained encoder,
+# an untrained one and the patches alike, in both tasks, so that no source is held back by what its pooling drops.
 PRIMARY = READOUTS[0]
 POOLINGS_READ = tuple(dict.fromkeys(readout.pooling for readout in READOUTS))
 

@@ -1,4 +1,4 @@
-"""One run of a study in this process, as `study.py` starts it: GRID SET ARM SEED DATA FOLDER."""
+"""One run of a study in this process, as `study.py` starts it: GRID SET ARM SEED FOLDER [CACHE_DIR]."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import bridle_hf
 from bridle_hf.common.errors import ArgumentError, RunError
 
 
-def main(grid: str, set_name: str, arm: str, seed: str, data: str, folder: str) -> int:
+def main(grid: str, set_name: str, arm: str, seed: str, folder: str, cache_dir: str | None = None) -> int:
     """Exit status: 0 if the run is done, 3 if it was stopped and can go on."""
     bridle_hf.load()
     from bridle_hf.study.grid import read_grid
@@ -24,7 +24,7 @@ def main(grid: str, set_name: str, arm: str, seed: str, data: str, folder: str) 
     key = set_name, arm, int(seed)
     (spec,) = [spec for spec in read_grid(grid) if (spec.set, spec.arm, spec.seed) == key]
     try:
-        return 0 if carry_out(spec, data, Path(folder)) else STOPPED
+        return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
     except (ArgumentError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

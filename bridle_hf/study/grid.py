@@ -14,6 +14,7 @@
 
     comparisons: [[rq@1, vq@1]]             # of the report: first minus second, arm@iteration
 
+A set is one of sets.py, or a folder: `mine: {data: DIR, recipe: audio_demo, tasks: {word: {group: voice}}}`.
 An entry of an arm's `phases` that says `like: N` is phase N of the recipe with what else it says; `steps_of` gives it
 the steps of these phases together. An arm's `features` are those of the encoder as `trained`, or `untrained`, as it is
 drawn, or of the `input` itself; its `seeds` replace the grid's, and `only_sets` names the sets that it is for.
@@ -31,7 +32,7 @@ from bridle_hf.common.errors import ArgumentError, nearest
 from bridle_hf.common.recipes import find_recipe
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.probing.readouts import READOUTS
-from bridle_hf.study.sets import SETS
+from bridle_hf.study.sets import SETS, StudySet, Task
 
 
 FOLDER = Path(__file__).parent
@@ -51,6 +52,7 @@ class RunSpec:
 
     options: all arguments of pretraining, but for data and output_dir.
     features: one of `FEATURES`.
+    study_set: what `set` names.
     """
 
     set: str
@@ -58,6 +60,7 @@ class RunSpec:
     seed: int
     features: str
     options: Mapping[str, Any]
+    study_set: StudySet
 
     @property
     def hash(self) -> str:
@@ -126,10 +129,8 @@ def _read(name: str) -> dict[str, Any]:
 
 def _run_spec(grid: dict[str, Any], set_name: str, arm_name: str, seed: int) -> RunSpec:
     where = f"{set_name}, {arm_name}"
-    if set_name not in SETS:
-        raise ArgumentError(f"sets: no set '{set_name}'{nearest(set_name, SETS)}")
-    study_set = SETS[set_name]
     for_set = dict(grid["sets"][set_name] or {})
+    study_set = _study_set(set_name, for_set)
     on_set = for_set.pop("arms", {})
     if unknown := set(on_set) - set(grid["arms"]):
         raise ArgumentError(f"sets.{set_name}.arms: no arm '{min(unknown)}'{nearest(min(unknown), grid['arms'])}")
@@ -158,9 +159,26 @@ def _run_spec(grid: dict[str, Any], set_name: str, arm_name: str, seed: int) -> 
     except (ArgumentError, LookupError, TypeError) as error:
         raise ArgumentError(f"{where}: {error}") from error
     plain = json.loads(json.dumps(vars(args)))
-    return RunSpec(
-        set_name, arm_name, seed, features, {name: plain[name] for name in plain if name not in ("data", "output_dir")}
-    )
+    options = {name: plain[name] for name in plain if name not in ("data", "output_dir")}
+    return RunSpec(set_name, arm_name, seed, features, options, study_set)
+
+
+def _study_set(name: str, entry: dict[str, Any]) -> StudySet:
+    """One of `SETS`, or a folder that the grid describes; takes what describes it out of `entry`."""
+    if name in SETS:
+        return SETS[name]
+    if "data" not in entry:
+        raise ArgumentError(
+            f"sets: no set '{name}'{nearest(name, SETS)}; one of your own needs data, recipe and tasks"
+        )
+    try:
+        data, recipe = str(entry.pop("data")), str(entry.pop("recipe"))
+        tasks = {task: Task(**columns) for task, columns in entry.pop("tasks").items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"sets.{name}: needs data, recipe and tasks, as {{NAME: {{label: COLUMN}}}}: {error}"
+        ) from error
+    return StudySet(lambda _: data, recipe, tasks)
 
 
 def _phase(entry: Mapping[str, Any], phases: list[dict[str, Any]]) -> dict[str, Any]:

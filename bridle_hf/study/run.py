@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import git_revision
+from bridle_hf.common.output_folder import git_revision, release
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.finding import find_samples
@@ -25,12 +25,12 @@ from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.evaluation import spread
 from bridle_hf.pretraining.pretrain import refusing
 from bridle_hf.pretraining.run import Run, start
-from bridle_hf.probing.features import INPUT_CONTROLS, input_features
+from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
 from bridle_hf.probing.probes import ProbeResult, linear_probe, majority
 from bridle_hf.probing.readouts import READOUTS, collect_layers, encoder_tokens, patch_tokens
 from bridle_hf.study.grid import RunSpec
 from bridle_hf.study.results import bits
-from bridle_hf.study.sets import SETS, Task
+from bridle_hf.study.sets import Task
 
 
 # Samples that the principal components of the control are fitted on.
@@ -38,14 +38,15 @@ PCA_SAMPLES = 1000
 RESULT = "result.json"
 
 
-def carry_out(spec: RunSpec, data: str, folder: Path) -> bool:
+def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path) -> bool:
     """The run, from wherever it stands to its result, `folder/result.json`; whether it came to that.
 
-    A signal ends pretraining at the next step, and a later call goes on.
+    The set is made first, where it is missing. A signal ends pretraining at the next step, and a later call goes on.
 
     Raises:
         ArgumentError, RunError: as of pretraining.
     """
+    data = spec.study_set.make(cache_dir)
     began = time.monotonic()
     values = {**spec.options, "data": data, "output_dir": str(folder), "resume": True}
     (args,) = make_arguments(PretrainArguments, recipe=None, values=values)
@@ -56,6 +57,8 @@ def carry_out(spec: RunSpec, data: str, folder: Path) -> bool:
             if not run.train(stop):
                 return False
         run.finish()
+    else:
+        release(run.lock)
     scores, items = read_out(run, spec)
     metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "samples" in row or row.get("event")]
     result = {
@@ -102,10 +105,13 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     collected = collect_layers(sources, config, batches(run.samples))
     paths = list(kept)
     regression, _ = INPUT_CONTROLS[INPUT_NAMES[config.modality]]
-    inputs = input_features(batches(run.samples)) if spec.features == "input" else {}
+    inputs = {}
+    if spec.features == "input":
+        encoder = {"untrained": run.interleaving.unwrapped_encoder.bridle}
+        inputs = collect_features(encoder, batches(run.samples))[regression]
     scores: dict[str, Any] = {}
     items: dict[str, Any] = {"count": len(paths), "hash": _hash(paths), "clusters": {}}
-    for name, task in SETS[spec.set].tasks.items():
+    for name, task in spec.study_set.tasks.items():
         labels, folds, items["clusters"][name] = _answers(run, task, paths)
         found = {
             source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in READOUTS}

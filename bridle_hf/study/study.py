@@ -33,7 +33,6 @@ from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import RunSpec, read_grid
 from bridle_hf.study.results import append_result, read_results
 from bridle_hf.study.run import RESULT
-from bridle_hf.study.sets import SETS
 
 
 logger = logging.getLogger(__name__)
@@ -97,7 +96,6 @@ class _Workers:
     def __init__(self, args: StudyArguments, out: Path, stop: StopRequest):
         self.args, self.out, self.asked = args, out, stop
         self.running: dict[subprocess.Popen, tuple[RunSpec, float]] = {}
-        self.data: dict[str, str] = {}
 
     def results(self, specs: Sequence[RunSpec]) -> Iterator[dict[str, Any]]:
         """A row of each run, as they end; it stands in results.jsonl by then. A signal ends it."""
@@ -119,11 +117,9 @@ class _Workers:
             process.wait()
 
     def _start(self, spec: RunSpec) -> None:
-        if spec.set not in self.data:
-            self.data[spec.set] = SETS[spec.set].make(self.args.cache_dir)
         folder = self._folder(spec)
         folder.mkdir(parents=True, exist_ok=True)
-        words = [self.args.grid, spec.set, spec.arm, str(spec.seed), self.data[spec.set], str(folder)]
+        words = [self.args.grid, spec.set, spec.arm, str(spec.seed), str(folder), *filter(None, [self.args.cache_dir])]
         # Many small runs side by side: one thread each is the fastest, and the same result anywhere.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with open(folder.with_suffix(".log"), "ab") as log:
