@@ -110,6 +110,12 @@ COMMANDS = {
         "[--modality audio|image|video] --output_dir OUT [--name value ...]",
         ("demos.arguments:DemoArguments",),
     ),
+    "study": Command(
+        "pretrain and probe a grid of arms, sets and seeds; tables and figures of it",
+        "GRID --output_dir DIR [--workers N] [--report]",
+        ("study.arguments:StudyArguments",),
+        positionals=("grid",),
+    ),
     "recipes": Command("list the recipes of the package", "", loads_models=False),
     "info": Command("show versions, devices and what is installed, for bug reports", ""),
 }

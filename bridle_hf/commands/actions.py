@@ -120,6 +120,16 @@ def demo(args: Any) -> None:
         print(line, flush=True)
 
 
+def study(args: Any) -> None:
+    from bridle_hf.study.report import write_report
+    from bridle_hf.study.study import run_study
+
+    _log()
+    if not args.report:
+        run_study(args)
+    print(write_report(args))
+
+
 def recipes() -> None:
     for name, line in list_recipes().items():
         print(f"{name:<24}{line}")

@@ -9,7 +9,7 @@ Every error about an argument is one line that names the field. Importing this i
 import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -110,12 +110,12 @@ def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str,
     for name in values:
         if name not in names:
             raise ArgumentError(f"unknown argument '{name}'{nearest(name, names)}")
-    merged = _merged({} if recipe is None else _read_recipe(str(recipe), names), values)
+    values = merged({} if recipe is None else _read_recipe(str(recipe), names), values)
     defaults = [entry for kind in dataclass_types for entry in fields(kind) if entry.default_factory is list]
     for entry in defaults:
-        if merged.get(entry.name) == []:  # an option cannot be given without a value
-            del merged[entry.name]
-    return _parse(dataclass_types, _as_options(merged), recipe)
+        if values.get(entry.name) == []:  # an option cannot be given without a value
+            del values[entry.name]
+    return _parse(dataclass_types, _as_options(values), recipe)
 
 
 def _parse(dataclass_types: Sequence[type], options: list[str], recipe: str | None) -> tuple[Any, ...]:
@@ -174,12 +174,13 @@ def _read_recipe(name: str, known: list[str]) -> dict[str, Any]:
     return values
 
 
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes`, mappings entry by entry."""
+    found = dict(values)
     for name, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merged(merged[name], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(found.get(name), Mapping)
+        found[name] = merged(found[name], value) if both else value
+    return found
 
 
 def _as_options(values: dict[str, Any]) -> list[str]:

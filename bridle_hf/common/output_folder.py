@@ -31,7 +31,7 @@ from bridle_hf.common.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 _MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json",
-                "README.md")  # fmt: skip
+                "README.md", "*_bridle*.py")  # fmt: skip
 _MODEL_FOLDERS = ("encoder", "tokenizer", "iterations/*/encoder", "iterations/*/tokenizer")
 
 
@@ -61,6 +61,9 @@ PRETRAINING = RunKind(
 FINETUNING = RunKind(
     "fine-tuning",
     ("run.json", "results.json", "skipped.jsonl", "checkpoints/checkpoint-*", *_MODEL_FILES),
+)
+STUDY = RunKind(
+    "a study", ("run.json", "results.jsonl", "items/*.json", "report.md", "figures/*.png", "runs/*"), begun=("runs",)
 )
 SHARDS = RunKind(
     "shards",
@@ -111,7 +114,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     lock = _lock(out)
     if overwrite and not resume:
-        _remove(out, kind)
+        remove_written(out, kind)
     return lock
 
 
@@ -144,10 +147,12 @@ def _refuse_overlap(out: Path, inputs: Mapping[str, str | None]) -> None:
             )
 
 
-def _remove(out: Path, kind: RunKind) -> None:
-    """Remove what a run of this kind wrote; links are removed, not followed."""
+def remove_written(out: Path, kind: RunKind, keep: Collection[str] = ()) -> None:
+    """Remove what a run of this kind wrote, but for these patterns of it; links are removed, not followed."""
     folders = set()
     for pattern in kind.writes:
+        if pattern in keep:
+            continue
         for path in list(out.glob(pattern)):
             # Through a link lies what is not the run's.
             if any(parent.is_symlink() for parent in path.parents if parent != out and out in parent.parents):

@@ -14,23 +14,23 @@ def list_recipes() -> dict[str, str]:
     return {name: line.lstrip("# ") for name, line in lines.items()}
 
 
-def find_recipe(name: str) -> Path:
-    """The file of a recipe: one of the package by its bare name, or any by its path.
+def find_recipe(name: str, folder: Path = FOLDER) -> Path:
+    """The file of a recipe: one of the package (of `folder`) by its bare name, or any by its path.
 
     Paths of before the recipes were part of the package, `training/recipes/NAME.yaml`, mean those of the package.
 
     Raises:
         ArgumentError: there is no such recipe and no such file; names the nearest.
     """
-    packaged, path = FOLDER / f"{name}.yaml", Path(name)
+    packaged, path = folder / f"{name}.yaml", Path(name)
     if "/" not in name and packaged.is_file():
         return packaged
     if path.exists():
         return path
     old = path.suffix == ".yaml" and path.parts[:-1][-2:] in ((), ("training", "recipes"))
-    if old and (FOLDER / path.name).is_file():
-        return FOLDER / path.name
-    hint = nearest(path.stem, [entry.stem for entry in FOLDER.glob("*.yaml")])
+    if old and (folder / path.name).is_file():
+        return folder / path.name
+    hint = nearest(path.stem, [entry.stem for entry in folder.glob("*.yaml")])
     raise ArgumentError(
         f"recipe {name}: No such file, nor a recipe of the package{hint} (`bridle recipes` lists them)"
     )

@@ -1,42 +1,62 @@
 """Pooled features of frozen encoders, and of the input itself as a control."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+from torch.nn import functional as F
 
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
 
 
-def _mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
+# Pictures of many patches are averaged down to this many places a side; audio keeps every mel band of patches.
+MOST_REGIONS_A_SIDE = 4
+
+
+def _mean(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
     weights = real[:, :, None]
     return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
 
 
-def _mean_std(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
-    mean = _mean(tokens, real, bands)
-    variance = _mean((tokens - mean[:, None]).square(), real, bands)
+def _mean_std(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    mean = _mean(tokens, real, places)
+    variance = _mean((tokens - mean[:, None]).square(), real, places)
     return torch.cat([mean, variance.sqrt()], dim=1)
 
 
-def _band_mean(tokens: torch.Tensor, real: torch.Tensor, bands: int) -> torch.Tensor:
-    """The mean over time, kept per mel band."""
-    tokens, weights = tokens.unflatten(1, (-1, bands)), real.unflatten(1, (-1, bands))[..., None]
-    return ((tokens * weights).sum(dim=1) / weights.sum(dim=1)).flatten(1)
+def _region_mean(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    """The mean over time, kept per place: per mel band of audio, per region of images and video."""
+    count = math.prod(places)
+    tokens, weights = tokens.unflatten(1, (-1, count)), real.unflatten(1, (-1, count))[..., None]
+    means = (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+    if len(places) == 2:
+        regions = [min(size, MOST_REGIONS_A_SIDE) for size in places]
+        means = F.adaptive_avg_pool2d(means.transpose(1, 2).unflatten(2, places), regions).flatten(2).transpose(1, 2)
+    return means.flatten(1)
 
 
-# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, tokens per time step -> (batch, features)
-POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+def _region_mean_std(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
+    """The mean of each region, and the deviation over all patches."""
+    deviation = _mean_std(tokens, real, places)[:, tokens.shape[2] :]
+    return torch.cat([_region_mean(tokens, real, places), deviation], dim=1)
+
+
+# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, places of one time step, (mel,) or (height, width)
+# -> (batch, features)
+POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], torch.Tensor]] = {
     "mean": _mean,
     "mean_std": _mean_std,
-    "band_mean": _band_mean,
+    "region_mean": _region_mean,
+    "region_mean_std": _region_mean_std,
 }
 
 
+# Those of `bridle probe`. Regions of a large picture are too many numbers to come unasked.
 ENCODER_POOLINGS = {
-    "audio": ("mean", "mean_std", "band_mean"),
+    "audio": ("mean", "mean_std", "region_mean"),
     "image": ("mean", "mean_std"),
     "video": ("mean", "mean_std"),
 }
@@ -128,8 +148,7 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
             encoder.train(was_training)
         mask = inputs.get("attention_mask")
         real = tokens.new_ones(tokens.shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
-        bands = config.patch_grid[-1]
-        return {name: POOLINGS[name](tokens, real, bands) for name in ENCODER_POOLINGS[config.modality]}
+        return {name: POOLINGS[name](tokens, real, places(config)) for name in ENCODER_POOLINGS[config.modality]}
 
     return extract
 
@@ -143,4 +162,9 @@ def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     frames = batch[name].float()
     mask = batch.get("attention_mask")
     real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
-    return {pooling: POOLINGS[pooling](frames, real, 1) for pooling in INPUT_CONTROLS[name][1]}
+    return {pooling: POOLINGS[pooling](frames, real, (1,)) for pooling in INPUT_CONTROLS[name][1]}
+
+
+def places(config: Any) -> tuple[int, ...]:
+    """Patches of one time step: (mel,) of audio, (height, width) of images and video."""
+    return config.patch_grid if config.modality == "image" else config.patch_grid[1:]

@@ -9,7 +9,7 @@ class beside it, under several poolings.
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
 
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
@@ -32,12 +33,9 @@ from bridle_hf.probing.metrics import METRIC_NAMES, score
 REGULARIZATIONS = (0.03, 0.3)
 # The trials need only tell which is better; the last fit stops short of converging, at a second per fold.
 TRIAL_ITERATIONS, MAX_ITERATIONS = 25, 100
+# The gate over a few layers settles long before the classifier that is trained with it.
+GATE_ITERATIONS = 20
 NUM_NEIGHBORS = 20
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,11 +46,15 @@ NUM_NEIGHBORS = 20
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP"."""
+    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP".
+
+    `correct` (samples,) says of which samples the label was found; `None` where samples carry several.
+    """
 
     metric: str
     score: float
     per_fold: tuple[float, ...]
+    correct: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
@@ -60,18 +62,66 @@ def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) ->
 
     The regularization is chosen for each fold, on one of the folds that it trains on.
     """
+    return _cross_validate(_linear_scores, features, labels, folds)
+
+
+def gated_probe(layers: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
+    """[`linear_probe`] on a convex combination of the layers, whose weights each fold learns first.
+
+    Which layer serves a task best differs from encoder to encoder; a probe of the last alone reorders them.
+
+    Args:
+        layers: (samples, layers, dim); each number is standardised.
+    """
+    count = layers.shape[1]
 
     def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
-        # Of a single training fold, every fourth sample.
-        several = train_folds.min() != train_folds.max()
-        inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
-        found = {}
-        for strength in REGULARIZATIONS:
-            fitted = _fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
-            found[strength] = score(train_labels[inner], fitted)
-        return _fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
+        train, test = (part.reshape(len(part), count, -1).swapaxes(0, 1) for part in (train, test))
+        gate = _learned_gate(train, train_labels)
+        combined = [np.tensordot(gate, part, axes=1) for part in (train, test)]
+        scaler = StandardScaler().fit(combined[0])
+        return _linear_scores(scaler.transform(combined[0]), train_labels, train_folds, scaler.transform(combined[1]))
 
-    return _cross_validate(scores, features, labels, folds)
+    return _cross_validate(scores, layers.reshape(len(layers), -1), labels, folds)
+
+
+def _linear_scores(
+    train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray
+) -> np.ndarray:
+    # Of a single training fold, every fourth sample.
+    several = train_folds.min() != train_folds.max()
+    inner = train_folds == train_folds[0] if several else np.arange(len(train)) % 4 == 0
+    found = {}
+    for strength in REGULARIZATIONS:
+        fitted = _fit_and_score(train[~inner], train_labels[~inner], train[inner], strength, TRIAL_ITERATIONS)
+        found[strength] = score(train_labels[inner], fitted)
+    return _fit_and_score(train, train_labels, test, max(found, key=found.get), MAX_ITERATIONS)
+
+
+def _learned_gate(layers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(layers,) weights of a convex combination, trained with a linear classifier on (layers, samples, dim)."""
+    if len(layers) == 1:
+        return np.ones(1, dtype=np.float32)
+    # A layout in which their combination is one product of a vector and a matrix.
+    values, targets = torch.from_numpy(np.ascontiguousarray(layers)), torch.from_numpy(labels)
+    single = targets.dim() == 1
+    classes = int(targets.max()) + 1 if single else targets.shape[1]
+    gate = torch.zeros(len(values), requires_grad=True)
+    weight = torch.zeros(values.shape[2], classes, requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([gate, weight, bias], max_iter=GATE_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = torch.tensordot(gate.softmax(dim=0), values, dims=1) @ weight + bias
+        value = F.cross_entropy(logits, targets) if single else F.binary_cross_entropy_with_logits(logits, targets)
+        # As scikit-learn has it: C times the sum over samples, plus half the squared norm.
+        value = value + weight.square().sum() / (2 * REGULARIZATIONS[0] * values.shape[1])
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return gate.detach().softmax(dim=0).numpy()
 
 
 def _fit_and_score(
@@ -136,15 +186,17 @@ def _cross_validate(
         )
     if len(np.unique(folds)) < 2:
         raise ValueError("all samples are in one fold: a probe needs at least 2")
-    results = []
+    results, correct = [], np.zeros(len(labels), dtype=bool)
     for fold in np.unique(folds):
         test = folds == fold
         scaler = StandardScaler().fit(features[~test])
         train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
         found = scores(train_features, labels[~test], folds[~test], test_features)
         results.append(score(labels[test], found))
+        if labels.ndim == 1:
+            correct[test] = found.argmax(axis=1) == labels[test]
     metric = METRIC_NAMES["single_label" if labels.ndim == 1 else "multi_label"]
-    return ProbeResult(metric, float(np.mean(results)), tuple(results))
+    return ProbeResult(metric, float(np.mean(results)), tuple(results), correct if labels.ndim == 1 else None)
 
 
 def run_probes(
@@ -222,8 +274,3 @@ def format_probes(rows: Sequence[dict[str, Any]]) -> str:
         values = f"{100 * row['linear']:16.1f} {100 * row['knn']:6.1f}"
         lines.append(f"{row['features']:<20} {row['pooling']:<10} {values}   {per_fold}")
     return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the codes keep of the teacher
-# ---------------------------------------------------------------------------------------------------------------------

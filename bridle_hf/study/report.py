@@ -1,0 +1,227 @@
+"""Report of a study: tables of scores, paired differences with their intervals, pictures; from results.jsonl alone."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bridle_hf.common.errors import ArgumentError
+from bridle_hf.common.files import write_text
+from bridle_hf.probing.readouts import PRIMARY, READOUTS
+from bridle_hf.study.arguments import StudyArguments
+from bridle_hf.study.grid import Comparison, read_comparisons
+from bridle_hf.study.results import read_results, unbits
+from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict
+
+
+# A difference of less, in accuracy, is none worth having.
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one source of features got on one task: by seed, by read-out, as in results.jsonl.
+
+    The input itself has no seed: its one row stands beside each.
+    """
+
+    by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]
+    count: int
+    items: str
+    clusters: Sequence[str] | None
+    seedless: bool
+
+    def of(self, readout: str) -> list[float]:
+        return [100 * found[readout]["score"] for found in self.by_seed.values() if readout in found]
+
+    def correct(self, seeds: Sequence[int]) -> np.ndarray:
+        """(seeds, samples) bool under the primary read-out."""
+        rows = [self.by_seed[min(self.by_seed) if self.seedless else seed] for seed in seeds]
+        return np.stack([unbits(row[PRIMARY.name]["correct"], self.count) for row in rows])
+
+
+def write_report(args: StudyArguments) -> Path:
+    """`report.md` and `figures/*.png` in the folder of a study; parts of `args.page`, if given. Returns the report.
+
+    Raises:
+        ArgumentError: there are no results.
+    """
+    out = Path(args.output_dir)
+    rows = [row for row in read_results(out) if row["status"] == "done"]
+    if not rows:
+        raise ArgumentError(f"{out} holds no results of a study")
+    scores = gather(rows)
+    compared = compare(scores, read_comparisons(args.grid))
+    parts = {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
+    parts["differences"] = table_of_differences(compared)
+    text = "\n".join(f"## {title}\n\n{body}\n" for title, body in parts.items())
+    write_text(out / "report.md", text)
+    draw(out / "figures", scores, compared)
+    if args.page:
+        fill(Path(args.page), {f"{Path(args.grid).stem}: {title}": body for title, body in parts.items()})
+    return out / "report.md"
+
+
+def gather(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Scores]]]:
+    """Rows of results.jsonl by set, task and source, as `rq@1`, `untrained` or `patches`."""
+    found: dict[tuple[str, str, str], dict[int, Any]] = {}
+    about: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        for task, sources in row["scores"].items():
+            for source, readouts in sources.items():
+                key = row["set"], task, source.replace("iteration ", f"{row['arm']}@")
+                found.setdefault(key, {})[row["seed"]] = readouts
+                about[key] = row
+    scores: dict[str, dict[str, dict[str, Scores]]] = {}
+    for (set_name, task, source), by_seed in found.items():
+        row = about[set_name, task, source]
+        items = row["items"]
+        scores.setdefault(set_name, {}).setdefault(task, {})[source] = Scores(
+            dict(sorted(by_seed.items())), items["count"], items["hash"], items["clusters"][task],
+            row["features"] == "input",
+        )  # fmt: skip
+    return scores
+
+
+def compare(
+    scores: Mapping[str, Mapping[str, Mapping[str, Scores]]], comparisons: Sequence[Comparison]
+) -> list[dict[str, Any]]:
+    """Each comparison on each set and task that has both: difference, adjusted p (over the sets), verdict."""
+    rows = []
+    for comparison in comparisons:
+        of_sets = []
+        for set_name, tasks in scores.items():
+            for number, (task, sources) in enumerate(tasks.items()):
+                if comparison.first in sources and comparison.second in sources:
+                    difference = _difference(sources[comparison.first], sources[comparison.second])
+                    if difference is not None:
+                        of_sets.append({"comparison": comparison, "set": set_name, "task": task, "main": number == 0,
+                                        "difference": difference})  # fmt: skip
+        # The first task of a set is the one that counts; the others are told beside it.
+        adjusted = holm({row["set"]: row["difference"].p for row in of_sets if row["main"]})
+        for row in of_sets:
+            row["p"] = adjusted[row["set"]] if row["main"] else None
+            row["verdict"] = verdict(row["difference"], MARGIN, row["p"])
+        rows += of_sets
+    return rows
+
+
+def _difference(first: Scores, second: Scores) -> Difference | None:
+    """`None` where they have no seed in common, or are of different samples."""
+    seeds = [seed for seed in first.by_seed if second.seedless or seed in second.by_seed]
+    if not seeds or first.items != second.items:
+        return None
+    return paired_difference(first.correct(seeds), second.correct(seeds), first.clusters)
+
+
+def table_of_scores(set_name: str, tasks: Mapping[str, Mapping[str, Scores]]) -> str:
+    """Markdown: sources down, tasks and read-outs across; mean over seeds in percent, and the spread of the first."""
+    names = [readout.name for readout in READOUTS]
+    lines = []
+    for task, sources in tasks.items():
+        lines += [f"**{set_name}, {task}** ({next(iter(sources.values())).count} samples)", ""]
+        lines += [f"| | seeds | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
+        for source, found in sorted(sources.items(), key=lambda pair: _order(pair[0])):
+            if not any(found.of(name) for name in names):  # a regression on the input as a whole, or the majority
+                values = [f"{100 * row['score']:.1f} ({name})" if name else f"{100 * row['score']:.1f}"
+                          for name, row in next(iter(found.by_seed.values())).items()]  # fmt: skip
+                lines.append(f"| {source} | | {', '.join(values)} |{' |' * (len(names) - 1)}")
+                continue
+            cells = [_cell(found.of(name), spread=name == PRIMARY.name) for name in names]
+            lines.append(f"| {source} | {'' if found.seedless else len(found.by_seed)} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], spread: bool) -> str:
+    if not values:
+        return ""
+    text = f"{np.mean(values):.1f}"
+    return f"{text} ± {np.std(values, ddof=1):.1f}" if spread and len(values) > 1 else text
+
+
+def _order(source: str) -> tuple[int, str]:
+    return (0 if source == "majority" else 1 if "@" not in source else 2, source)
+
+
+def table_of_differences(compared: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one row per comparison, set and task; points of the primary read-out."""
+    lines = ["| comparison | set, task | seeds | difference | 95% interval | seeds above 0 | p (Holm) | verdict |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in compared:
+        difference, comparison = row["difference"], row["comparison"]
+        p = "" if row["p"] is None else f"{row['p']:.4f}"
+        above = sum(value > 0 for value in difference.per_seed)
+        lines.append(
+            f"| {comparison.first} - {comparison.second} | {row['set']}, {row['task']} | {len(difference.per_seed)} | "
+            f"{100 * difference.mean:+.1f} | {100 * difference.low:+.1f} to {100 * difference.high:+.1f} | "
+            f"{above} | {p} | {row['verdict']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]], compared: Sequence[dict]) -> None:
+    """`scores_SET.png`, a dot per seed under the primary read-out; `differences.png`, means with their intervals."""
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for set_name, tasks in scores.items():
+        sources = sorted({source for found in tasks.values() for source in found}, key=_order, reverse=True)
+        figure = Figure(figsize=(5 * len(tasks), 0.8 + 0.3 * len(sources)), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
+        for ax, (task, found) in zip(axes, tasks.items()):
+            for place, source in enumerate(sources):
+                values = found[source].of(PRIMARY.name) if source in found else []
+                colour = "tab:blue" if "@" in source else "tab:gray"
+                ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
+                ax.plot([np.mean(values)] * bool(values), [place] * bool(values), "|", color="black", markersize=14)
+            ax.set(title=f"{set_name}: {task}", xlabel=f"accuracy (%), {PRIMARY.name}")
+            ax.set_yticks(range(len(sources)), sources)
+            ax.grid(axis="x", alpha=0.3)
+        _save(figure, folder / f"scores_{set_name}.png")
+    if not compared:
+        return
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(compared)), layout="constrained")
+    ax = figure.subplots()
+    colours = {"above": "tab:green", "below": "tab:red", "equal": "tab:blue", "open": "tab:gray"}
+    for place, row in enumerate(reversed(compared)):
+        difference = row["difference"]
+        ends = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]
+        ax.errorbar(100 * difference.mean, place, xerr=ends, fmt="o", color=colours[row["verdict"]], capsize=3)
+    labels = [
+        f"{row['comparison'].first} - {row['comparison'].second}: {row['set']}, {row['task']}" for row in compared
+    ]
+    ax.set_yticks(range(len(labels)), labels[::-1])
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvspan(-100 * MARGIN, 100 * MARGIN, color="black", alpha=0.08)
+    ax.set(xlabel="difference (points), 95% interval over seeds and clusters; shaded: the margin")
+    ax.grid(axis="x", alpha=0.3)
+    _save(figure, folder / "differences.png")
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, path)
+
+
+def fill(page: Path, parts: Mapping[str, str]) -> None:
+    """Put each part between `<!-- NAME -->` and `<!-- end -->` of a page.
+
+    Raises:
+        ArgumentError: the page is not there, or has no mark for any part.
+    """
+    if not page.is_file():
+        raise ArgumentError(f"--page {page}: No such file")
+    text, filled = page.read_text(encoding="utf-8"), 0
+    for name, body in parts.items():
+        pattern = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text, count = pattern.subn(lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text)
+        filled += count
+    if not filled:
+        raise ArgumentError(f"--page {page}: no mark as <!-- {next(iter(parts))} --> is in it")
+    write_text(page, text)

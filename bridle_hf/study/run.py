@@ -1,0 +1,164 @@
+"""One run of a study: pretrain in a folder of its own, read out what the features know, leave one result."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoModel
+
+from bridle_hf.common.arguments import make_arguments
+from bridle_hf.common.files import write_json
+from bridle_hf.common.output_folder import git_revision, release
+from bridle_hf.common.signals import StopRequest
+from bridle_hf.data.batches import iterate_eval
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.folds import assign_folds
+from bridle_hf.data.labels import Labels
+from bridle_hf.data.sample import Sample
+from bridle_hf.monitoring.metrics_log import read_metrics
+from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.pretraining.evaluation import spread
+from bridle_hf.pretraining.pretrain import refusing
+from bridle_hf.pretraining.run import Run, start
+from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
+from bridle_hf.probing.probes import ProbeResult, linear_probe, majority
+from bridle_hf.probing.readouts import READOUTS, collect_layers, encoder_tokens, patch_tokens
+from bridle_hf.study.grid import RunSpec
+from bridle_hf.study.results import bits
+from bridle_hf.study.sets import Task
+
+
+# Samples that the principal components of the control are fitted on.
+PCA_SAMPLES = 1000
+RESULT = "result.json"
+
+
+def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path) -> bool:
+    """The run, from wherever it stands to its result, `folder/result.json`; whether it came to that.
+
+    The set is made first, where it is missing. A signal ends pretraining at the next step, and a later call goes on.
+
+    Raises:
+        ArgumentError, RunError: as of pretraining.
+    """
+    data = spec.study_set.make(cache_dir)
+    began = time.monotonic()
+    values = {**spec.options, "data": data, "output_dir": str(folder), "resume": True}
+    (args,) = make_arguments(PretrainArguments, recipe=None, values=values)
+    with refusing():
+        run = start(args)
+    if spec.features == "trained":
+        with StopRequest() as stop:
+            if not run.train(stop):
+                return False
+        run.finish()
+    else:
+        release(run.lock)
+    scores, items = read_out(run, spec)
+    metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "samples" in row or row.get("event")]
+    result = {
+        "hash": spec.hash,
+        "set": spec.set,
+        "arm": spec.arm,
+        "seed": spec.seed,
+        "features": spec.features,
+        "status": "done",
+        "revision": git_revision(),
+        "data": Path(data).name,
+        "options": dict(spec.options),
+        "pretraining_seconds": round(run.seconds, 1),
+        "seconds": round(time.monotonic() - began, 1),
+        "metrics": metrics[-1:],
+        "items": items,
+        "scores": scores,
+    }
+    write_json(folder / RESULT, result)
+    return True
+
+
+def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the features of an arm know: of each iteration, as drawn, or of the input itself.
+
+    Returns:
+        Scores by task, features and read-out: `score`, `per_fold`, and `correct`, of which samples the answer was
+        right, as bits in hexadecimal (see [`bits`]); and which samples these are: their number, a hash of
+        their names, and by task `clusters`, what the bootstrap draws together.
+    """
+    config, load = run.encoder_config, run.load
+    batch_size, kept = 128, []
+
+    def batches(samples: Sequence[Sample]) -> Iterable[dict[str, Any]]:
+        for indices, batch in iterate_eval(samples, load, batch_size, run.ledger):
+            kept.extend(samples[index].path for index in indices)
+            yield batch
+
+    if spec.features == "input":
+        sources = {"patches": patch_tokens(config, batches(spread(run.samples, PCA_SAMPLES)))}
+    else:
+        sources = {name: encoder_tokens(encoder) for name, encoder in encoders(run, spec).items()}
+    kept.clear()
+    collected = collect_layers(sources, config, batches(run.samples))
+    paths = list(kept)
+    regression, _ = INPUT_CONTROLS[INPUT_NAMES[config.modality]]
+    inputs = {}
+    if spec.features == "input":
+        encoder = {"untrained": run.interleaving.unwrapped_encoder.bridle}
+        inputs = collect_features(encoder, batches(run.samples))[regression]
+    scores: dict[str, Any] = {}
+    items: dict[str, Any] = {"count": len(paths), "hash": _hash(paths), "clusters": {}}
+    for name, task in spec.study_set.tasks.items():
+        labels, folds, items["clusters"][name] = _answers(run, task, paths)
+        found = {
+            source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in READOUTS}
+            for source, layers in collected.items()
+        }
+        if inputs:
+            pooling = "mean_std" if "mean_std" in inputs else ""
+            found[regression] = {f"{pooling}/last/linear": linear_probe(inputs[pooling], labels, folds)}
+            found["majority"] = {"": majority(labels, folds)}
+        scores[name] = {source: {key: _plain(value) for key, value in row.items()} for source, row in found.items()}
+    return scores, items
+
+
+def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:
+    """The encoder that each iteration ended with, or the one that the run would begin with."""
+    if spec.features == "untrained":
+        return {"untrained": run.interleaving.unwrapped_encoder.bridle}
+    folders = [
+        run.out / "iterations" / f"{number}_{phase.train}" / "encoder"
+        for number, phase in enumerate(run.schedule.phases)
+        if phase.trains_encoder
+    ]
+    return {f"iteration {number}": AutoModel.from_pretrained(folder) for number, folder in enumerate(folders)}
+
+
+def _answers(run: Run, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
+    """Labels, folds and clusters of the samples at `paths`, in their order."""
+    by_path = {
+        column: {
+            sample.path: sample for sample in find_samples(run.args.data, run.args.modality, None, task.label, column)
+        }
+        for column in {task.group, task.cluster or task.group}
+    }
+    samples = [by_path[task.group][path] for path in paths]
+    clusters = [by_path[task.cluster or task.group][path].group for path in paths]
+    labels = Labels(samples).encode(samples).numpy()
+    return labels, assign_folds(samples, task.folds), None if None in clusters else clusters
+
+
+def _plain(result: ProbeResult) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "score": round(result.score, 5),
+        "per_fold": [round(value, 5) for value in result.per_fold],
+    }
+    return plain if result.correct is None else plain | {"correct": bits(result.correct)}
+
+
+def _hash(paths: list[str]) -> str:
+    names = [Path(path).name for path in paths]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]

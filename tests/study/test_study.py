@@ -1,0 +1,259 @@
+"""A study from its grid to its report: what is run, done again, goes on and fails; bits; refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from helpers.tiny_run import RATE, write_recipe
+from helpers.waiting import DEADLINE
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridle_hf.common.errors import ArgumentError
+from bridle_hf.probing.readouts import PRIMARY, READOUTS
+from bridle_hf.study.arguments import StudyArguments
+from bridle_hf.study.grid import FOLDER, read_grid
+from bridle_hf.study.report import write_report
+from bridle_hf.study.results import append_result, bits, read_results, unbits
+from bridle_hf.study.run import carry_out
+from bridle_hf.study.study import run_study
+
+
+STEPS = {"like": 0, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """24 recordings, tones and noise, in 4 groups."""
+    folder, rng = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
+    lines = ["file_name,label,group"]
+    for number in range(24):
+        tone = np.sin(2 * np.pi * rng.uniform(300, 3000) * np.arange(RATE // 4) / RATE)
+        wave = tone if number % 2 else rng.normal(size=RATE // 4)
+        soundfile.write(folder / f"{number}.wav", 0.3 * wave, RATE)
+        lines.append(f"{number}.wav,{('noise', 'tone')[number % 2]},{number // 6}")
+    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def write_grid(folder: Path, data: Path, **changes) -> str:
+    sounds = {"data": str(data), "recipe": write_recipe(folder / "recipe.yaml"), "tasks": {"kind": {"folds": 4}}}
+    grid = {
+        "seeds": [0, 1],
+        "options": {"keep_iterations": True},
+        "sets": {"sounds": sounds},
+        "arms": {
+            "input": {"features": "input", "seeds": [0]},
+            "untrained": {"features": "untrained", "seeds": [0]},
+            "rq": {"phases": [STEPS, {"like": 1, "steps": 2}, {"like": 2, "steps": 2}]},
+            "mae": {"encoder": {"target": "patches"}, "phases": [STEPS]},
+            "bad": {"encoder": {"hidden_size": 15}, "seeds": [0]},
+        },
+        "comparisons": [["rq@0", "mae@0"], ["rq@1", "patches"], ["rq@1", "nothing"]],
+        **changes,
+    }
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
+    return str(folder / "grid.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data) -> tuple[str, Path]:
+    folder = tmp_path_factory.mktemp("study")
+    grid = write_grid(folder, data)
+    run_study(StudyArguments(grid, str(folder / "out"), workers=2))
+    return grid, folder / "out"
+
+
+# Grids
+
+
+def test_the_grids_of_the_package_can_be_read():
+    for path in FOLDER.glob("*.yaml"):
+        runs = read_grid(path.stem)
+        assert len({run.hash for run in runs}) == len(runs) > 10, path
+        assert all(run.options["keep_iterations"] for run in runs)
+
+
+def test_arms_are_changes_to_a_recipe(tmp_path, data):
+    arms = {
+        "rq": {},
+        "rq_long": {"phases": [{"like": 0, "steps_of": [0, 1, 2]}, {"like": 2, "target": "features", "steps": 3}]},
+        "narrow": {"encoder": {"num_codebooks": 1}},
+    }
+    runs = {
+        run.arm: run for run in read_grid(write_grid(tmp_path, data, arms=arms, seeds=[3], options={"log_every": 7}))
+    }
+    assert runs["rq"].options["log_every"] == 7 and runs["rq"].options["seed"] == 3
+    first, second = runs["rq_long"].options["phases"]
+    recipe = runs["rq"].options["phases"]
+    assert first == {**recipe[0], "steps": 18}
+    assert second == {**recipe[2], "target": "features", "steps": 3}
+    assert runs["narrow"].options["encoder"] == {**runs["rq"].options["encoder"], "num_codebooks": 1}
+
+
+def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
+    def hashes(**changes):
+        return {(run.arm, run.seed): run.hash for run in read_grid(write_grid(tmp_path, data, **changes))}
+
+    before = hashes()
+    assert hashes(options={"log_every": 3, "num_workers": 1}) == before
+    assert not set(hashes(options={"steps_scale": 0.5}).values()) & set(before.values())
+    assert len(set(before.values())) == len(before) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"seed": [0]}, "unknown key 'seed'; did you mean 'seeds'?"),
+        ({"sets": {"note": {}}}, "no set 'note'; did you mean 'notes'?"),
+        ({"sets": {"mine": {"data": "x"}}}, "sets.mine: needs data, recipe and tasks"),
+        ({"sets": {"digits": {"arms": {"vp": {}}}}}, "no arm 'vp'"),
+        ({"arms": {"rq": {"encoders": {}}}}, "sounds, rq: unknown argument 'encoders'; did you mean 'encoder'?"),
+        ({"arms": {"rq": {"features": "new"}}}, "features is 'new'"),
+        ({"arms": {"rq": {"phases": [{"like": 5}]}}}, "sounds, rq"),
+        ({"comparisons": ["rq"]}, "comparisons: 'rq'"),
+    ],
+    ids=str,
+)
+def test_wrong_grids_are_refused(tmp_path, data, changes, expected):
+    with pytest.raises(ArgumentError) as caught:
+        read_grid(write_grid(tmp_path, data, **changes))
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Runs
+
+
+def test_a_run_in_this_process(tmp_path, data):
+    """Its scores are of what it leaves; called again, it has nothing to train and finds the same."""
+    (spec,) = read_grid(write_grid(tmp_path, data, seeds=[0], arms={"rq": {"phases": [STEPS]}}))
+    assert carry_out(spec, None, tmp_path / "run")
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["scores"].keys() == {"kind"} and result["scores"]["kind"].keys() == {"iteration 0"}
+    for entry in result["scores"]["kind"]["iteration 0"].values():
+        assert unbits(entry["correct"], 24).mean() == pytest.approx(entry["score"], abs=1e-4)
+    assert carry_out(spec, None, tmp_path / "run")
+    again = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert again["scores"] == result["scores"]
+
+
+@pytest.mark.slow
+def test_one_line_per_run_with_its_scores_as_bits(finished):
+    rows = {(row["arm"], row["seed"]): row for row in read_results(finished[1])}
+    once = {(arm, 0) for arm in ("input", "untrained", "bad")}
+    assert set(rows) == {(arm, seed) for arm in ("rq", "mae") for seed in (0, 1)} | once
+    found = {arm: set(rows[arm, 0]["scores"]["kind"]) for arm in ("input", "untrained", "rq", "mae")}
+    assert found == {
+        "input": {"patches", "log-mel regression", "majority"},
+        "untrained": {"untrained"},
+        "rq": {"iteration 0", "iteration 1"},
+        "mae": {"iteration 0"},
+    }
+    row = rows["rq", 1]
+    assert (row["status"], row["seed"], row["options"]["seed"]) == ("done", 1, 1) and row["revision"]
+    for readout in READOUTS:
+        entry = row["scores"]["kind"]["iteration 1"][readout.name]
+        correct = unbits(entry["correct"], row["items"]["count"])
+        assert len(correct) == 24 and correct.mean() == pytest.approx(entry["score"], abs=1e-4)  # folds of one size
+    assert row["items"]["hash"] == rows["input", 0]["items"]["hash"]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_kept_with_its_error_and_done_again_if_asked(finished):
+    grid, out = finished
+    (row,) = [row for row in read_results(out) if row["status"] == "failed"]
+    assert row["arm"] == "bad" and "hidden_size" in row["error"]
+    before = (out / "results.jsonl").read_bytes()
+    run_study(StudyArguments(grid, str(out), workers=2))
+    assert (out / "results.jsonl").read_bytes() == before, "what is done is not done again"
+    run_study(StudyArguments(grid, str(out), retry_failed=True))
+    assert len((out / "results.jsonl").read_bytes().splitlines()) == len(before.splitlines()) + 1
+
+
+@pytest.mark.slow
+def test_nothing_heavy_is_left(finished):
+    left = {path.name for path in (finished[1] / "runs").rglob("*") if path.is_file() and "bad" not in str(path)}
+    assert left <= {"run.json", "metrics.jsonl", ".lock"}
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_goes_on_with_the_same_result(tmp_path, data):
+    """The study is killed in the middle of a run: its process stops, and the next call goes on from its checkpoint."""
+    phases = [{"like": 0, "steps": 60}]
+    grid = write_grid(
+        tmp_path, data, arms={"rq": {"phases": phases}}, seeds=[0], options={"keep_iterations": True, "save_every": 2}
+    )
+    command = [sys.executable, "-m", "bridle_hf.commands", "study", grid, "--output_dir"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([*command, str(tmp_path / "out")], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + DEADLINE
+    while not list((tmp_path / "out").glob("runs/*/checkpoints/step_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (resumed,) = run_study(StudyArguments(grid, str(tmp_path / "out")))
+    (undisturbed,) = run_study(StudyArguments(grid, str(tmp_path / "other")))
+    assert resumed["status"] == "done" and resumed["scores"] == undisturbed["scores"]
+
+
+# Results and report
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_bits_come_back(values):
+    assert unbits(bits(np.array(values, dtype=bool)), len(values)).tolist() == values
+
+
+def test_a_line_cut_short_is_left_out_and_the_next_is_whole(tmp_path):
+    append_result(tmp_path, {"hash": "a", "score": 1})
+    with open(tmp_path / "results.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"hash": "b", "sc')
+    append_result(tmp_path, {"hash": "c", "score": 3})
+    append_result(tmp_path, {"hash": "a", "score": 2})
+    assert read_results(tmp_path) == [{"hash": "a", "score": 2}, {"hash": "c", "score": 3}]
+
+
+@pytest.mark.slow
+def test_the_report_is_of_the_results(finished, tmp_path):
+    grid, out = finished
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- grid: differences -->\nold\n<!-- end -->\nafter\n", encoding="utf-8")
+    text = write_report(StudyArguments(grid, str(out), report=True, page=str(page))).read_text(encoding="utf-8")
+    rows = {(row["arm"], row["seed"]): row for row in read_results(out)}
+    mean = np.mean([rows["rq", seed]["scores"]["kind"]["iteration 1"][PRIMARY.name]["score"] for seed in (0, 1)])
+    line = next(line for line in text.splitlines() if line.startswith("| rq@1 | 2 |"))
+    assert f"| {100 * mean:.1f} ± " in line
+    gains = [
+        rows["rq", seed]["scores"]["kind"]["iteration 0"][PRIMARY.name]["score"]
+        - rows["mae", seed]["scores"]["kind"]["iteration 0"][PRIMARY.name]["score"]
+        for seed in (0, 1)
+    ]
+    assert f"| rq@0 - mae@0 | sounds, kind | 2 | {100 * np.mean(gains):+.1f} |" in text
+    assert "rq@1 - patches" in text and "nothing" not in text
+    filled = page.read_text(encoding="utf-8")
+    assert filled.startswith("before\n") and filled.endswith("after\n") and "old" not in filled and "mae@0" in filled
+    assert (out / "figures" / "scores_sounds.png").stat().st_size > 1000
+    assert (out / "figures" / "differences.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_what_cannot_be_reported_is_refused(tmp_path, finished):
+    with pytest.raises(ArgumentError, match="no results"):
+        write_report(StudyArguments(finished[0], str(tmp_path), report=True))
+    (tmp_path / "page.md").write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(ArgumentError, match="no mark"):
+        write_report(StudyArguments(finished[0], str(finished[1]), report=True, page=str(tmp_path / "page.md")))
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ArgumentError, match="does not hold a run of a study"):
+        run_study(StudyArguments(finished[0], str(tmp_path)))
+    with pytest.raises(ArgumentError, match="--only rp"):
+        run_study(StudyArguments(finished[0], str(finished[1]), only=["rp"]))
+    assert json.loads((finished[1] / "run.json").read_text(encoding="utf-8"))["kind"] == "a study"
