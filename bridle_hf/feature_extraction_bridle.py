@@ -369,6 +369,13 @@ def mel_filter_bank(num_mel_bins: int, sampling_rate: int) -> np.ndarray:
     return weights
 
 
+def mel_bin_edges(num_mel_bins: int, sampling_rate: int) -> np.ndarray:
+    """Where mel bins meet, in Hz: (num_mel_bins + 1,), halfway in mel between the centres of neighbours."""
+    lowest, highest = _hertz_to_mel(np.array([LOWEST_FREQUENCY, sampling_rate / 2]))
+    edges = lowest + (np.arange(num_mel_bins + 1) + 0.5) * (highest - lowest) / (num_mel_bins + 1)
+    return 700 * np.expm1(edges / 1127)
+
+
 def _hertz_to_mel(frequencies: np.ndarray) -> np.ndarray:
     return np.float32(1127) * np.log(1 + frequencies / np.float32(700))
 

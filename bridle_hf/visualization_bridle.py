@@ -1,7 +1,8 @@
 """Pictures of one input: which patches are hidden, their codes, and the predicted codes beside the true ones.
 
 Every function takes one clip, image or video without its batch dimension and returns a matplotlib `Figure` that
-belongs to no window: `figure.savefig("codes.png")` writes it. Needs matplotlib: `pip install 'bridle_hf[viz]'`.
+belongs to no window: `figure.savefig("codes.png")` writes it. Needs matplotlib, and librosa for the mel axis of audio:
+`pip install 'bridle_hf[viz,audio]'`.
 """
 
 import math
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 
 from .configuration_bridle import FRAME_SHIFT_MS, BridleEncoderConfig
+from .feature_extraction_bridle import mel_bin_edges
 from .patching_bridle import to_volume
 
 
 try:
     from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
     from matplotlib.colors import ListedColormap, hsv_to_rgb, to_rgb
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
@@ -35,7 +38,11 @@ TITLE_SIZE = 10
 
 
 def plot_masked_input(
-    values: torch.Tensor, bool_masked_pos: torch.Tensor, config: BridleEncoderConfig, title: str | None = None
+    values: torch.Tensor,
+    bool_masked_pos: torch.Tensor,
+    config: BridleEncoderConfig,
+    title: str | None = None,
+    sampling_rate: int = 16000,
 ) -> "Figure":
     """An input beside (where it is wide: above) what the encoder sees of it.
 
@@ -43,11 +50,12 @@ def plot_masked_input(
         values: What the processor returns, of one input: (frames, mel bins) of audio, (channels, height, width) of an
             image, (frames, channels, height, width) of a video, drawn as a strip of the first frame of each patch.
         bool_masked_pos: (patches,) bool, True = hidden from the encoder.
+        sampling_rate: Of audio, in Hz: its half is where the mel axis ends.
     """
     volume = to_volume(torch.as_tensor(values).detach().float().cpu()[None], config)[0].numpy()
     grid = tuple(size // patch for size, patch in zip(volume.shape[1:], config.patch_shape))
     hidden = _to_grid("bool_masked_pos", bool_masked_pos, config, grid).astype(bool)
-    canvas = _Canvas(config, grid)
+    canvas = _Canvas(config, grid, sampling_rate)
     figure, axes = canvas.figure(panels=2)
     figure.suptitle(title or "One input and what the encoder sees of it")
     style = {"cmap": "magma" if config.modality == "audio" else "gray"}
@@ -64,7 +72,11 @@ def plot_masked_input(
 
 
 def plot_codes(
-    codes: torch.Tensor, config: BridleEncoderConfig, grid: Sequence[int] | None = None, title: str | None = None
+    codes: torch.Tensor,
+    config: BridleEncoderConfig,
+    grid: Sequence[int] | None = None,
+    title: str | None = None,
+    sampling_rate: int = 16000,
 ) -> "Figure":
     """The codes of one input as colours on its grid of patches, one panel per level of the quantizer.
 
@@ -72,9 +84,10 @@ def plot_codes(
         codes: (patches, num_codebooks) int: one row of what `BridleTokenizerModel.encode` returns.
         config: Of the tokenizer or of the model that predicts its codes.
         grid: Patches along each axis; those of a full-size input if not given.
+        sampling_rate: Of audio, in Hz.
     """
     cells = _to_grid("codes", codes, config, grid)
-    canvas = _Canvas(config, cells.shape[:3])
+    canvas = _Canvas(config, cells.shape[:3], sampling_rate)
     figure, axes = canvas.figure(panels=cells.shape[3])
     figure.suptitle(title or "The code of each patch, by level (in a panel, same colour = same code)")
     for level, ax in enumerate(axes):
@@ -94,6 +107,7 @@ def plot_predictions(
     grid: Sequence[int] | None = None,
     level: int = 0,
     title: str | None = None,
+    sampling_rate: int = 16000,
 ) -> "Figure":
     """True codes, predicted codes and where they agree at one level; the accuracy of every level against chance.
 
@@ -103,12 +117,13 @@ def plot_predictions(
         config: Of the tokenizer or of the model that predicts its codes.
         grid: Patches along each axis; those of a full-size input if not given.
         level: The level whose codes are drawn, from 0.
+        sampling_rate: Of audio, in Hz.
     """
     codes, predicted = _to_grid("codes", codes, config, grid), _to_grid("predicted", predicted, config, grid)
     hidden = _to_grid("bool_masked_pos", bool_masked_pos, config, grid).astype(bool)
     right = (codes == predicted) & hidden[..., None]
     accuracy = right.sum(axis=(0, 1, 2)) / max(hidden.sum(), 1)
-    canvas = _Canvas(config, hidden.shape)
+    canvas = _Canvas(config, hidden.shape, sampling_rate)
     figure, axes = canvas.figure(panels=4)
     counted = f"{right[..., level].sum()} of {hidden.sum()} hidden patches right at level {level + 1}"
     chance = f"{accuracy[level]:.0%}; chance {1 / config.codebook_size:.1%}"
@@ -136,6 +151,7 @@ class _Canvas:
 
     config: BridleEncoderConfig
     grid: tuple[int, int, int]
+    sampling_rate: int
 
     def arrange(self, cells: np.ndarray) -> np.ndarray:
         """(time steps, height, width, ...) of pixels or patches -> one picture (rows, columns, ...): audio with time
@@ -149,18 +165,30 @@ class _Canvas:
         steps, rows, columns = self.grid
         _, height, width = self.config.patch_shape
         if self.config.modality == "audio":
-            return np.arange(rows + 1) * height * FRAME_SHIFT_MS / 1000, np.arange(columns + 1) * width
+            return np.arange(rows + 1) * height * FRAME_SHIFT_MS / 1000, self._hertz()[::width]
         return np.arange(steps * columns + 1) * width, np.arange(rows + 1) * height
+
+    def middle_rows(self) -> np.ndarray:
+        """The middle of the patches along y."""
+        if self.config.modality == "audio":
+            width = self.config.patch_shape[2]
+            return self._hertz()[width // 2 :: width]
+        _, y = self.edges()
+        return (y[1:] + y[:-1]) / 2
+
+    def _hertz(self) -> np.ndarray:
+        """The edges of the mel bins, (bins + 1,)."""
+        return mel_bin_edges(self.grid[2] * self.config.patch_shape[2], self.sampling_rate)
 
     def label(self, ax: "Axes") -> None:
         """Axes with their units; for images and video the first row on top, for video a line between time steps."""
         steps, _, columns = self.grid
         frames, _, width = self.config.patch_shape
         x, y = self.edges()
-        ax.set_yticks(y[:: max(1, (len(y) - 1) // 4)])
         if self.config.modality == "audio":
-            ax.set(xlabel="time (s)", ylabel="mel bin")
+            ax.set(xlabel="time (s)", ylabel="frequency (Hz, mel scale)")
             return
+        ax.set_yticks(y[:: max(1, (len(y) - 1) // 4)])
         ax.invert_yaxis()
         ax.set(xlabel="column (pixels)", ylabel="row (pixels)", aspect="equal")
         if self.config.modality == "image":
@@ -171,15 +199,33 @@ class _Canvas:
         for edge in x[columns:-1:columns]:
             ax.axvline(edge, color="white", linewidth=4)
 
-    def draw(self, ax: "Axes", cells: np.ndarray, **style) -> "AxesImage":
+    def draw(self, ax: "Axes", cells: np.ndarray, **style) -> "AxesImage | QuadMesh":
         """Draw (time steps, height, width, [RGB]) of pixels or patches, every patch between its edges."""
         x, y = self.edges()
-        extent = (x[0], x[-1], y[0], y[-1])
-        image = ax.imshow(
-            self.arrange(cells), extent=extent, origin="lower", aspect="auto", interpolation="nearest", **style
-        )
+        if self.config.modality == "audio":
+            image = self._draw_spectrogram(ax, self.arrange(cells), style)
+        else:
+            extent, look = (x[0], x[-1], y[0], y[-1]), {"origin": "lower", "interpolation": "nearest"}
+            image = ax.imshow(self.arrange(cells), extent=extent, aspect="auto", **look, **style)
         self.label(ax)
         return image
+
+    def _draw_spectrogram(self, ax: "Axes", picture: np.ndarray, style: dict[str, str]) -> "QuadMesh":
+        """Draw (mel bins or patches, frames or patches, [RGB])."""
+        try:
+            from librosa.display import specshow
+        except ImportError as error:
+            raise ImportError("pictures of audio need librosa: pip install 'bridle_hf[viz,audio]'") from error
+        if picture.ndim == 3:  # it takes numbers
+            colors, numbers = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
+            style = {"cmap": ListedColormap(colors), "vmin": -0.5, "vmax": len(colors) - 0.5}
+            picture = numbers.reshape(picture.shape[:2])
+        x, y = self.edges()
+        seconds, hertz = np.linspace(x[0], x[-1], picture.shape[1] + 1), self._hertz()
+        hertz = y if len(picture) == len(y) - 1 else hertz
+        return specshow(
+            picture, x_coords=seconds, y_coords=hertz, x_axis="s", y_axis="mel", shading="flat", ax=ax, **style
+        )
 
     def figure(self, panels: int) -> tuple["Figure", list["Axes"]]:
         """A figure with so many panels: one above the other where they are wide, else beside each other."""
@@ -205,13 +251,13 @@ def _draw_codes(ax: "Axes", codes: np.ndarray, canvas: _Canvas, drawn: np.ndarra
     canvas.draw(ax, colors)
     if codes.size > MAX_NUMBERED_PATCHES:
         return
-    x, y = canvas.edges()
+    x, middle = canvas.edges()[0], canvas.middle_rows()
     numbers, drawn = canvas.arrange(codes), canvas.arrange(drawn)
     dark = canvas.arrange(colors) @ (0.299, 0.587, 0.114) < 0.5
     for row, column in np.argwhere(drawn):
         ax.text(
             (x[column] + x[column + 1]) / 2,
-            (y[row] + y[row + 1]) / 2,
+            middle[row],
             numbers[row, column],
             color="white" if dark[row, column] else "black",
             fontsize=7,

@@ -1,7 +1,9 @@
 """Pictures show every patch where it is, and say what they show."""
 
 import functools
+import sys
 
+import librosa
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from transformers.dynamic_module_utils import get_imports
 
-from bridle_hf import BridleConfig, visualization_bridle
+from bridle_hf import BridleConfig, BridleFeatureExtractor, visualization_bridle
 from bridle_hf.visualization_bridle import (
     HIDDEN_COLOR,
     NEUTRAL_COLOR,
@@ -37,7 +39,9 @@ def centre_on_paper(config, patch):
     """Where the centre of a patch lies, in the units of the axes: written out by hand for each modality."""
     if config.modality == "audio":
         time, mel = divmod(patch, 4)
-        return (time + 0.5) * 0.16, (mel + 0.5) * 16
+        ends = librosa.hz_to_mel([20, 8000], htk=True)
+        centres = np.linspace(*ends, 64 + 2)[1:-1]
+        return (time + 0.5) * 0.16, librosa.mel_to_hz(centres[16 * mel : 16 * mel + 16].mean(), htk=True)
     if config.modality == "image":
         row, column = divmod(patch, 3)
         return (column + 0.5) * 16, (row + 0.5) * 16
@@ -145,8 +149,12 @@ def test_no_hidden_patch_and_one_codebook():
 def test_axes_carry_their_units():
     mask = torch.zeros(20, dtype=torch.bool)
     ax = plot_masked_input(INPUTS["audio"][1], mask, AUDIO).axes[0]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (s)", "mel bin")
-    assert ax.get_xlim() == (0, 0.8) and ax.get_ylim() == (0, 64)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (s)", "frequency (Hz, mel scale)")
+    centres = librosa.mel_frequencies(64 + 2, fmin=20, fmax=8000, htk=True)
+    assert ax.get_xlim() == (0, 0.8) and centres[0] < ax.get_ylim()[0] < centres[1]
+    assert centres[-2] < ax.get_ylim()[1] < centres[-1]
+    ax = plot_codes(torch.zeros(20, 1), AUDIO, sampling_rate=32000).axes[0]
+    assert 8000 < ax.get_ylim()[1] < 16000, "the mel axis ends at half of the sampling rate"
     ax = plot_masked_input(INPUTS["video"][1], torch.zeros(12, dtype=torch.bool), VIDEO).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "2", "4"]
     assert ax.get_ylim() == (32, 0), "the first row on top"
@@ -172,6 +180,27 @@ def test_code_colors_are_stable_and_differ():
     np.testing.assert_array_equal(colors[:256], code_colors(np.arange(256)))
     assert np.abs(np.diff(colors, axis=0)).sum(axis=1).min() > 0.3, "numbers that follow differ clearly"
     assert len(np.unique(np.round(255 * colors[:256]), axis=0)) == 256
+
+
+def test_a_mel_axis_needs_librosa(monkeypatch):
+    assert "librosa" not in get_imports(visualization_bridle.__file__)
+    monkeypatch.setitem(sys.modules, "librosa.display", None)
+    with pytest.raises(ImportError, match=r"bridle_hf\[viz,audio\]"):
+        plot_codes(torch.zeros(20, 4, dtype=torch.long), AUDIO)
+
+
+def test_a_tone_lies_at_its_frequency():
+    """The brightest row of the picture, in Hz as its axis says."""
+    config = BridleConfig(modality="audio", max_length=96, num_mel_bins=64, **SMALL)
+    extractor = BridleFeatureExtractor(num_mel_bins=64, max_length=96)
+    for frequency in (300, 1200, 5000):
+        tone = np.sin(2 * np.pi * frequency * np.arange(16000) / 16000)
+        values = extractor(tone, sampling_rate=16000, return_tensors="pt")["input_values"][0]
+        ax = plot_masked_input(values, torch.zeros(24, dtype=torch.bool), config).axes[0]
+        (mesh,) = ax.collections
+        row = int(mesh.get_array().mean(axis=1).argmax())
+        low, high = mesh.get_coordinates()[[row, row + 1], 0, 1]
+        assert 0.95 * low < frequency < 1.05 * high and high < 1.2 * low + 60
 
 
 def test_remote_code_loads_without_matplotlib(monkeypatch):

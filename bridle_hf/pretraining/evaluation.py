@@ -79,7 +79,12 @@ def probe_accuracies(
 
 @torch.no_grad()
 def draw_example(
-    encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel, loaded: dict[str, Any], folder: Path, name: str
+    encoder: BridleForPreTraining,
+    tokenizer: BridleTokenizerModel,
+    processor: Any,
+    loaded: dict[str, Any],
+    folder: Path,
+    name: str,
 ) -> None:
     """Pictures of one sample in `folder`: its mask, its codes, predicted against true codes; `name` is the phase.
 
@@ -92,14 +97,17 @@ def draw_example(
     hidden = batch["bool_masked_pos"].flatten(0, -2)[:1].to(inputs.device)  # of several masks, the first
     codes = tokenizer.encode(inputs, mask)
     config, grid = encoder.config, patch_grid_of(inputs, encoder.config)
+    rate = {"sampling_rate": processor.sampling_rate} if config.modality == "audio" else {}
     pictures = {
-        "masked_input": plot_masked_input(inputs[0], hidden[0], config),
-        "codes": plot_codes(codes[0], config, grid, title=f"Codes of one input after {name}"),
+        "masked_input": plot_masked_input(inputs[0], hidden[0], config, **rate),
+        "codes": plot_codes(codes[0], config, grid, title=f"Codes of one input after {name}", **rate),
     }
     if config.target == "codes":
         predicted = encoder(inputs, mask, bool_masked_pos=hidden).logits.argmax(dim=-1)
         title = f"After {name}"
-        pictures["predictions"] = plot_predictions(codes[0], predicted[0], hidden[0], config, grid, title=title)
+        pictures["predictions"] = plot_predictions(
+            codes[0], predicted[0], hidden[0], config, grid, title=title, **rate
+        )
     for kind, figure in pictures.items():
         figure.savefig(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png")
 

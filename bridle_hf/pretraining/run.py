@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
 from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import PRETRAINING, changed, hash_of_names, prepare, release, run_record
+from bridle_hf.common.output_folder import PRETRAINING, hash_of_names, prepare, release, run_record
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles, SkippedSteps
 from bridle_hf.data.batches import (
@@ -43,7 +43,7 @@ from bridle_hf.monitoring.monitor import Monitor
 from bridle_hf.monitoring.report import write_report
 from bridle_hf.monitoring.trackers import start_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
-from bridle_hf.pretraining.checkpointing import load_newest, save_checkpoint
+from bridle_hf.pretraining.checkpointing import save_checkpoint
 from bridle_hf.pretraining.configs import make_configs
 from bridle_hf.pretraining.evaluation import (
     check_probes,
@@ -54,18 +54,13 @@ from bridle_hf.pretraining.evaluation import (
     spread,
 )
 from bridle_hf.pretraining.processes import Rank0, asked_to_shard, make_accelerator
+from bridle_hf.pretraining.resume import check_unchanged, load_newest_of_all, plain
 
 
 logger = logging.getLogger(__name__)
 
 # Clips that the tokenizer is evaluated on at the end of a phase: enough for each of 256 codes to come up.
 EVALUATED_CLIPS = 1000
-# What may differ between a run and its continuation.
-FREE_ON_RESUME = {
-    "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
-    "report_every", "probe_every", "probe_samples", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
-    "data", "peak_tflops", "dry_run", "allow_changed_data", "loader_timeout",
-}  # fmt: skip
 
 
 def start(args: PretrainArguments) -> "Run":
@@ -101,7 +96,7 @@ class Run:
         self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.samples), shared=True)
         self.skipped_steps = SkippedSteps()
         self.data_changes: list[dict[str, Any]] = []
-        state = self._load_newest() if args.resume else None
+        state = load_newest_of_all(self.out, self.rank_0) if args.resume else None
         self.scheduled_samples = len(self.samples)
         if state is not None:
             self._check_unchanged(state)
@@ -155,33 +150,12 @@ class Run:
         )
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:
-        """See that the run goes on as it began; note what data it has lost or got, if it may.
-
-        Raises:
-            ValueError: Arguments differ, or data do and need not be as they were only by `allow_changed_data`.
-        """
-        differing = changed(_plain(self.args), state["arguments"], FREE_ON_RESUME)
-        data = {"samples": len(self.samples), "names_of_samples": self.names_of_samples}
-        before = {name: state.get(name, value) for name, value in data.items()}
-        if data != before and not self.args.allow_changed_data:
-            if data["samples"] != before["samples"]:
-                differing.append(f"the number of samples ({before['samples']}, now {data['samples']})")
-            else:
-                differing.append("the names of the samples")
-        if differing:
-            raise ValueError(f"--resume: not as in the run in {self.out}: {', '.join(differing)}; give the same "
-                             "values, or, where files alone have changed, --allow_changed_data true")  # fmt: skip
-        self.data_changes = state.get("data_changes", [])
-        # The schedule stays as long as it was, wherever epochs say how long that is.
-        self.scheduled_samples = state.get("scheduled_samples", before["samples"])
+        """[`check_unchanged`]; the schedule stays as long as it was, wherever epochs say how long that is."""
         args = self.args
+        self.scheduled_samples, self.data_changes = check_unchanged(
+            args, self.out, {"samples": len(self.samples), "names_of_samples": self.names_of_samples}, state
+        )
         self.schedule = Schedule(args.phases, self.scheduled_samples / args.global_batch_size, args.steps_scale)
-        if data != before:
-            change = {"step": state["step"], "samples_before": before["samples"], "samples": data["samples"]}
-            self.data_changes = [*self.data_changes, change]
-            logger.warning("--allow_changed_data: %s: from step %d on, the run draws from another list of files (%d, "
-                           "before %d): it is not the run that it would have been; run.json says so",
-                           args.data, state["step"], data["samples"], before["samples"])  # fmt: skip
 
     def _resume(self, state: dict[str, Any] | None) -> int:
         """Go back to a checkpoint, if there is one; returns the first step to do."""
@@ -207,17 +181,6 @@ class Run:
     def names_of_samples(self) -> str:
         """Hash of the names of the samples and their order, wherever the data lie."""
         return hash_of_names([sample.path for sample in self.samples])
-
-    def _load_newest(self) -> dict[str, Any] | None:
-        state = load_newest(self.out / "checkpoints")
-        self.rank_0.wait()  # however long it takes
-        steps = gather_object([None if state is None else state["step"]])
-        if len(set(steps)) > 1:
-            raise ValueError(
-                f"--resume: the processes find different checkpoints in {self.out} (of steps {steps}): "
-                "it must lie on a file system that all machines share"
-            )
-        return state
 
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
@@ -345,7 +308,7 @@ class Run:
             name = f"phase {number} ({position['kind']} {position['iteration']})"
             self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
             loaded = self.dataset[self.schedule.starts[number]]
-            draw_example(*models, loaded, self.out / "figures", name)
+            draw_example(*models, self.processor, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)
             if self.args.keep_iterations:
                 self._save_models(self.out / "iterations" / f"{number}_{self.schedule.phases[number].train}", *models)
@@ -370,7 +333,7 @@ class Run:
         if self.accelerator.is_main_process:
             measured = [self.processor.mean, self.processor.std] if self.args.measure_normalization else None
             state |= {
-                "arguments": _plain(self.args), "samples": len(self.samples),
+                "arguments": plain(self.args), "samples": len(self.samples),
                 "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
                 "normalization": measured, "seconds": self.seconds,
                 "scheduled_samples": self.scheduled_samples, "data_changes": self.data_changes,
@@ -409,12 +372,7 @@ class Run:
         args = self.args
         changes = {"data_changes": self.data_changes} if self.data_changes else {}
         write_json(self.out / "run.json", run_record(
-            PRETRAINING, _plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
+            PRETRAINING, plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
             phases=self.schedule.describe(), processes=self.accelerator.num_processes, peak=self.peak,
             seconds=round(self.seconds, 1), **changes,
         ))  # fmt: skip
-
-
-def _plain(args: PretrainArguments) -> dict[str, Any]:
-    """Arguments as JSON would give them back."""
-    return json.loads(json.dumps(vars(args)))

@@ -243,7 +243,7 @@ def test_a_list_of_files_that_has_changed(data, tmp_path, quick, caplog):
 
 def test_processes_that_find_different_checkpoints_are_refused(data, tmp_path, quick, monkeypatch):
     """As where OUT is a folder of each machine's own: they would train at different steps."""
-    monkeypatch.setattr("bridle_hf.pretraining.run.gather_object", lambda own: [*own, 8])
+    monkeypatch.setattr("bridle_hf.pretraining.resume.gather_object", lambda own: [*own, 8])
     recipe = write_recipe(tmp_path / "recipe.yaml", "joint")
     assert "[None, 8]" in (message := refusal(recipe, data, tmp_path / "out", "--resume"))
     assert "all machines share" in message
