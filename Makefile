@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 MODALITY ?= audio
+RECIPE ?= audio_base
 DEMO_DIR ?= runs/demo_$(MODALITY)
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 RUN = $(VENV)/bin/python
@@ -13,7 +14,7 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo demo test test-all test-lowest bench lint format clean
+.PHONY: help install install-demo demo test test-all test-lowest bench profile lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,8 +33,11 @@ test-lowest: ## tests of models, data and short runs, with the lowest versions t
 	@$(MAKE) install VENV=$(LOWEST_VENV) CONSTRAINTS=constraints-lowest.txt
 	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" $(LOWEST_TESTS)
 
-bench: install ## speed side by side with peers, as ratios
-	@for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(RUN) $$script || exit 1; done
+bench: install ## speed side by side with peers: one table, runs/bench.json
+	$(RUN) tests/benchmarks --json runs/bench.json
+
+profile: install ## where the time of a step goes: a picture in runs/profile (RECIPE=audio_base)
+	$(RUN) tests/benchmarks/profile_steps.py --recipe $(RECIPE) --out runs/profile
 
 lint: install ## ruff: lint and format, without changing anything
 	$(RUN) -m ruff check .

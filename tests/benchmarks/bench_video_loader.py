@@ -1,26 +1,19 @@
 """
-Frames per second that VideoLoader delivers, clips of 16 frames of 224x224 at stride 4 from a video of 320x240 in
-H.264,
-against loaders that decode every frame: of the video, or up to the clip's last; turned into arrays as PyAV does it
-unless told otherwise (and transformers' pipeline with it), or as VideoLoader does. Also the memory of the process over
-many clips. Run:
-
-    python tests/benchmarks/bench_video_loader.py [--repetitions 15] [--num_clips 1000]
-
-The contenders take turns within one run, so that a busy machine slows all of them; medians are reported. All crop,
-flip and normalise alike, in one thread: what differs is the decoding.
+Clips of 16 frames of 224x224 at stride 4 from a video of 320x240 in H.264, by VideoLoader, against loaders that decode
+every frame: of the video, or up to the clip's last; turned into arrays as PyAV does it unless told otherwise (and
+transformers' pipeline with it), or as VideoLoader does. Clips are compared first. All crop, flip and normalise alike,
+in one thread: what differs is the decoding. `--memory CLIPS` watches the process over so many clips instead.
 """
 
-import argparse
-import statistics
+import sys
 import tempfile
-import time
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from harness import race, run
 
 from bridle_hf import BridleConfig, make_image_processor
 from bridle_hf.data.loaders import VideoLoader
@@ -28,20 +21,18 @@ from bridle_hf.data.sample import Sample
 
 
 NUM_FRAMES, STRIDE = 16, 4
+CLIPS = 4  # per turn
 SECONDS, RATE, SIZE = 10, 30, (320, 240)  # as a clip of Kinetics
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--num_clips", type=int, default=1000, help="for the memory")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+def rows(rounds):
     with tempfile.TemporaryDirectory() as folder:
-        sample = Sample(write_video(Path(folder) / "video.mp4"))
-        load = VideoLoader(make_image_processor(BridleConfig(modality="video")), NUM_FRAMES, STRIDE, augment=True)
-        compare(load, sample, args.repetitions)
-        watch_memory(load, sample, args.num_clips)
+        load, sample = make_loader(), Sample(write_video(Path(folder) / "video.mp4"))
+        yield from compare(load, sample, rounds)
+
+
+def make_loader():
+    return VideoLoader(make_image_processor(BridleConfig(modality="video")), NUM_FRAMES, STRIDE, augment=True)
 
 
 def write_video(path):
@@ -58,26 +49,23 @@ def write_video(path):
     return str(path)
 
 
-def compare(load, sample, repetitions):
+def compare(load, sample, rounds):
     every = EveryFrame(load)
-    contenders = {
-        "every frame of the video": lambda rng: every(sample, rng, to_the_end=True),
-        "every frame up to the clip's last": lambda rng: every(sample, rng, to_the_end=False),
-        "of the video, arrays as VideoLoader": lambda rng: every(sample, rng, to_the_end=True, tuned=True),
-        "up to the last, arrays as VideoLoader": lambda rng: every(sample, rng, to_the_end=False, tuned=True),
-        "VideoLoader": lambda rng: load(sample, rng),
+    peers = {
+        "every frame of the video, by PyAV": {"to_the_end": True},
+        "every frame up to the clip's last, by PyAV": {"to_the_end": False},
+        "every frame of the video, arrays as ours": {"to_the_end": True, "tuned": True},
+        "every frame up to the last, arrays as ours": {"to_the_end": False, "tuned": True},
     }
-    times = {name: [] for name in contenders}
-    for repetition in range(repetitions + 1):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender(np.random.default_rng(repetition))
-            if repetition:  # the first is to warm up
-                times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"{'':40}{'frames of a clip per second':>28}{'VideoLoader is faster by':>28}")
-    for name, median in medians.items():
-        print(f"{name:40}{NUM_FRAMES / median:28.0f}{median / medians['VideoLoader']:27.2f}x")
+
+    def clips(loads, **options):
+        """The same ones at each turn."""
+        return [loads(sample, np.random.default_rng(number), **options) for number in range(CLIPS)]
+
+    for found, expected in zip(clips(load), clips(every, to_the_end=True, tuned=True)):
+        torch.testing.assert_close(found, expected)
+    contenders = {name: lambda options=options: clips(every, **options) for name, options in peers.items()}
+    yield from race("a clip of 16 frames of a video", lambda: clips(load), contenders, rounds, scale=CLIPS)
 
 
 class EveryFrame:
@@ -98,7 +86,7 @@ class EveryFrame:
                 if tuned:
                     frame = reformatter.reformat(frame, format="rgb24", threads=1)
                 frames.append(frame.to_ndarray(format="rgb24"))
-        return self.load._random_view(np.stack(frames)[chosen], rng)
+        return {"pixel_values_videos": self.load._view(np.stack(frames)[chosen], rng)}
 
 
 def watch_memory(load, sample, num_clips):
@@ -115,4 +103,9 @@ def resident_mib():
 
 
 if __name__ == "__main__":
-    main()
+    if "--memory" in sys.argv:
+        with tempfile.TemporaryDirectory() as folder:
+            video = Sample(write_video(Path(folder) / "video.mp4"))
+            watch_memory(make_loader(), video, int(sys.argv[sys.argv.index("--memory") + 1]))
+    else:
+        run(__doc__, [rows], rounds=9)
