@@ -115,6 +115,8 @@ class BridleEncoderConfig(PreTrainedConfig):
             Bias on the query and value projections, and, where `key_bias` is set, too, on the key projection.
         key_bias (`bool`, *optional*, defaults to `None`):
             Bias on the key projection.
+        final_layernorm (`bool`, *optional*, defaults to `True`):
+            Whether the encoder ends with a norm (converted checkpoints of VideoMAE may have none).
         position_embedding_type (`str`, *optional*, defaults to `"sincos"`):
             `"sincos"`, positions computed for any grid, or `"table"`, a fixed table stored in the checkpoint
             (converted checkpoints whose table is not the one of their grid).
@@ -148,6 +150,7 @@ class BridleEncoderConfig(PreTrainedConfig):
     use_class_token: bool | None = None
     qkv_bias: bool = True
     key_bias: bool | None = None
+    final_layernorm: bool = True
     position_embedding_type: Literal["sincos", "table"] = "sincos"
 
     def __post_init__(self, **kwargs):

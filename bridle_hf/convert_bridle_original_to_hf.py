@@ -68,7 +68,7 @@ _QUANTIZER_NAMES = (
     r"|embedding\.(weight|cluster_size|embed_avg|initted))$"
 )
 # Of values in [0, 1] per channel: ImageNet's, with which the reference trains on images and video.
-_IMAGE_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGE_STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def convert_state_dict(
@@ -303,6 +303,19 @@ def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality:
     Raises:
         ValueError: The file is not such a checkpoint. OSError: It cannot be read.
     """
+    saved = read_checkpoint(checkpoint)
+    models = convert_state_dict(saved, modality=modality, **config_kwargs)
+    for name, model in zip(("encoder", "tokenizer"), models):
+        model.save_pretrained(Path(output_dir) / name)
+        make_original_processor(model.config).save_pretrained(Path(output_dir) / name)
+
+
+def read_checkpoint(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a file that `torch.save` wrote, of `{"model": state_dict, ...}` or of the state dict alone.
+
+    Raises:
+        ValueError: The file holds none. OSError: It cannot be read.
+    """
     try:
         # The authors save the arguments of their run beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -312,20 +325,22 @@ def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality:
     saved = saved.get("model", saved) if isinstance(saved, dict) else None
     if not isinstance(saved, dict):
         raise ValueError(f"{checkpoint} does not hold a state dict, nor one under the name 'model'")
-    models = convert_state_dict(saved, modality=modality, **config_kwargs)
-    for name, model in zip(("encoder", "tokenizer"), models):
-        model.save_pretrained(Path(output_dir) / name)
-        make_original_processor(model.config).save_pretrained(Path(output_dir) / name)
+    return saved
+
+
+def holds_original(state_dict: dict[str, torch.Tensor]) -> bool:
+    """Whether these are names of the authors' code, which alone has a tokenizer beside the encoder."""
+    return any("encoder_decoder." in name or "tokenizer." in name for name in state_dict)
 
 
 def make_original_processor(config: BridleConfig | BridleTokenizerConfig) -> Any:
     """The processor of a converted model: AudioSet's statistics for audio, ImageNet's for images and video."""
     if config.modality == "audio":
         return BridleFeatureExtractor(num_mel_bins=config.num_mel_bins, max_length=config.max_length)
-    return make_image_processor(config, **(_IMAGE_STATISTICS if config.num_channels == 3 else {}))
+    return make_image_processor(config, **(IMAGE_STATISTICS if config.num_channels == 3 else {}))
 
 
-__all__ = ["convert_checkpoint", "convert_state_dict"]
+__all__ = ["convert_checkpoint", "convert_state_dict", "holds_original", "read_checkpoint"]
 
 if __name__ == "__main__":
     raise SystemExit("error: write `bridle convert CHECKPOINT OUT --modality audio`")

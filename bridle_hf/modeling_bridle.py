@@ -156,7 +156,8 @@ class BridleModel(BridlePreTrainedModel):
             )
             for index in range(config.num_hidden_layers)
         )
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = norm if config.final_layernorm else nn.Identity()
         self.post_init()
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
@@ -175,6 +176,7 @@ class BridleModel(BridlePreTrainedModel):
         input_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode the visible patches.
@@ -187,6 +189,8 @@ class BridleModel(BridlePreTrainedModel):
             attention_mask: (batch, frames) of audio, 1 = real, 0 = padding at the end.
             bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
                 every output has batch * masks rows, those of a sample in a row.
+            interpolate_pos_encoding: Of an input of another size than the config's, take the positions between those
+                of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
 
         Returns:
             `last_hidden_state` (batch, [class] + visible patches in grid order, hidden), and `pooler_output`
@@ -196,7 +200,7 @@ class BridleModel(BridlePreTrainedModel):
             ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos)
+        hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos, interpolate_pos_encoding)
         config = eager_config(self.config) if kwargs.get("output_attentions") else self.config
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=real)
         for layer in self.layers:

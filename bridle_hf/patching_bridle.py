@@ -191,8 +191,10 @@ class BridlePositions(nn.Module):
     def reset(self) -> None:
         init.copy_(self.table, sincos_positions(self.grid, self.dim))
 
-    def forward(self, grid: tuple[int, ...]) -> torch.Tensor:
-        """(1, patches of `grid`, dim) float32."""
+    def forward(self, grid: tuple[int, ...], interpolate: bool = False) -> torch.Tensor:
+        """(1, patches of `grid`, dim) float32; with `interpolate`, of another grid than the table's, between its."""
+        if interpolate and tuple(grid) != tuple(self.grid):
+            return self._interpolated(grid)
         # An exported program takes any length: comparing lengths would hold it to one side of the table's.
         exported = torch.compiler.is_exporting() and not self.stored
         if not exported and tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]:
@@ -201,9 +203,18 @@ class BridlePositions(nn.Module):
         if self.stored:
             raise ValueError(
                 f"this checkpoint stores positions for a grid of {self.grid} patches and cannot take {tuple(grid)}; "
-                "shorten the input, or build the model with position_embedding_type='sincos'"
+                "shorten the input, pass interpolate_pos_encoding=True, or build the model with "
+                "position_embedding_type='sincos'"
             )
         return sincos_positions(grid, self.dim).to(self.table.device)[None]
+
+    def _interpolated(self, grid: tuple[int, ...]) -> torch.Tensor:
+        """(1, patches, dim), bicubic."""
+        if len(grid) == 3:
+            raise ValueError("positions of videos are not interpolated: they are computed for any grid")
+        table = self.table.float().unflatten(0, self.grid).permute(2, 0, 1)[None]
+        table = nn.functional.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
+        return table.flatten(2).transpose(1, 2)
 
 
 class BridleEmbeddings(nn.Module):
@@ -221,12 +232,14 @@ class BridleEmbeddings(nn.Module):
         values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             values: The modality's input.
             attention_mask: (batch, frames) of audio, 1 = real.
             bool_masked_pos: (batch, patches) bool, True = hidden; or (batch, masks, patches).
+            interpolate_pos_encoding: See [`BridleModel.forward`].
 
         Returns:
             Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without
@@ -234,7 +247,7 @@ class BridleEmbeddings(nn.Module):
         """
         patches, grid = patchify(silence_padding(values, attention_mask), self.config)
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
-        positions = self.positions(grid).expand(patches.shape[0], -1, -1)
+        positions = self.positions(grid, interpolate_pos_encoding).expand(patches.shape[0], -1, -1)
         indices = None
         if bool_masked_pos is not None:
             check_mask_shape("bool_masked_pos", bool_masked_pos, patches.shape[0], grid)

@@ -85,8 +85,8 @@ COMMANDS = {
         positionals=("folder",),
     ),
     "convert": Command(
-        "convert a checkpoint of the BRIDLE authors' code",
-        "CHECKPOINT OUT --modality audio|image|video [--name value ...]",
+        "convert a checkpoint of the BRIDLE authors' code, or of MAE, AudioMAE, ViT, DINOv2 or VideoMAE",
+        "CHECKPOINT OUT [--modality audio|image|video] [--name value ...]",
         ("commands.arguments:ConvertArguments",),
         positionals=("checkpoint", "output_dir"),
     ),

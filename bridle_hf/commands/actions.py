@@ -80,17 +80,24 @@ def card(args: CardArguments) -> None:
 
 def convert(args: ConvertArguments) -> None:
     from bridle_hf.cards.card import write_converted_card
-    from bridle_hf.convert_bridle_original_to_hf import convert_checkpoint
+    from bridle_hf.convert_bridle_original_to_hf import convert_checkpoint, holds_original, read_checkpoint
+    from bridle_hf.convert_relatives_to_bridle import convert_relative_checkpoint
 
     fields = {name: value for name, value in vars(args).items() if value is not None}
     checkpoint, folder = fields.pop("checkpoint"), Path(fields.pop("output_dir"))
     try:
-        convert_checkpoint(checkpoint, folder, **fields)
+        if original := Path(checkpoint).is_file() and holds_original(read_checkpoint(checkpoint)):
+            if "modality" not in fields:
+                raise ValueError(f"{checkpoint} is of the authors' code: give --modality")
+            convert_checkpoint(checkpoint, folder, **fields)
+        elif left := convert_relative_checkpoint(checkpoint, folder, **fields):
+            print(f"left: {', '.join(left)}")
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from error
-    for name in ("encoder", "tokenizer"):
-        write_converted_card(folder / name, checkpoint)
-    print(f"wrote {folder / 'encoder'} and {folder / 'tokenizer'}")
+    made = [folder / name for name in (("encoder", "tokenizer") if original else ("encoder",))]
+    for path in made:
+        write_converted_card(path, checkpoint)
+    print(f"wrote {' and '.join(map(str, made))}")
 
 
 def flops(args: Any, recipe: Any) -> None:

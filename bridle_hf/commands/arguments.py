@@ -26,9 +26,16 @@ class CardArguments:
 class ConvertArguments:
     """Arguments of `bridle convert`."""
 
-    checkpoint: str = field(metadata={"help": 'what the authors\' code saved by torch.save: {"model": state_dict}'})
-    output_dir: str = field(metadata={"help": "folder that gets encoder/ and tokenizer/"})
-    modality: Literal["audio", "image", "video"] = field(metadata={"help": "what the checkpoint was trained on"})
+    checkpoint: str = field(
+        metadata={
+            "help": "what the authors' code saved by torch.save; a file of MAE or AudioMAE (timm's names); or a "
+            "folder or Hub id of transformers: ViTMAE, ViT, DINOv2, VideoMAE"
+        }
+    )
+    output_dir: str = field(metadata={"help": "folder that gets encoder/, and of the authors' code tokenizer/"})
+    modality: Literal["audio", "image", "video"] | None = field(
+        default=None, metadata={"help": "what a checkpoint of the authors' code was trained on"}
+    )
     num_attention_heads: int | None = field(default=None, metadata={"help": "of the encoder (default: ViT-B's)"})
     decoder_num_attention_heads: int | None = field(default=None, metadata={"help": "of the decoder"})
     estimator_num_attention_heads: int | None = field(default=None, metadata={"help": "of the estimator"})
