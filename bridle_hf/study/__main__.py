@@ -23,11 +23,7 @@ def main(grid: str, set_name: str, arm: str, seed: str, folder: str, cache_dir: 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     key = set_name, arm, int(seed)
     (spec,) = [spec for spec in read_grid(grid) if (spec.set, spec.arm, spec.seed) == key]
-    try:
-        return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
-    except (ArgumentError, RunError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+    return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
 
 
 def _end_with(parent: int) -> None:
@@ -38,4 +34,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except (ArgumentError, RunError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
