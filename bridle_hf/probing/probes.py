@@ -35,15 +35,13 @@ TRIAL_ITERATIONS, MAX_ITERATIONS = 25, 100
 NUM_NEIGHBORS = 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Features
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Features ---
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Probes: `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds`
-# is the fold number of each sample. Each fold is tested by a probe fitted on all others.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Probes ---
+
+# `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds` is the
+# fold number of each sample. Each fold is tested by a probe fitted on all others.
 
 
 @dataclass(frozen=True)
@@ -224,6 +222,4 @@ def format_probes(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the codes keep of the teacher
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What the codes keep of the teacher ---
