@@ -39,17 +39,19 @@ from .patching_bridle import (
 
 @dataclass
 class BridleForPreTrainingOutput(ModelOutput):
-    """
-    loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given. Where the target
-        is no code, the mean squared error.
-    logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not decoded;
-        where the target is no code, the predicted values (batch, patches, 1, values).
-        A cross decoder decodes hidden patches alone; the others all patches, or, while training with `labels`, the
-        hidden ones, which the loss is over.
-    accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given and are
-        codes.
-    bool_masked_pos: (batch, patches) bool, the mask that was used.
-    bool_decoded_pos: (batch, patches) bool, the hidden patches that the loss and the accuracy are over.
+    """Output of [`BridleForPreTraining`].
+
+    Args:
+        loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given. Where the
+            target is no code, the mean squared error.
+        logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not
+            decoded; where the target is no code, the predicted values (batch, patches, 1, values).
+            A cross decoder decodes hidden patches alone; the others all patches, or, while training with `labels`, the
+            hidden ones, which the loss is over.
+        accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given and
+            are codes.
+        bool_masked_pos: (batch, patches) bool, the mask that was used.
+        bool_decoded_pos: (batch, patches) bool, the hidden patches that the loss and the accuracy are over.
     """
 
     loss: torch.FloatTensor | None = None
@@ -182,7 +184,7 @@ class BridleModel(BridlePreTrainedModel):
         """Encode the visible patches.
 
         Args:
-            inputs: The modality's input by position; or give it by its name:
+            inputs: the modality's input by position; or give it by its name:
             input_values: (batch, frames, mel bins) of audio.
             pixel_values: (batch, channels, height, width) of images.
             pixel_values_videos: (batch, frames, channels, height, width) of video.
@@ -197,7 +199,7 @@ class BridleModel(BridlePreTrainedModel):
             (batch, hidden): the mean over the real patches, or the class token (`config.pooling`).
 
         Raises:
-            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
+            ValueError: not exactly one input, one of another modality, or of a shape that does not fit.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos, interpolate_pos_encoding)
@@ -255,7 +257,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
         """Predict codes.
 
         Args:
-            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
                 if not given. Or (batch, masks, patches), several masks of each sample: every output then has
                 batch * masks rows, those of a sample in a row, and loss and accuracy are over all of them.
@@ -267,7 +269,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
                 `config.decoded_ratio`, drawn.
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or masks or labels that do not fit the input.
+            ValueError: as [`BridleModel.forward`]; or masks or labels that do not fit the input.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         grid = patch_grid_of(values, self.config)
@@ -424,7 +426,7 @@ class BridleForClassification(BridlePreTrainedModel):
         """Classify.
 
         Args:
-            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             labels: (batch,) or (batch, 1) integers for one label per sample; (batch, num_labels) float for soft
                 targets (mixup; with `config.problem_type="single_label_classification"`); (batch, num_labels) of any
                 type for several labels per sample (`"multi_label_classification"`, assumed of float and bool).
@@ -434,7 +436,7 @@ class BridleForClassification(BridlePreTrainedModel):
             `loss` where `labels` were given, and `logits` (batch, num_labels).
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
+            ValueError: as [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         outputs = self.bridle(values, attention_mask, self._dropped_patches(values), **kwargs)
@@ -479,7 +481,7 @@ def _fit_labels(labels: torch.Tensor, problem: str, logits: torch.Tensor) -> tor
     """Labels in the type and shape that the loss of a problem takes.
 
     Raises:
-        ValueError: It is not beyond doubt which.
+        ValueError: it is not beyond doubt which.
     """
     one_each, several = labels.shape in ((len(logits),), (len(logits), 1)), labels.shape == logits.shape
     if problem == "single_label_classification":
@@ -535,7 +537,7 @@ class BridleForAudioFrameClassification(BridleForClassification):
         """Classify every step.
 
         Args:
-            inputs, attention_mask, input_values: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values: as in [`BridleModel.forward`].
             labels: (batch, steps) integers for one label per step, where -100 does not count; or (batch, steps,
                 num_labels) of any type for several (sound events; float and soft with
                 `config.problem_type="single_label_classification"`). Padding does not count.
@@ -544,7 +546,7 @@ class BridleForAudioFrameClassification(BridleForClassification):
             `loss` where `labels` were given, and `logits` (batch, steps, num_labels), padding included.
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that do not fit.
+            ValueError: as [`BridleModel.forward`]; or labels of a type or shape that do not fit.
         """
         values = select_input(self.config, inputs, input_values)
         grid = patch_grid_of(values, self.config)

@@ -163,6 +163,24 @@ def test_only_tests_edit_the_import_path():
     assert not [path for path in scripts if "sys.path" in path.read_text(encoding="utf-8")]
 
 
+SECTIONS = {"Args", "Returns", "Yields", "Raises", "Attributes", "Buffers", "Example"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstrings_and_rules_have_one_style(path):
+    """Sections by these names, their entries in lower case but for proper names; rules of one line."""
+    text = path.read_text(encoding="utf-8")
+    rules = [line for line in text.splitlines() if re.match(r"\s*# ?[-=*#]{2,}", line)]
+    assert all(re.fullmatch(r"\s*# --- \S.*\S ---", rule) for rule in rules), rules
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (docstring := ast.get_docstring(node)):
+            headings = re.findall(r"^(\w[\w, ]*):$", docstring, re.MULTILINE)
+            assert set(headings) <= SECTIONS, (node.name, headings)
+            for section in re.findall(r"^(?:Args|Raises):\n((?: {4}.*\n?)+)", docstring, re.MULTILINE):
+                starts = re.findall(r"^ {4}[\w., *]+: ([A-Z][a-z]+ ?)", section, re.MULTILINE)
+                assert {start.strip() for start in starts} <= {"Hub", "General"}, (node.name, starts)
+
+
 def test_the_page_names_every_room_and_file():
     page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
     table = set(re.findall(r"^\| `([\w/]+)` \|", page, re.MULTILINE))

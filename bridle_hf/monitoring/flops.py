@@ -28,9 +28,7 @@ FORWARD_AND_BACKWARD = 3
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One sample
-# ---------------------------------------------------------------------------------------------------------------------
+# --- One sample ---
 
 
 def sample_flops(
@@ -71,7 +69,7 @@ def num_visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
     """Patches that the encoder sees of a full-length input; with masks of several kinds, the most.
 
     Args:
-        masks: Weight by kind of mask, as in a recipe; empty: `config.mask_type`.
+        masks: weight by kind of mask, as in a recipe; empty: `config.mask_type`.
     """
     kinds = [kind for kind, weight in masks.items() if weight] or [config.mask_type]
     generator = torch.Generator().manual_seed(0)
@@ -154,9 +152,7 @@ def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A schedule
-# ---------------------------------------------------------------------------------------------------------------------
+# --- A schedule ---
 
 
 class ScheduleFlops:
@@ -228,9 +224,7 @@ def _giga(flops: float) -> str:
     return f"{flops / 1e9:.4g}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The peak
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The peak ---
 
 
 def find_peak(given_tflops: float | None, device: torch.device, precision: str) -> dict[str, Any]:
