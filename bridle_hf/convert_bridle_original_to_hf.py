@@ -314,7 +314,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a file that `torch.save` wrote, of `{"model": state_dict, ...}` or of the state dict alone.
 
     Raises:
-        ValueError: The file holds none. OSError: It cannot be read.
+        ValueError: the file holds none. OSError: It cannot be read.
     """
     try:
         # The authors save the arguments of their run beside the weights.

@@ -191,7 +191,7 @@ class BridleModel(BridlePreTrainedModel):
             attention_mask: (batch, frames) of audio, 1 = real, 0 = padding at the end.
             bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
                 every output has batch * masks rows, those of a sample in a row.
-            interpolate_pos_encoding: Of an input of another size than the config's, take the positions between those
+            interpolate_pos_encoding: of an input of another size than the config's, take the positions between those
                 of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
 
         Returns:
@@ -261,10 +261,10 @@ class BridleForPreTraining(BridlePreTrainedModel):
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
                 if not given. Or (batch, masks, patches), several masks of each sample: every output then has
                 batch * masks rows, those of a sample in a row, and loss and accuracy are over all of them.
-            labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
+            labels: codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
                 weighted targets ("soft codes"); `accuracy` compares with the first. Of a model whose `config.target`
                 is no code: (batch, patches, values) float.
-            bool_decoded_pos: Of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
+            bool_decoded_pos: of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
                 make the loss; if not given, all of them, or, while a cross decoder is trained, the share
                 `config.decoded_ratio`, drawn.
 

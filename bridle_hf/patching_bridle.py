@@ -239,7 +239,7 @@ class BridleEmbeddings(nn.Module):
             values: the modality's input.
             attention_mask: (batch, frames) of audio, 1 = real.
             bool_masked_pos: (batch, patches) bool, True = hidden; or (batch, masks, patches).
-            interpolate_pos_encoding: See [`BridleModel.forward`].
+            interpolate_pos_encoding: see [`BridleModel.forward`].
 
         Returns:
             Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without

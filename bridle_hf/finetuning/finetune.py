@@ -52,6 +52,7 @@ from bridle_hf.finetuning.trainer import (
     balanced_weights,
 )
 from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
+from bridle_hf.monitoring.flops import warn_of_slow_precision
 from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
 
 
@@ -101,6 +102,8 @@ def finetune(recipe: str | None = None, **options: Any) -> FinetuneResult:
 def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
     """[`finetune`], with its arguments."""
     transformers.set_seed(training_args.seed)
+    precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
+    warn_of_slow_precision(precision, training_args.device)
     out, arguments = Path(training_args.output_dir), resolved_arguments(args, training_args)
     try:
         config = load_config(args.model)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bridle_hf import (
     BridleConfig,
@@ -35,6 +36,7 @@ class Interleaving:
         encoder_config, tokenizer_config: what is built at the start of a phase; `tokenizer_config` is that of the
             self-distilled tokenizer, from which the random projection of iteration 0 follows.
         micro_batch_size: samples of this process per forward; the gradients of a batch are accumulated over them.
+        compile_layers: compile the layers of both models by `torch.compile`, when they first run.
         shard: each process holds a part of what is trained, see [`Sharding`].
 
     Raises:
@@ -53,6 +55,7 @@ class Interleaving:
         weight_decay: float = 1e-4,
         max_grad_norm: float | None = None,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         shard: bool = False,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
@@ -60,7 +63,7 @@ class Interleaving:
         self.micro_batch_size = micro_batch_size
         self.adam_options = {"betas": tuple(adam_betas), "weight_decay": weight_decay}
         self.max_grad_norm = max_grad_norm or math.inf
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
@@ -141,6 +144,11 @@ class Interleaving:
             model = model_class(config)
         if self.gradient_checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        if self.compile_layers:
+            # Layer by layer: those of one kind share what is compiled. A size that changes is left open from then on.
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.compile()
         return model.to(self.accelerator.device)
 
     def _trained(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:

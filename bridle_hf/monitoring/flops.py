@@ -10,6 +10,7 @@ where a model's FLOPs are held against a peak, is the rest (norms, activations, 
 position bias of Swin windows, which is computed once for a whole batch) and what gradient checkpointing computes anew.
 """
 
+import logging
 import math
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ from bridle_hf.configuration_bridle import BridleEncoderConfig
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
 
+
+logger = logging.getLogger(__name__)
 
 # A backward takes two products for each of the forward: one for the input's gradient, one for the weight's.
 FORWARD_AND_BACKWARD = 3
@@ -42,10 +45,10 @@ def sample_flops(
     """FLOPs of one sample in one optimizer step, by part.
 
     Args:
-        sides: Whether encoder and tokenizer are trained (see `Schedule.sides`).
-        visible: Patches that the mask leaves to the encoder, see `num_visible_patches`.
-        masks_per_sample: How often the encoder and its decoder see a sample, each time under another mask.
-        distilled: Codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
+        sides: whether encoder and tokenizer are trained (see `Schedule.sides`).
+        visible: patches that the mask leaves to the encoder, see `num_visible_patches`.
+        masks_per_sample: how often the encoder and its decoder see a sample, each time under another mask.
+        distilled: codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
 
     Returns:
         For an encoder step `encoder` and `decoder` (forward and backward) and `codes` (the tokenizer's forward); for a
@@ -159,7 +162,7 @@ class ScheduleFlops:
     """FLOPs per sample over the steps of a schedule.
 
     Args:
-        masks, masks_per_sample: As in a recipe.
+        masks, masks_per_sample: as in a recipe.
     """
 
     def __init__(
@@ -235,6 +238,19 @@ def find_peak(given_tflops: float | None, device: torch.device, precision: str) 
     found = measure_peak(device, size, dtype) / 1e12
     name = str(dtype).removeprefix("torch.")
     return {"tflops": float(f"{found:.4g}"), "source": f"measured: product of two {name} matrices {size} x {size}"}
+
+
+def warn_of_slow_precision(precision: str, device: torch.device) -> None:
+    """Log a warning where autocast to `precision` multiplies matrices slower than float32: on CPUs without bf16."""
+    if precision == "no" or device.type != "cpu":
+        return
+    exact, half = (measure_peak(device, 512, dtype, seconds=0.02) for dtype in (torch.float32, PRECISIONS[precision]))
+    if half < exact:
+        logger.warning(
+            "%s: this CPU multiplies matrices %.1f times slower in it than in float32; without it, steps are faster",
+            precision,
+            exact / half,
+        )
 
 
 def measure_peak(device: torch.device, size: int, dtype: torch.dtype, seconds: float = 0.1) -> float:

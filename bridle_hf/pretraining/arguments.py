@@ -39,6 +39,9 @@ class PretrainArguments:
     masks_per_sample: int = field(
         default=1, metadata={"help": "masks of each sample that is read and tokenized, each a row of the encoder"}
     )
+    compile: bool = field(
+        default=False, metadata={"help": "compile the layers: minutes at the start of each phase, then faster steps"}
+    )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, a third more time"})
 
     phases: YamlSequence = field(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env, set_seed
 
 from bridle_hf.common.errors import RunError
+from bridle_hf.monitoring.flops import warn_of_slow_precision
 from bridle_hf.monitoring.trackers import check_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
 
@@ -38,6 +39,8 @@ def make_accelerator(args: PretrainArguments) -> Accelerator:
             InitProcessGroupKwargs(timeout=STEP_TIMEOUT),
         ],
     )
+    if accelerator.is_main_process:
+        warn_of_slow_precision(args.mixed_precision, accelerator.device)
     set_seed(args.seed, deterministic=args.deterministic)
     return accelerator
 

@@ -111,6 +111,7 @@ class Run:
             weight_decay=args.weight_decay,
             max_grad_norm=args.max_grad_norm,
             gradient_checkpointing=args.gradient_checkpointing,
+            compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
         )
         self.seconds = 0.0

@@ -16,7 +16,7 @@ from bridle_hf import BridleConfig, teacher_features
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.sample import Sample
-from bridle_hf.encoder_bridle import BridleDropPath
+from bridle_hf.encoder_bridle import BridleDropPath, BridleLayer
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import draw_share, random_mask
@@ -475,6 +475,21 @@ def test_gradient_checkpointing_changes_nothing(build):
     for expected, found in zip(first, second):
         torch.testing.assert_close(found["encoder/grad_norm"], expected["encoder/grad_norm"], rtol=1e-5, atol=0)
     assert moved(tensors(runs[0]), tensors(runs[1])) == set()
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(build, monkeypatch):
+    """But rounding. Traced and differentiated as for any backend; the kernels are those of eager."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    phases = [{"train": "joint", "steps": 2, "tokenizer_every": 1, "learning_rate": 1e-3}]
+    eager, compiled = build(phases), build(phases, compile_layers=True)
+    for expected, found in zip(train(eager), train(compiled)):
+        for name in ("encoder/loss", "tokenizer/loss", "encoder/grad_norm", "tokenizer/grad_norm"):
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5)
+    layers = [module for module in compiled.unwrapped_encoder.modules() if isinstance(module, BridleLayer)]
+    assert layers and all(layer._compiled_call_impl is not None for layer in layers)
+    assert tensors(compiled).keys() == tensors(eager).keys()
 
 
 def test_stochastic_depth_does_not_depend_on_micro_batches(build):

@@ -14,7 +14,13 @@ from bridle_hf.commands import main
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import draw_share, make_mask
-from bridle_hf.monitoring.flops import ScheduleFlops, find_peak, measure_peak, num_visible_patches
+from bridle_hf.monitoring.flops import (
+    ScheduleFlops,
+    find_peak,
+    measure_peak,
+    num_visible_patches,
+    warn_of_slow_precision,
+)
 from bridle_hf.patching_bridle import INPUT_NAMES
 
 
@@ -121,6 +127,17 @@ def test_peak_is_given_or_measured():
     measured = find_peak(None, device, "no")
     assert measured["tflops"] > 0 and "float32 matrices 512 x 512" in measured["source"]
     assert measure_peak(device, 64, torch.bfloat16, seconds=0.0) > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "speed", "warned"), [("bf16", 0.1, True), ("bf16", 2.0, False), ("no", 0.1, False)]
+)
+def test_a_precision_that_slows_this_machine_down_is_told_of(precision, speed, warned, monkeypatch, caplog):
+    """CPUs without bf16 compute in it through float32."""
+    speeds = {torch.float32: 1.0, torch.bfloat16: speed}
+    monkeypatch.setattr("bridle_hf.monitoring.flops.measure_peak", lambda device, size, dtype, seconds: speeds[dtype])
+    warn_of_slow_precision(precision, torch.device("cpu"))
+    assert [record.getMessage().startswith("bf16: this CPU") for record in caplog.records] == [True] * warned
 
 
 def test_command(capsys):
