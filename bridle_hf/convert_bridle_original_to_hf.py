@@ -77,17 +77,17 @@ def convert_state_dict(
     """Build our models from a reference state dict; both come back in eval mode.
 
     Args:
-        state_dict: Tensors under the reference's names (`checkpoint["model"]`), with or without the `module.` that
+        state_dict: tensors under the reference's names (`checkpoint["model"]`), with or without the `module.` that
             data-parallel training puts before them.
         modality: `"audio"`, `"image"` or `"video"`.
-        config_kwargs: Fields of either config that shapes cannot tell: `num_attention_heads`,
+        config_kwargs: fields of either config that shapes cannot tell: `num_attention_heads`,
             `decoder_num_attention_heads`, `estimator_num_attention_heads` (default: the reference ViT-B's),
             `num_mel_bins` where positions were trained, or for video `image_size` and `num_frames`.
             `tokenizer_type="random_projection"` gives the cold-start tokenizer of the same checkpoint instead of the
             trained one.
 
     Raises:
-        ValueError: A config field that no config has; a tensor that is missing, left over, or of another shape; or
+        ValueError: a config field that no config has; a tensor that is missing, left over, or of another shape; or
             positions of another grid than the sizes that were given.
     """
     state_dict = {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
@@ -297,11 +297,11 @@ def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality:
     """Write OUT/encoder and OUT/tokenizer, with their processor, from a file that the authors' code saved.
 
     Args:
-        checkpoint: What `torch.save` wrote of `{"model": state_dict, ...}`, or of the state dict alone.
+        checkpoint: what `torch.save` wrote of `{"model": state_dict, ...}`, or of the state dict alone.
         config_kwargs: `num_attention_heads` and the like, which shapes cannot tell; see [`convert_state_dict`].
 
     Raises:
-        ValueError: The file is not such a checkpoint. OSError: It cannot be read.
+        ValueError: the file is not such a checkpoint. OSError: It cannot be read.
     """
     saved = read_checkpoint(checkpoint)
     models = convert_state_dict(saved, modality=modality, **config_kwargs)
@@ -314,7 +314,7 @@ def read_checkpoint(checkpoint: str | Path) -> dict[str, torch.Tensor]:
     """The state dict of a file that `torch.save` wrote, of `{"model": state_dict, ...}` or of the state dict alone.
 
     Raises:
-        ValueError: The file holds none. OSError: It cannot be read.
+        ValueError: the file holds none. OSError: It cannot be read.
     """
     try:
         # The authors save the arguments of their run beside the weights.

@@ -36,7 +36,7 @@ class BridleCrossLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (batch, tokens, decoder hidden).
             context: (batch, read tokens, encoder hidden).
-            attention_mask: Which of `context` are real, as the attention wants it; `None` where all are.
+            attention_mask: which of `context` are real, as the attention wants it; `None` where all are.
         """
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, context)
         hidden_states = hidden_states + attended
@@ -99,7 +99,7 @@ class BridleDecoder(nn.Module):
             states: (batch, [class] + visible patches, hidden) each: those that are mixed, and the encoder's output.
             bool_masked_pos: (batch, patches) bool.
             real: (batch, patches) bool, or `None` where all patches are.
-            wanted: What to predict, as of `chosen_patches`; `None`: every patch (not of a cross decoder).
+            wanted: what to predict, as of `chosen_patches`; `None`: every patch (not of a cross decoder).
 
         Returns:
             (batch, wanted patches, *config.target_shape); where a row wants fewer than another, what is

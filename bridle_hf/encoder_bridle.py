@@ -176,7 +176,7 @@ class BridleSwinAttention(nn.Module):
         """
         Args:
             windows: (batch, windows, tokens of a window, hidden).
-            mask: Additive, broadcastable to (batch, windows, 1, tokens, tokens), or `None`.
+            mask: additive, broadcastable to (batch, windows, 1, tokens, tokens), or `None`.
         """
         batch, count, tokens, _ = windows.shape
         qkv = self.qkv(windows).view(batch, count, tokens, 3, self.num_heads, -1)

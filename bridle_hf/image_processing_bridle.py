@@ -75,7 +75,7 @@ def fit_channels(pixels: np.ndarray, num_channels: int) -> np.ndarray:
     Where 1 or 3 channels are asked for, the fourth, alpha, is dropped.
 
     Raises:
-        ValueError: Any other change of the number of channels.
+        ValueError: any other change of the number of channels.
     """
     channels = pixels.shape[-1]
     if channels == num_channels:
@@ -173,8 +173,8 @@ def make_image_processor(
     of a thinner one, which loaders and [`BridleImageProcessor`] refuse, a part of the crop stays black.
 
     Args:
-        config: Of the encoder or the tokenizer; `image_size` and `num_channels` are what counts.
-        image_mean, image_std: Per channel, of values in [0, 1]; 0.5 if not given, as ViT has them.
+        config: of the encoder or the tokenizer; `image_size` and `num_channels` are what counts.
+        image_mean, image_std: per channel, of values in [0, 1]; 0.5 if not given, as ViT has them.
 
     Returns:
         For images `ViTImageProcessor`, or [`BridleImageProcessor`] where there are not 3 channels; for video
@@ -182,7 +182,7 @@ def make_image_processor(
         torchvision these are transformers' classes on top of Pillow, saved under the same names.
 
     Raises:
-        ValueError: The config is for audio, or for video of other than 3 channels; `image_mean` or `image_std` does
+        ValueError: the config is for audio, or for video of other than 3 channels; `image_mean` or `image_std` does
             not have one number per channel.
     """
     from transformers import VideoMAEImageProcessorPil

@@ -88,13 +88,13 @@ def make_mask(
     """A mask of one of `MASKS` over the real `grid`, padding (never hidden) appended along the first axis.
 
     Args:
-        padded_grid: Grid of the batch; it may be longer than `grid` along the first axis alone.
+        padded_grid: grid of the batch; it may be longer than `grid` along the first axis alone.
 
     Returns:
         (patches of `padded_grid`,) bool, True = hidden.
 
     Raises:
-        ValueError: The kind is unknown, or does not fit the grid.
+        ValueError: the kind is unknown, or does not fit the grid.
     """
     if kind not in MASKS:
         raise ValueError(f"mask '{kind}' is unknown; choose from {sorted(MASKS)}")
@@ -126,7 +126,7 @@ def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         the index there points at some patch that is not visible.
 
     Raises:
-        ValueError: No row has a visible patch.
+        ValueError: no row has a visible patch.
     """
     most = visible.sum(dim=1).max().item()
     # torch's own check, because torch.compile learns from it that there is at least one.

@@ -182,14 +182,14 @@ class BridleModel(BridlePreTrainedModel):
         """Encode the visible patches.
 
         Args:
-            inputs: The modality's input by position; or give it by its name:
+            inputs: the modality's input by position; or give it by its name:
             input_values: (batch, frames, mel bins) of audio.
             pixel_values: (batch, channels, height, width) of images.
             pixel_values_videos: (batch, frames, channels, height, width) of video.
             attention_mask: (batch, frames) of audio, 1 = real, 0 = padding at the end.
             bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
                 every output has batch * masks rows, those of a sample in a row.
-            interpolate_pos_encoding: Of an input of another size than the config's, take the positions between those
+            interpolate_pos_encoding: of an input of another size than the config's, take the positions between those
                 of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
 
         Returns:
@@ -197,7 +197,7 @@ class BridleModel(BridlePreTrainedModel):
             (batch, hidden): the mean over the real patches, or the class token (`config.pooling`).
 
         Raises:
-            ValueError: Not exactly one input, one of another modality, or of a shape that does not fit.
+            ValueError: not exactly one input, one of another modality, or of a shape that does not fit.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos, interpolate_pos_encoding)
@@ -255,19 +255,19 @@ class BridleForPreTraining(BridlePreTrainedModel):
         """Predict codes.
 
         Args:
-            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             bool_masked_pos: (batch, patches) bool, True = hidden; drawn by `config.mask_type` and `config.mask_ratio`
                 if not given. Or (batch, masks, patches), several masks of each sample: every output then has
                 batch * masks rows, those of a sample in a row, and loss and accuracy are over all of them.
-            labels: Codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
+            labels: codes (batch, patches, num_codebooks) int64, or (batch, patches, num_codebooks, k): k equally
                 weighted targets ("soft codes"); `accuracy` compares with the first. Of a model whose `config.target`
                 is no code: (batch, patches, values) float.
-            bool_decoded_pos: Of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
+            bool_decoded_pos: of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
                 make the loss; if not given, all of them, or, while a cross decoder is trained, the share
                 `config.decoded_ratio`, drawn.
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or masks or labels that do not fit the input.
+            ValueError: as [`BridleModel.forward`]; or masks or labels that do not fit the input.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         grid = patch_grid_of(values, self.config)
@@ -424,7 +424,7 @@ class BridleForClassification(BridlePreTrainedModel):
         """Classify.
 
         Args:
-            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             labels: (batch,) or (batch, 1) integers for one label per sample; (batch, num_labels) float for soft
                 targets (mixup; with `config.problem_type="single_label_classification"`); (batch, num_labels) of any
                 type for several labels per sample (`"multi_label_classification"`, assumed of float and bool).
@@ -434,7 +434,7 @@ class BridleForClassification(BridlePreTrainedModel):
             `loss` where `labels` were given, and `logits` (batch, num_labels).
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
+            ValueError: as [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         outputs = self.bridle(values, attention_mask, self._dropped_patches(values), **kwargs)
@@ -479,7 +479,7 @@ def _fit_labels(labels: torch.Tensor, problem: str, logits: torch.Tensor) -> tor
     """Labels in the type and shape that the loss of a problem takes.
 
     Raises:
-        ValueError: It is not beyond doubt which.
+        ValueError: it is not beyond doubt which.
     """
     one_each, several = labels.shape in ((len(logits),), (len(logits), 1)), labels.shape == logits.shape
     if problem == "single_label_classification":
@@ -535,7 +535,7 @@ class BridleForAudioFrameClassification(BridleForClassification):
         """Classify every step.
 
         Args:
-            inputs, attention_mask, input_values: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values: as in [`BridleModel.forward`].
             labels: (batch, steps) integers for one label per step, where -100 does not count; or (batch, steps,
                 num_labels) of any type for several (sound events; float and soft with
                 `config.problem_type="single_label_classification"`). Padding does not count.
@@ -544,7 +544,7 @@ class BridleForAudioFrameClassification(BridleForClassification):
             `loss` where `labels` were given, and `logits` (batch, steps, num_labels), padding included.
 
         Raises:
-            ValueError: As [`BridleModel.forward`]; or labels of a type or shape that do not fit.
+            ValueError: as [`BridleModel.forward`]; or labels of a type or shape that do not fit.
         """
         values = select_input(self.config, inputs, input_values)
         grid = patch_grid_of(values, self.config)

@@ -27,15 +27,17 @@ from .quantization_bridle import BridleResidualQuantizer, CodebookStatistics, Co
 
 @dataclass
 class BridleTokenizerOutput(ModelOutput):
-    """
-    loss: `cosine_loss + codebook_loss`, where a teacher was given; else `codebook_loss`.
-    cosine_loss: mean over real patches of 1 - cos(teacher, estimate).
-    codebook_loss: `L_cb` of the residual quantizer.
-    codes: (batch, patches, num_codebooks) int64; 0 at padded patches.
-    usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
-    estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
-    statistics: [`CodebookStatistics`] of this batch, in training mode: for [`BridleResidualQuantizer.update`].
-    hidden_states, attentions: of the tokenizer's encoder, on request; a random projection has neither.
+    """Output of [`BridleTokenizerModel`].
+
+    Args:
+        loss: `cosine_loss + codebook_loss`, where a teacher was given; else `codebook_loss`.
+        cosine_loss: mean over real patches of 1 - cos(teacher, estimate).
+        codebook_loss: `L_cb` of the residual quantizer.
+        codes: (batch, patches, num_codebooks) int64; 0 at padded patches.
+        usage: [`CodebookUsage`] of this batch; `counts` (num_codebooks, codebook_size) to sum over many.
+        estimate: (batch, patches, teacher_hidden_size), the estimator's output; where a teacher was given.
+        statistics: [`CodebookStatistics`] of this batch, in training mode: for [`BridleResidualQuantizer.update`].
+        hidden_states, attentions: of the tokenizer's encoder, on request; a random projection has neither.
     """
 
     loss: torch.FloatTensor | None = None
@@ -184,9 +186,9 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         """Codes of every patch; the codebooks do not move.
 
         Args:
-            inputs: The modality's input by position, or by its name (`input_values`, `pixel_values`,
+            inputs: the modality's input by position, or by its name (`input_values`, `pixel_values`,
                 `pixel_values_videos`).
-            soft: Return the `config.num_soft_codes` nearest codes of each level instead of the nearest.
+            soft: return the `config.num_soft_codes` nearest codes of each level instead of the nearest.
 
         Returns:
             (batch, patches, num_codebooks) int64, with `soft` (batch, patches, num_codebooks, num_soft_codes).
@@ -227,11 +229,11 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         """Quantize, estimate the teacher's features, and, in training mode, move the codebooks.
 
         Args:
-            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: As in [`BridleModel.forward`].
+            inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             teacher_hidden_states: (batch, patches, teacher_hidden_size), see [`teacher_features`].
 
         Raises:
-            ValueError: A teacher for a random projection, or features that do not fit the patches.
+            ValueError: a teacher for a random projection, or features that do not fit the patches.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
         quantized, grid, real, encoded = self._quantize(values, attention_mask, **kwargs)
@@ -302,7 +304,7 @@ def teacher_features(
     """The teacher of the tokenizer phase: features of the unmasked input, class token dropped.
 
     Args:
-        layers: Indices into the encoder's `hidden_states` (0 is the embedding, -1 the last layer), each standardised
+        layers: indices into the encoder's `hidden_states` (0 is the embedding, -1 the last layer), each standardised
             token by token and averaged; `None` takes the encoder's output as it is (paper).
 
     Returns:

@@ -32,7 +32,7 @@ def select_input(
     """The one input that was given, by position or by a name that fits the modality.
 
     Raises:
-        ValueError: None, several, or one of another modality was given.
+        ValueError: none, several, or one of another modality was given.
     """
     named = {
         "inputs": inputs,
@@ -57,7 +57,7 @@ def patch_grid_of(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[in
     width). Audio counts as padded to whole patches in time.
 
     Raises:
-        ValueError: Wrong number of dimensions, channels or mel bins, or a size that patches do not divide.
+        ValueError: wrong number of dimensions, channels or mel bins, or a size that patches do not divide.
     """
     if values.dim() != {"audio": 3, "image": 4, "video": 5}[config.modality]:
         raise ValueError(
@@ -96,7 +96,7 @@ def patchify(values: torch.Tensor, config: BridleEncoderConfig) -> tuple[torch.T
         the grid: (time, mel), (height, width) or (time, height, width).
 
     Raises:
-        ValueError: As [`patch_grid_of`].
+        ValueError: as [`patch_grid_of`].
     """
     grid = patch_grid_of(values, config)
     volume = to_volume(values, config)
@@ -112,7 +112,7 @@ def to_volume(values: torch.Tensor, config: BridleEncoderConfig) -> torch.Tensor
     """Any modality as (batch, channels, frames, height, width); audio is padded with 0 to whole patches in time.
 
     Raises:
-        ValueError: As [`patch_grid_of`].
+        ValueError: as [`patch_grid_of`].
     """
     patch_grid_of(values, config)
     if config.modality == "audio":
@@ -147,7 +147,7 @@ def patch_attention_mask(attention_mask: torch.Tensor, config: BridleEncoderConf
         (batch, patches) bool.
 
     Raises:
-        ValueError: The modality takes no `attention_mask`.
+        ValueError: the modality takes no `attention_mask`.
     """
     if config.modality != "audio":
         raise ValueError("`attention_mask` counts the frames of audio; images and video take none")
@@ -236,10 +236,10 @@ class BridleEmbeddings(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            values: The modality's input.
+            values: the modality's input.
             attention_mask: (batch, frames) of audio, 1 = real.
             bool_masked_pos: (batch, patches) bool, True = hidden; or (batch, masks, patches).
-            interpolate_pos_encoding: See [`BridleModel.forward`].
+            interpolate_pos_encoding: see [`BridleModel.forward`].
 
         Returns:
             Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without

@@ -22,11 +22,12 @@ LAPLACE_SMOOTHING = 1e-5  # vectors that `ema_update="smoothed_count"` adds to e
 class CodebookUsage(ModelOutput):
     """What each level of the quantizer did with one set of vectors; every field has shape (num_codebooks,).
 
-    used_fraction: share of the codes chosen at least once.
-    perplexity: exp(H) of the distribution of chosen codes.
-    normalized_entropy: H / log(codebook_size).
-    reseeded: dead codes re-seeded by this step.
-    quantization_error: sum ||r_{q+1}||^2 / sum ||r_1||^2, what is left after level q.
+    Args:
+        used_fraction: share of the codes chosen at least once.
+        perplexity: exp(H) of the distribution of chosen codes.
+        normalized_entropy: H / log(codebook_size).
+        reseeded: dead codes re-seeded by this step.
+        quantization_error: sum ||r_{q+1}||^2 / sum ||r_1||^2, what is left after level q.
     """
 
     used_fraction: torch.FloatTensor | None = None
@@ -40,10 +41,11 @@ class CodebookUsage(ModelOutput):
 class CodebookStatistics(ModelOutput):
     """What [`BridleResidualQuantizer.update`] has to know of vectors that were quantized.
 
-    counts: (num_codebooks, codebook_size), how often each code was chosen.
-    sums: (num_codebooks, codebook_size, code_dim), sum of what chose it.
-    latents: (vectors, code_dim), where the residual chain starts, detached.
-    codes: (vectors, num_codebooks) int64.
+    Args:
+        counts: (num_codebooks, codebook_size), how often each code was chosen.
+        sums: (num_codebooks, codebook_size, code_dim), sum of what chose it.
+        latents: (vectors, code_dim), where the residual chain starts, detached.
+        codes: (vectors, num_codebooks) int64.
     """
 
     counts: torch.FloatTensor | None = None
@@ -54,14 +56,16 @@ class CodebookStatistics(ModelOutput):
 
 @dataclass
 class QuantizerOutput(ModelOutput):
-    """
-    quantized: (vectors, code_dim) straight-through sum of the codes.
-    codes: (vectors, num_codebooks) int64.
-    soft_codes: (vectors, num_codebooks, num_soft_codes) int64, the nearest first; only where `num_soft_codes > 1`.
-    loss: codebook loss, a scalar.
-    usage: [`CodebookUsage`] of these vectors.
-    counts: (num_codebooks, codebook_size), how often each code was chosen.
-    statistics: [`CodebookStatistics`] of these vectors, in training mode alone.
+    """Output of [`BridleResidualQuantizer`].
+
+    Args:
+        quantized: (vectors, code_dim) straight-through sum of the codes.
+        codes: (vectors, num_codebooks) int64.
+        soft_codes: (vectors, num_codebooks, num_soft_codes) int64, the nearest first; only where `num_soft_codes > 1`.
+        loss: codebook loss, a scalar.
+        usage: [`CodebookUsage`] of these vectors.
+        counts: (num_codebooks, codebook_size), how often each code was chosen.
+        statistics: [`CodebookStatistics`] of these vectors, in training mode alone.
     """
 
     quantized: torch.FloatTensor | None = None
@@ -128,7 +132,7 @@ class BridleResidualQuantizer(nn.Module):
             latents: (vectors, code_dim).
 
         Raises:
-            ValueError: No vectors, or the wrong width.
+            ValueError: no vectors, or the wrong width.
         """
         if latents.dim() != 2 or latents.shape[1] != self.config.code_dim or latents.shape[0] == 0:
             raise ValueError(
@@ -143,7 +147,7 @@ class BridleResidualQuantizer(nn.Module):
         """Move the codebooks as a forward in training mode would; returns how many codes of each level it re-seeded.
 
         Args:
-            statistics: Those of all micro batches of this rank; the codebooks have not moved since.
+            statistics: those of all micro batches of this rank; the codebooks have not moved since.
         """
         latents = torch.cat([part.latents for part in statistics])
         with torch.autocast(device_type=latents.device.type, enabled=False):
@@ -242,7 +246,7 @@ class BridleResidualQuantizer(nn.Module):
             latents: (vectors of this rank, code_dim); over all ranks at least `32 * codebook_size`.
 
         Raises:
-            ValueError: Too few vectors.
+            ValueError: too few vectors.
         """
         with torch.autocast(device_type=latents.device.type, enabled=False):
             residual = gather_rows(latents.detach().float())
@@ -377,11 +381,12 @@ class BridleResidualQuantizer(nn.Module):
 class _Chain:
     """What the residual chain makes of vectors, see [`BridleResidualQuantizer._chain`].
 
-    nearest: (vectors, num_codebooks, num_soft_codes) int64.
-    residual: (vectors, code_dim), what the last level left over.
-    left_sum: (vectors, code_dim), sum over the levels of what each left over of what it quantized, or `None`.
-    left_energy, residual_energy: (num_codebooks,), sum of the squares of that, and of the residual then.
-    sums: (num_codebooks, codebook_size, code_dim), sum of what chose each code, or `None`.
+    Args:
+        nearest: (vectors, num_codebooks, num_soft_codes) int64.
+        residual: (vectors, code_dim), what the last level left over.
+        left_sum: (vectors, code_dim), sum over the levels of what each left over of what it quantized, or `None`.
+        left_energy, residual_energy: (num_codebooks,), sum of the squares of that, and of the residual then.
+        sums: (num_codebooks, codebook_size, code_dim), sum of what chose each code, or `None`.
     """
 
     nearest: torch.Tensor
@@ -438,7 +443,7 @@ def draw_rows(length: int, shape: tuple[int, ...], device: torch.device) -> tupl
     """Rows drawn at random from those of all ranks, the same on every rank and for any number of ranks.
 
     Args:
-        length: How many rows this rank has.
+        length: how many rows this rank has.
 
     Returns:
         Two tensors of `shape`: each drawn row's number among those of this rank, and whether it is one of them.

@@ -47,10 +47,10 @@ def plot_masked_input(
     """An input beside (where it is wide: above) what the encoder sees of it.
 
     Args:
-        values: What the processor returns, of one input: (frames, mel bins) of audio, (channels, height, width) of an
+        values: what the processor returns, of one input: (frames, mel bins) of audio, (channels, height, width) of an
             image, (frames, channels, height, width) of a video, drawn as a strip of the first frame of each patch.
         bool_masked_pos: (patches,) bool, True = hidden from the encoder.
-        sampling_rate: Of audio, in Hz: its half is where the mel axis ends.
+        sampling_rate: of audio, in Hz: its half is where the mel axis ends.
     """
     volume = to_volume(torch.as_tensor(values).detach().float().cpu()[None], config)[0].numpy()
     grid = tuple(size // patch for size, patch in zip(volume.shape[1:], config.patch_shape))
@@ -82,9 +82,9 @@ def plot_codes(
 
     Args:
         codes: (patches, num_codebooks) int: one row of what `BridleTokenizerModel.encode` returns.
-        config: Of the tokenizer or of the model that predicts its codes.
-        grid: Patches along each axis; those of a full-size input if not given.
-        sampling_rate: Of audio, in Hz.
+        config: of the tokenizer or of the model that predicts its codes.
+        grid: patches along each axis; those of a full-size input if not given.
+        sampling_rate: of audio, in Hz.
     """
     cells = _to_grid("codes", codes, config, grid)
     canvas = _Canvas(config, cells.shape[:3], sampling_rate)
@@ -114,10 +114,10 @@ def plot_predictions(
     Args:
         codes, predicted: (patches, num_codebooks) int; predicted ones are the argmax of the logits.
         bool_masked_pos: (patches,) bool, True = hidden, so that the code had to be predicted.
-        config: Of the tokenizer or of the model that predicts its codes.
-        grid: Patches along each axis; those of a full-size input if not given.
-        level: The level whose codes are drawn, from 0.
-        sampling_rate: Of audio, in Hz.
+        config: of the tokenizer or of the model that predicts its codes.
+        grid: patches along each axis; those of a full-size input if not given.
+        level: the level whose codes are drawn, from 0.
+        sampling_rate: of audio, in Hz.
     """
     codes, predicted = _to_grid("codes", codes, config, grid), _to_grid("predicted", predicted, config, grid)
     hidden = _to_grid("bool_masked_pos", bool_masked_pos, config, grid).astype(bool)

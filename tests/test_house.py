@@ -126,7 +126,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_only_commands_print_and_exit():
-    """What stands under `if __name__ == "__main__"` is a command, too."""
+    """And what is run by its name: `__main__.py`, and what stands under `if __name__ == "__main__"`."""
 
     class Calls(ast.NodeVisitor):
         def __init__(self):
@@ -145,7 +145,7 @@ def test_only_commands_print_and_exit():
 
     wrong = []
     for path in MODULES:
-        if room_of(path) != "commands":
+        if room_of(path) != "commands" and path.name != "__main__.py":
             calls = Calls()
             calls.visit(ast.parse(path.read_text(encoding="utf-8")))
             wrong += [f"{path.relative_to(ROOT)}:{line}" for line in calls.found]
@@ -161,6 +161,24 @@ def test_few_files_lie_in_a_room(room):
 def test_only_tests_edit_the_import_path():
     scripts = [*MODULES, *(ROOT / "training").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "model_cards").rglob("*.py")]
     assert not [path for path in scripts if "sys.path" in path.read_text(encoding="utf-8")]
+
+
+SECTIONS = {"Args", "Returns", "Yields", "Raises", "Attributes", "Buffers", "Example"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_docstrings_and_rules_have_one_style(path):
+    """Sections by these names, their entries in lower case but for proper names; rules of one line."""
+    text = path.read_text(encoding="utf-8")
+    rules = [line for line in text.splitlines() if re.match(r"\s*# ?[-=*#]{2,}", line)]
+    assert all(re.fullmatch(r"\s*# --- \S.*\S ---", rule) for rule in rules), rules
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (docstring := ast.get_docstring(node)):
+            headings = re.findall(r"^(\w[\w, ]*):$", docstring, re.MULTILINE)
+            assert set(headings) <= SECTIONS, (node.name, headings)
+            for section in re.findall(r"^(?:Args|Raises):\n((?: {4}.*\n?)+)", docstring, re.MULTILINE):
+                starts = re.findall(r"^ {4}[\w., *]+: ([A-Z][a-z]+ ?)", section, re.MULTILINE)
+                assert {start.strip() for start in starts} <= {"Hub", "General"}, (node.name, starts)
 
 
 def test_the_page_names_every_room_and_file():

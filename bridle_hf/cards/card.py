@@ -42,19 +42,19 @@ def write_card(
     """Write `folder/README.md`.
 
     Args:
-        folder: A `save_pretrained` folder of an encoder, a tokenizer or a classifier, with its processor.
-        run: What `run.json` holds: `arguments`, `versions`, `git_revision`, `seed`, `data`, `samples`, `seconds`, of a
+        folder: a `save_pretrained` folder of an encoder, a tokenizer or a classifier, with its processor.
+        run: what `run.json` holds: `arguments`, `versions`, `git_revision`, `seed`, `data`, `samples`, `seconds`, of a
             pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown".
-        results: What was measured on this model: by name, the fields of a [`Result`]; `run["results"]` if not given.
-        repo_id: The name that the card's snippets load; the folder's own name if not given, so that they run as they
+        results: what was measured on this model: by name, the fields of a [`Result`]; `run["results"]` if not given.
+        repo_id: the name that the card's snippets load; the folder's own name if not given, so that they run as they
             stand in its parent.
 
     Returns:
         The file written.
 
     Raises:
-        TypeError: A result with a field that [`Result`] does not have.
-        ValueError: Metadata that the Hub would refuse; a config that cannot be read; or an audio folder without its
+        TypeError: a result with a field that [`Result`] does not have.
+        ValueError: metadata that the Hub would refuse; a config that cannot be read; or an audio folder without its
             feature extractor.
     """
     folder = Path(folder)

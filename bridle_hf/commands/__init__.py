@@ -20,13 +20,14 @@ from bridle_hf.common.errors import ArgumentError, RunError, nearest
 class Command:
     """A command.
 
-    summary: one line.
-    usage: what follows the command's name.
-    arguments: dataclasses of its options, as "room.module:Class": those that its help lists.
-    more_arguments: further ones, which its help names in `more`.
-    positionals: options that are given without their names.
-    fixed: options that it sets itself.
-    loads_models: whether it needs torch and transformers.
+    Args:
+        summary: one line.
+        usage: what follows the command's name.
+        arguments: dataclasses of its options, as "room.module:Class": those that its help lists.
+        more_arguments: further ones, which its help names in `more`.
+        positionals: options that are given without their names.
+        fixed: options that it sets itself.
+        loads_models: whether it needs torch and transformers.
     """
 
     summary: str

@@ -40,7 +40,7 @@ def read_yaml(text: str) -> Any:
     """What a recipe or an option holds.
 
     Raises:
-        ValueError: It is not YAML.
+        ValueError: it is not YAML.
     """
     try:
         return yaml.load(text, Loader=_YamlLoader)

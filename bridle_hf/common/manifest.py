@@ -19,7 +19,7 @@ def write_manifest(folder: Path) -> None:
     """Write `folder/manifest.json` with the sha256 of every file beside it, and sync all of them to the disk.
 
     Raises:
-        OSError: The file system refused.
+        OSError: the file system refused.
     """
     hashes = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     (folder / MANIFEST).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
@@ -31,7 +31,7 @@ def check_manifest(folder: Path) -> None:
     """See that every file of the manifest is what was written.
 
     Raises:
-        CheckpointError: A file, the manifest perhaps, is missing, cannot be read or has changed: names it.
+        CheckpointError: a file, the manifest perhaps, is missing, cannot be read or has changed: names it.
     """
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

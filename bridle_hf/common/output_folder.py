@@ -81,9 +81,7 @@ ORPHANS_SECONDS = 30.0
 _held: "weakref.WeakValueDictionary[Path, FileLock]" = weakref.WeakValueDictionary()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prepare, refuse, overwrite, resume
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Prepare, refuse, overwrite, resume ---
 
 
 def prepare(
@@ -100,9 +98,9 @@ def prepare(
         The lock of the folder, held until `release`, or as long as the object or the process lives.
 
     Raises:
-        ValueError: The folder lies where the inputs are, or they in it; it is not empty and neither `resume` nor
+        ValueError: the folder lies where the inputs are, or they in it; it is not empty and neither `resume` nor
             `overwrite` is given, or it holds something else than a run of this kind; another run writes to it.
-        OSError: It cannot be made or read.
+        OSError: it cannot be made or read.
     """
     _refuse_overlap(out, inputs)
     if out.exists() and {path.name for path in out.iterdir()} - {_LOCK, _OWNER}:
@@ -177,16 +175,14 @@ def hash_of_names(paths: Sequence[str]) -> str:
     return hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lock
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Lock ---
 
 
 def _lock(out: Path) -> FileLock:
     """Lock the folder for this process; the system unlocks it when the process is gone, however it ends.
 
     Raises:
-        ValueError: Another process holds it: names it and its machine.
+        ValueError: another process holds it: names it and its machine.
     """
     key = out.resolve()
     lock = _held.get(key)
@@ -242,9 +238,7 @@ def _is_gone(owner: dict[str, Any]) -> bool:
         return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run.json
-# ---------------------------------------------------------------------------------------------------------------------
+# --- run.json ---
 
 
 def run_record(kind: RunKind, arguments: dict[str, Any], data: str, seed: int, **more: Any) -> dict[str, Any]:

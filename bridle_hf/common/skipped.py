@@ -92,7 +92,7 @@ class SkippedSteps:
         """Take in a step that is done; `files` are those of its batch, as far as this process had them.
 
         Raises:
-            NonFiniteError: More than 20 of the last 200 steps have been skipped.
+            NonFiniteError: more than 20 of the last 200 steps have been skipped.
         """
         if not skipped:
             return
@@ -111,7 +111,7 @@ class SkippedSteps:
         """Refuse to call a run done of which most steps have been skipped.
 
         Raises:
-            NonFiniteError: More than half of them have.
+            NonFiniteError: more than half of them have.
         """
         if skipped > total / 2:
             raise NonFiniteError(f"loss or gradient not finite in {skipped} of all {total} steps: nothing was learned")

@@ -41,9 +41,7 @@ MAX_ATTEMPTS = 32  # with 10% bad files, 32 bad ones in a row are a matter of 1e
 _PERMUTATION_STREAM, _REPLACEMENT_STREAM = 1, 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing samples
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Drawing samples ---
 
 
 class DrawDataset(Dataset):

@@ -37,9 +37,7 @@ def torch_seeded(rng: np.random.Generator) -> Iterator[None]:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Audio
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Audio ---
 
 
 def roll_and_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -63,8 +61,9 @@ class AudioLoader:
         cache_bytes: memory, per process that loads, for recordings of up to twice `max_frames`: decoded waveforms
             where they will be augmented, else finished features. What doesn't fit is read anew each time. 0: no cache.
 
-    Raises, when called:
-        MediaError: see `read_audio`. ValueError: what the feature extractor refuses, such as a clip under one frame.
+    Raises:
+        MediaError: by a call: see `read_audio`.
+        ValueError: by a call: what the feature extractor refuses, such as a clip under one frame.
     """
 
     def __init__(self, feature_extractor: Any, max_frames: int, augment: bool = False, cache_bytes: int = 0):
@@ -151,9 +150,7 @@ def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[in
     return (spare // 2 if rng is None else int(rng.integers(spare + 1))), wanted
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and video
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Images and video ---
 
 
 def stride_indices(total: int, num_frames: int, stride: int, position: float) -> np.ndarray:
@@ -265,8 +262,8 @@ class ImageLoader(_PixelLoader):
         min_crop: smallest part of the area that a random crop keeps.
         flip: mirror half of the samples in training; leave it off where left and right differ, as for digits.
 
-    Raises, when called:
-        MediaError: see `read_image`.
+    Raises:
+        MediaError: by a call: see `read_image`.
     """
 
     def __init__(
@@ -317,8 +314,8 @@ class VideoLoader(_PixelLoader):
     Raises:
         ValueError: `num_frames` or `stride` below 1, an unknown `sampling` or `short`.
 
-    Raises, when called:
-        MediaError: see `read_video`; or a video too short, with `short="skip"`.
+    Raises:
+        MediaError: by a call: see `read_video`; or a video too short, with `short="skip"`.
     """
 
     def __init__(
@@ -405,6 +402,4 @@ def _spread(count: int) -> Sequence[float]:
     return [0.5] if count == 1 else np.linspace(0, 1, count)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table, and what makes loaders and processors by it
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The table, and what makes loaders and processors by it ---

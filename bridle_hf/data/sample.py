@@ -71,7 +71,7 @@ class Sample:
         """What a reader opens: the path of the file, or the bytes of a row or of a part of a shard.
 
         Raises:
-            MediaError: There are none.
+            MediaError: there are none.
         """
         if self.source is None:
             return self.path

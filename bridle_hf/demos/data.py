@@ -167,7 +167,7 @@ def _write_table(folder: Path, columns: Sequence[str], rows: list[tuple]) -> Non
         csv.writer(file).writerows([columns, *rows])
 
 
-# --- notes ---
+# --- Notes ---
 
 
 def _write_notes(folder: Path, programs: list[int], pitches: list[int]) -> None:
@@ -238,7 +238,7 @@ def _package_folder(package: str, what: str, requirements: str) -> Path:
     return Path(spec.origin).parent
 
 
-# --- digits ---
+# --- Digits ---
 
 
 def _read_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +267,7 @@ def _write_digits(folder: Path) -> None:
     _write_table(folder, DIGIT_COLUMNS, rows)
 
 
-# --- moving digits ---
+# --- Moving digits ---
 
 
 def _write_moving_digits(folder: Path, num_clips: int, seed: int) -> None:

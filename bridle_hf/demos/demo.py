@@ -61,9 +61,11 @@ class ProbeTask:
 class Demo:
     """What the demo of one modality runs on. The first task is the one that is fine-tuned.
 
-    held_out: what fine-tuning is tested on, in words; held_out_fold: the fold of the first task's probe that is tested
-        on the same; unseen: whether pretraining, too, was kept from it.
-    busy_loader: whether reading takes a core of its own in pretraining.
+    Args:
+        held_out: what fine-tuning is tested on, in words.
+        held_out_fold: the fold of the first task's probe that is tested on the same.
+        unseen: whether pretraining, too, was kept from it.
+        busy_loader: whether reading takes a core of its own in pretraining.
     """
 
     make_data: Callable[[], str]

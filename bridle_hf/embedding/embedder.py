@@ -38,9 +38,11 @@ LEAST_FILLED = 15 / 16  # the shortest window of a batch, in lengths of the long
 class Embedding:
     """What an input became.
 
-    values: (dim,) float32 of a clip, (frames, dim) or (patches, dim); before `dim` an axis of layers for "all".
-    times: (frames,) or (patches,) float64, the middle of each in seconds; None for clips and images.
-    positions: (patches, axes) int64, the place of each patch along the axes beside time: mel band, or row and column.
+    Args:
+        values: (dim,) float32 of a clip, (frames, dim) or (patches, dim); before `dim` an axis of layers for "all".
+        times: (frames,) or (patches,) float64, the middle of each in seconds; None for clips and images.
+        positions: (patches, axes) int64, the place of each patch along the axes beside time: mel band, or row and
+            column.
     """
 
     values: np.ndarray

@@ -33,7 +33,7 @@ def pool_cells(
         (batch, cells, dim), row-major.
 
     Raises:
-        ValueError: More cells than (real) patches along an axis, or tokens that are not those of the grid.
+        ValueError: more cells than (real) patches along an axis, or tokens that are not those of the grid.
     """
     if tokens.shape[1] != math.prod(grid) or len(cells) != len(grid):
         raise ValueError(f"{tokens.shape[1]} tokens, a grid of {tuple(grid)} and {tuple(cells)} cells do not fit")
@@ -134,7 +134,7 @@ def select_layers(states: Sequence[torch.Tensor], layers: Layers = -1) -> torch.
         (batch, tokens, dim times the number of indices); for "all" (batch, states, tokens, dim).
 
     Raises:
-        ValueError: There is no such layer, or none is asked for.
+        ValueError: there is no such layer, or none is asked for.
     """
     if layers == "all":
         return torch.stack(tuple(states), dim=1)

@@ -34,11 +34,12 @@ from bridle_hf.image_processing_bridle import fit_channels, image_to_array
 class Window:
     """A piece of an input that a model takes.
 
-    values: (frames, mel bins) of audio, (channels, height, width) or (frames, channels, height, width), float32.
-    first: its first step, along the first axis of the grid of patches, in the whole input.
-    steps: how many steps it has.
-    own: the steps of the whole input, from and to, that are taken from it.
-    times: (steps,) float64, seconds in the whole input; None for images.
+    Args:
+        values: (frames, mel bins) of audio, (channels, height, width) or (frames, channels, height, width), float32.
+        first: its first step, along the first axis of the grid of patches, in the whole input.
+        steps: how many steps it has.
+        own: the steps of the whole input, from and to, that are taken from it.
+        times: (steps,) float64, seconds in the whole input; None for images.
     """
 
     values: torch.Tensor

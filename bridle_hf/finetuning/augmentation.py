@@ -29,9 +29,7 @@ RAND_AUGMENT_LAYERS, RAND_AUGMENT_PROBABILITY, RAND_AUGMENT_STD, RAND_AUGMENT_MA
 ERASED_AREAS, ERASED_RATIOS = (0.02, 1 / 3), (0.3, 3.3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loaders
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Loaders ---
 
 
 class TrainingLoader(ABC):
@@ -147,9 +145,7 @@ class PixelTrainingLoader(TrainingLoader):
 TRAINING_LOADERS = {"audio": AudioTrainingLoader, "image": PixelTrainingLoader, "video": PixelTrainingLoader}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Audio
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Audio ---
 
 
 def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
@@ -178,9 +174,7 @@ def spec_augment(
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Images and video: (..., channels, height, width)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Images and video: (..., channels, height, width) ---
 
 
 def cutmix(

@@ -64,8 +64,8 @@ def _epoch_ends(state: TrainerState) -> bool:
 class SkipNonFinite(TrainerCallback, ExportableState):
     """Leave the weights alone in a step whose gradient is not finite, as pretraining does, count it, and warn.
 
-    Raises, when called:
-        NonFiniteError: The 20th such step in a row, or more than 20 of the last 200.
+    Raises:
+        NonFiniteError: by a step: the 20th such step in a row, or more than 20 of the last 200.
     """
 
     def __init__(self, trainer: Trainer):

@@ -38,7 +38,7 @@ def newest_whole(folder: Path, with_best: bool) -> Path | None:
         with_best: the best checkpoint up to then must be whole, too.
 
     Raises:
-        CheckpointError: There are checkpoints, and all are broken.
+        CheckpointError: there are checkpoints, and all are broken.
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):

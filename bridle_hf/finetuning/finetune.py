@@ -134,9 +134,7 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
     return FinetuneResult(out, results)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is asked for
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What is asked for ---
 
 
 def check_arguments(
@@ -204,9 +202,7 @@ def _check_augmentation(args: FinetuneArguments, config: Any) -> None:
         raise ValueError(f"--{name} changes random views: give --augment too")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Model ---
 
 
 def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments, task: Task) -> tuple[nn.Module, Any]:
@@ -241,9 +237,7 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     return model, processor
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training ---
 
 
 @dataclass(frozen=True)
@@ -343,9 +337,7 @@ def readable(samples: list[Sample], load: Load, ledger: SkippedFiles, num_worker
     return [samples[place] for place in gather_object(kept)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Results ---
 
 
 def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_sample: int) -> dict[str, Any]:

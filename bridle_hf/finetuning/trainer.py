@@ -30,9 +30,7 @@ from bridle_hf.finetuning.checkpoints import path_of, remove_old
 BALANCED_STREAM = 3  # of random numbers, beside those of data/batches.py
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Samples ---
 
 
 class TrainingDraws(DrawDataset):
@@ -119,9 +117,7 @@ class ViewLoader:
         return {"views": self.load.views(sample, self.num_clips, self.num_crops)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training ---
 
 
 class FinetuneTrainer(Trainer):
@@ -184,7 +180,7 @@ class FinetuneTrainer(Trainer):
         """The Trainer's checkpoint, there whole or not at all; older ones are removed last.
 
         Raises:
-            CheckpointError: The file system refused; checkpoints written before are untouched.
+            CheckpointError: the file system refused; checkpoints written before are untouched.
         """
         folder, step = Path(self.args.output_dir), self.state.global_step
         target = path_of(folder, step)
@@ -220,7 +216,7 @@ class FinetuneTrainer(Trainer):
         """Where a batch holds several `views` of each sample: the mean loss, and the mean of the probabilities.
 
         Raises:
-            NonFiniteError: The model's output is not: names the files.
+            NonFiniteError: the model's output is not: names the files.
         """
         indices = inputs["index"].tolist()
         loss, scores, labels = self._predict(model, inputs, *args, **kwargs)

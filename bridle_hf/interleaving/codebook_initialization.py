@@ -25,11 +25,11 @@ def initialize_codebooks(
     """k-means on the latents of as many of the batches as it takes; the same for any number of processes.
 
     Args:
-        batches: Batch by batch, the micro batches of this process; they may go on for ever.
-        batches_per_epoch: How many batches it takes to see all of the data once.
+        batches: batch by batch, the micro batches of this process; they may go on for ever.
+        batches_per_epoch: how many batches it takes to see all of the data once.
 
     Raises:
-        ArgumentError: All of the data have fewer vectors than there are codes.
+        ArgumentError: all of the data have fewer vectors than there are codes.
     """
     tokenizer.eval()
     codebook_size = tokenizer.config.codebook_size

@@ -31,14 +31,14 @@ class Interleaving:
     """The two models, their optimizers, and what a step of each phase does.
 
     Args:
-        accelerator: Device, precision and processes.
-        encoder_config, tokenizer_config: What is built at the start of a phase; `tokenizer_config` is that of the
+        accelerator: device, precision and processes.
+        encoder_config, tokenizer_config: what is built at the start of a phase; `tokenizer_config` is that of the
             self-distilled tokenizer, from which the random projection of iteration 0 follows.
-        micro_batch_size: Samples of this process per forward; the gradients of a batch are accumulated over them.
-        shard: Each process holds a part of what is trained, see [`Sharding`].
+        micro_batch_size: samples of this process per forward; the gradients of a batch are accumulated over them.
+        shard: each process holds a part of what is trained, see [`Sharding`].
 
     Raises:
-        ValueError: As [`Sharding`].
+        ValueError: as [`Sharding`].
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class Interleaving:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
 
-    # -- phases -------------------------------------------------------------------------------------------------------
+    # --- Phases ---
 
     def enter_phase(self, number: int, peek: Callable[[], Iterable[dict[str, Any]]]) -> None:
         """Set up phase `number`: fresh models where it asks for them, k-means, optimizers.
 
         Args:
-            peek: Gives the batches that the phase is about to see; they are not consumed.
+            peek: gives the batches that the phase is about to see; they are not consumed.
         """
         phase = self.schedule.phases[number]
         fresh = phase.start == "fresh"
@@ -162,7 +162,7 @@ class Interleaving:
             self.accelerator.is_main_process,
         )
 
-    # -- steps --------------------------------------------------------------------------------------------------------
+    # --- Steps ---
 
     def seed_step(self, step: int) -> None:
         """Make what is random in a step (dropout, re-seeding) a function of seed and step.
@@ -185,7 +185,7 @@ class Interleaving:
             the sum, is that of the whole batch. Empty for a skipped step.
 
         Raises:
-            NonFiniteError: The 20th step in a row whose gradient is not finite.
+            NonFiniteError: the 20th step in a row whose gradient is not finite.
         """
         sides = self.schedule.sides(step)
         self._set_learning_rates(step)
@@ -319,7 +319,7 @@ class Interleaving:
         self.skipped_steps += not finite
         return norms if finite else {}
 
-    # -- state --------------------------------------------------------------------------------------------------------
+    # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""

@@ -16,11 +16,11 @@ class MicroBatch:
     """Some samples of a batch, on the device.
 
     Args:
-        inputs: The modality's input, (samples, ...).
+        inputs: the modality's input, (samples, ...).
         attention_mask: (samples, frames) of audio, or `None` where the whole batch has no padding.
         bool_masked_pos: (samples, patches), or (samples, masks, patches), True = hidden.
-        bool_decoded_pos: Of the same shape, True = hidden and decoded; `None`: all that are hidden.
-        first: Which sample of this process's batch the first of these is.
+        bool_decoded_pos: of the same shape, True = hidden and decoded; `None`: all that are hidden.
+        first: which sample of this process's batch the first of these is.
     """
 
     inputs: torch.Tensor

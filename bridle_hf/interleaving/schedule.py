@@ -20,13 +20,15 @@ from typing import Any
 class Phase:
     """One entry of a schedule.
 
-    train: `encoder`; `tokenizer`; `alternate` (the two in turns, `switch_every` steps each, encoder first); or `joint`
-        (the encoder at every step, the tokenizer at every `tokenizer_every`-th with weight `tokenizer_loss_weight`).
-    steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
-    learning_rate: of the encoder, or of the tokenizer where that alone is trained.
-    tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
-    start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
-    target: what the encoder of this phase predicts (`BridleConfig.target`); that of the recipe if not given.
+    Args:
+        train: `encoder`; `tokenizer`; `alternate` (the two in turns, `switch_every` steps each, encoder first); or
+            `joint` (the encoder at every step, the tokenizer at every `tokenizer_every`-th with weight
+            `tokenizer_loss_weight`).
+        steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
+        learning_rate: of the encoder, or of the tokenizer where that alone is trained.
+        tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
+        start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
+        target: what the encoder of this phase predicts (`BridleConfig.target`); that of the recipe if not given.
     """
 
     train: str
@@ -47,7 +49,7 @@ class Phase:
         """Check one entry of a recipe.
 
         Raises:
-            ValueError: An unknown key or a wrong value, naming phase and key.
+            ValueError: an unknown key or a wrong value, naming phase and key.
         """
         names = [item.name for item in fields(cls)]
         for name in entry:
@@ -94,12 +96,12 @@ class Schedule:
     """Phases with their lengths settled; everything is a function of the optimizer step.
 
     Args:
-        entries: The `phases` of a recipe.
-        steps_per_epoch: Optimizer steps that one pass over the data takes (need not be whole).
-        scale: Factor on every phase's length and warm-up.
+        entries: the `phases` of a recipe.
+        steps_per_epoch: optimizer steps that one pass over the data takes (need not be whole).
+        scale: factor on every phase's length and warm-up.
 
     Raises:
-        ValueError: No phases, or a wrong one.
+        ValueError: no phases, or a wrong one.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):

@@ -17,7 +17,7 @@ class Sharding:
     """How what is trained lies over the processes.
 
     Args:
-        shard: Each process holds a part of what is trained, of its gradients and of its optimizer (FSDP2). What is
+        shard: each process holds a part of what is trained, of its gradients and of its optimizer (FSDP2). What is
             frozen, and the codebooks, are whole in each.
 
     Raises:

@@ -33,10 +33,10 @@ class Panel:
     """One panel of curves.
 
     Args:
-        lines: Key of the rows to its label, "" where levels alone name the lines.
-        percent: Shares are drawn as percent.
-        style: A smoothed line over what was logged, what was logged alone, or points joined across phases.
-        dashed: Keys whose line is dashed.
+        lines: key of the rows to its label, "" where levels alone name the lines.
+        percent: shares are drawn as percent.
+        style: a smoothed line over what was logged, what was logged alone, or points joined across phases.
+        dashed: keys whose line is dashed.
     """
 
     title: str

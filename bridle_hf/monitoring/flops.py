@@ -28,9 +28,7 @@ FORWARD_AND_BACKWARD = 3
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One sample
-# ---------------------------------------------------------------------------------------------------------------------
+# --- One sample ---
 
 
 def sample_flops(
@@ -44,10 +42,10 @@ def sample_flops(
     """FLOPs of one sample in one optimizer step, by part.
 
     Args:
-        sides: Whether encoder and tokenizer are trained (see `Schedule.sides`).
-        visible: Patches that the mask leaves to the encoder, see `num_visible_patches`.
-        masks_per_sample: How often the encoder and its decoder see a sample, each time under another mask.
-        distilled: Codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
+        sides: whether encoder and tokenizer are trained (see `Schedule.sides`).
+        visible: patches that the mask leaves to the encoder, see `num_visible_patches`.
+        masks_per_sample: how often the encoder and its decoder see a sample, each time under another mask.
+        distilled: codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
 
     Returns:
         For an encoder step `encoder` and `decoder` (forward and backward) and `codes` (the tokenizer's forward); for a
@@ -71,7 +69,7 @@ def num_visible_patches(config: BridleConfig, masks: dict[str, float]) -> int:
     """Patches that the encoder sees of a full-length input; with masks of several kinds, the most.
 
     Args:
-        masks: Weight by kind of mask, as in a recipe; empty: `config.mask_type`.
+        masks: weight by kind of mask, as in a recipe; empty: `config.mask_type`.
     """
     kinds = [kind for kind, weight in masks.items() if weight] or [config.mask_type]
     generator = torch.Generator().manual_seed(0)
@@ -154,16 +152,14 @@ def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A schedule
-# ---------------------------------------------------------------------------------------------------------------------
+# --- A schedule ---
 
 
 class ScheduleFlops:
     """FLOPs per sample over the steps of a schedule.
 
     Args:
-        masks, masks_per_sample: As in a recipe.
+        masks, masks_per_sample: as in a recipe.
     """
 
     def __init__(
@@ -228,9 +224,7 @@ def _giga(flops: float) -> str:
     return f"{flops / 1e9:.4g}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The peak
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The peak ---
 
 
 def find_peak(given_tflops: float | None, device: torch.device, precision: str) -> dict[str, Any]:

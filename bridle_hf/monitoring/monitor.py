@@ -29,8 +29,8 @@ class Monitor:
 
     Args:
         flops: FLOPs per sample over the schedule; its total is that of the progress bar.
-        peak_tflops: What one process could do at most, for the MFU.
-        seconds: What the run took before it was resumed.
+        peak_tflops: what one process could do at most, for the MFU.
+        seconds: what the run took before it was resumed.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Monitor:
 
         Args:
             began: `time.monotonic()` when it asked for its data.
-            waited: Seconds until it had them.
+            waited: seconds until it had them.
         """
         if self.steps == 0:
             self.since = began
@@ -95,9 +95,9 @@ class Monitor:
         """Write what has come together since the last time; ranks are averaged, counts of codes summed.
 
         Args:
-            step: Steps done.
+            step: steps done.
             position: `phase`, `kind` and `iteration`.
-            rates: Learning rate by side.
+            rates: learning rate by side.
         """
         if self.steps == 0:
             return

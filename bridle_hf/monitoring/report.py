@@ -51,7 +51,7 @@ CAPTIONS = {
 }
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# --- The report ---
 
 
 def write_report(out_dir: str | os.PathLike) -> Path:

@@ -24,7 +24,7 @@ def start_tracker(accelerator: Any, out: Path, first_step: int | None) -> None:
     a resumed run is a run of its own, named after its folder and the step.
 
     Args:
-        first_step: Steps done before, where the run is resumed.
+        first_step: steps done before, where the run is resumed.
     """
     group, resumed = out.resolve().name, "" if first_step is None else f", from step {first_step}"
     options = {tracker: {name: group + resumed} for tracker, name in RUN_NAMES.items()}

@@ -33,11 +33,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
     Args:
         state: `encoder` and `tokenizer` (tensors by name), `optimizers` (optimizer states by name); all else must be
             JSON-serialisable.
-        keep_last: How many of the newest stay.
-        keep_every: Those whose step is a multiple of it stay for good; 0: none.
+        keep_last: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay for good; 0: none.
 
     Raises:
-        CheckpointError: The file system refused; checkpoints written before are untouched.
+        CheckpointError: the file system refused; checkpoints written before are untouched.
     """
     target, temporary = folder / f"step_{step}", folder / f".step_{step}.tmp"
     try:
@@ -90,7 +90,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     A broken one is passed over with a warning that names the file.
 
     Raises:
-        CheckpointError: There are checkpoints, and all are broken.
+        CheckpointError: there are checkpoints, and all are broken.
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
@@ -107,7 +107,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """State that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: A file is missing, or not what was written.
+        CheckpointError: a file is missing, or not what was written.
     """
     check_manifest(path)
     try:

@@ -14,7 +14,7 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
     """Configs of both sides; what the tokenizer shares with the encoder and does not name, it takes from it.
 
     Raises:
-        ValueError: An unknown or wrong field, or codebooks that differ between the two.
+        ValueError: an unknown or wrong field, or codebooks that differ between the two.
     """
     fields = {"modality": args.modality, **args.encoder}
     if "features" in {fields.get("target"), *(phase.get("target") for phase in args.phases)}:

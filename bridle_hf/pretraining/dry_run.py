@@ -28,10 +28,10 @@ class Measured:
     """A phase's steps: the mean over what they train, by how often they do.
 
     Args:
-        seconds: Of one step.
-        weights, optimizer, step: Bytes of both models; of the optimizers' state; of gradients and activations where
+        seconds: of one step.
+        weights, optimizer, step: bytes of both models; of the optimizers' state; of gradients and activations where
             together they are most.
-        losses: Those of the last step, by name.
+        losses: those of the last step, by name.
     """
 
     seconds: float
@@ -45,7 +45,7 @@ def dry_run(args: PretrainArguments) -> list[str]:
     """What the run of `args` would do, in lines; of several processes one has them.
 
     Raises:
-        ValueError: As the run itself would.
+        ValueError: as the run itself would.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = start(dataclasses.replace(args, output_dir=folder, resume=False, overwrite=False, tracker="none"))
@@ -67,9 +67,7 @@ def dry_run(args: PretrainArguments) -> list[str]:
         return lines if run.accelerator.is_main_process else []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Measuring ---
 
 
 def _measure(run: Run, number: int, batch: dict[str, Any]) -> Measured:
@@ -145,9 +143,7 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Telling
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Telling ---
 
 
 def _batch_lines(batch: dict[str, Any], seconds: float) -> list[str]:

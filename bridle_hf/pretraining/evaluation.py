@@ -35,7 +35,7 @@ def evaluate_tokenizer(
     """How a tokenizer, not moving, codes `batches`.
 
     Args:
-        encoder: The teacher whose features the codes are held against.
+        encoder: the teacher whose features the codes are held against.
 
     Returns:
         Lists with one number per level: the fields of `CodebookUsage`, and `explained_variance`, the share of the

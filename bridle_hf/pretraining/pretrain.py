@@ -31,9 +31,11 @@ from bridle_hf.pretraining.run import start
 class PretrainResult:
     """What a run has made.
 
-    output_dir: all of it; encoder, tokenizer: `from_pretrained` folders in it.
-    metrics: the last row of metrics.jsonl.
-    finished: whether the last step has been done; a signal ends a run before, and `resume=True` goes on.
+    Args:
+        output_dir: all of it.
+        encoder, tokenizer: `from_pretrained` folders in it.
+        metrics: the last row of metrics.jsonl.
+        finished: whether the last step has been done; a signal ends a run before, and `resume=True` goes on.
     """
 
     output_dir: Path

@@ -46,7 +46,7 @@ def asked_to_shard() -> bool:
     """Whether the launcher's config asks for FSDP2.
 
     Raises:
-        ValueError: It asks for the first FSDP.
+        ValueError: it asks for the first FSDP.
     """
     asked = parse_flag_from_env("ACCELERATE_USE_FSDP")
     if asked and os.environ.get("FSDP_VERSION") != "2":

@@ -27,8 +27,8 @@ def load_newest_of_all(out: Path, rank_0: Rank0) -> dict[str, Any] | None:
     """State of the newest checkpoint, the same in all processes; `None` if there is none.
 
     Raises:
-        ValueError: The processes find different ones.
-        CheckpointError: There are checkpoints, and all are broken.
+        ValueError: the processes find different ones.
+        CheckpointError: there are checkpoints, and all are broken.
     """
     state = load_newest(out / "checkpoints")
     rank_0.wait()  # however long it takes
@@ -47,14 +47,14 @@ def check_unchanged(
     """See that the run goes on as it began; note what data it has lost or got, if it may.
 
     Args:
-        data: What its samples are: `samples`, how many, and `names_of_samples`, their hash.
-        state: Of the checkpoint.
+        data: what its samples are: `samples`, how many, and `names_of_samples`, their hash.
+        state: of the checkpoint.
 
     Returns:
         How many samples the schedule was made for, and all changes of the data so far.
 
     Raises:
-        ValueError: Arguments differ, or data do and need not be as they were only by `allow_changed_data`.
+        ValueError: arguments differ, or data do and need not be as they were only by `allow_changed_data`.
     """
     differing = changed(plain(args), state["arguments"], FREE_ON_RESUME)
     before = {name: state.get(name, value) for name, value in data.items()}

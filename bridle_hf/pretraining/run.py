@@ -75,7 +75,7 @@ class Run:
     """One pretraining run: its folder, data, models and monitor.
 
     Raises:
-        ValueError: Arguments, data or output folder are not fit to start; nothing has been trained yet.
+        ValueError: arguments, data or output folder are not fit to start; nothing has been trained yet.
     """
 
     def __init__(self, args: PretrainArguments, accelerator: Accelerator):
@@ -117,7 +117,7 @@ class Run:
         self.first_step = self._resume(state)
         self.monitor = self._make_monitor()
 
-    # -- before the first step ----------------------------------------------------------------------------------------
+    # --- Before the first step ---
 
     def _find_samples(self) -> list[Sample]:
         args = self.args
@@ -194,7 +194,7 @@ class Run:
         return Monitor(log, self.accelerator, self.flops, self.peak["tflops"], self.first_step,
                        args.global_batch_size, self.seconds)  # fmt: skip
 
-    # -- the run ------------------------------------------------------------------------------------------------------
+    # --- The run ---
 
     def train(self, stop: StopRequest) -> bool:
         """All steps from the first to the last, with checkpoints and reports on the way.
@@ -248,7 +248,7 @@ class Run:
         """The next batch; where the loader fails, what has been done so far is saved before the run ends.
 
         Raises:
-            OSError: A worker died, or took too long.
+            OSError: a worker died, or took too long.
         """
         try:
             with loader_errors_as_os_errors(self.args.loader_timeout):

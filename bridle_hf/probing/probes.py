@@ -38,10 +38,10 @@ GATE_ITERATIONS = 20
 NUM_NEIGHBORS = 20
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Probes: `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds`
-# is the fold number of each sample. Each fold is tested by a probe fitted on all others.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Probes ---
+
+# `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds` is the
+# fold number of each sample. Each fold is tested by a probe fitted on all others.
 
 
 @dataclass(frozen=True)

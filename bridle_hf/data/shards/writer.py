@@ -121,9 +121,7 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
     return {"output_dir": out, "samples": len(entries), "found": len(samples), "shards": len(plans)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What goes where
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What goes where ---
 
 
 def make_plans(args: ShardArguments, samples: Sequence[Sample]) -> list[Plan]:
@@ -214,9 +212,7 @@ def prepare_shard_folder(out: Path, args: ShardArguments, plans: Sequence[Plan])
     return lock
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Writing ---
 
 
 def write_shards(out: Path, plans: Sequence[Plan], num_workers: int, ledger: SkippedFiles) -> list[Entry]:
