@@ -126,7 +126,7 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_only_commands_print_and_exit():
-    """What stands under `if __name__ == "__main__"` is a command, too."""
+    """And what is run by its name: `__main__.py`, and what stands under `if __name__ == "__main__"`."""
 
     class Calls(ast.NodeVisitor):
         def __init__(self):
@@ -145,7 +145,7 @@ def test_only_commands_print_and_exit():
 
     wrong = []
     for path in MODULES:
-        if room_of(path) != "commands":
+        if room_of(path) != "commands" and path.name != "__main__.py":
             calls = Calls()
             calls.visit(ast.parse(path.read_text(encoding="utf-8")))
             wrong += [f"{path.relative_to(ROOT)}:{line}" for line in calls.found]

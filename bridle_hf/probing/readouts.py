@@ -24,9 +24,10 @@ from bridle_hf.probing.probes import ProbeResult, gated_probe, knn_probe, linear
 class Readout:
     """How features become an answer.
 
-    pooling: of `POOLINGS`.
-    layers: `gate`, a learned convex combination of all; or `last`.
-    probe: `linear` or `knn`.
+    Args:
+        pooling: of `POOLINGS`.
+        layers: `gate`, a learned convex combination of all; or `last`.
+        probe: `linear` or `knn`.
     """
 
     pooling: str

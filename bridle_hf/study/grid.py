@@ -50,9 +50,10 @@ FREE = {"data", "output_dir", "num_workers", "cache_mb", "tracker", "log_every",
 class RunSpec:
     """One run of a grid.
 
-    options: all arguments of pretraining, but for data and output_dir.
-    features: one of `FEATURES`.
-    study_set: what `set` names.
+    Args:
+        options: all arguments of pretraining, but for data and output_dir.
+        features: one of `FEATURES`.
+        study_set: what `set` names.
     """
 
     set: str

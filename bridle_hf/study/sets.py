@@ -11,10 +11,11 @@ from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
 class Task:
     """A question to frozen features, in the columns of metadata.csv.
 
-    label: column of the answer.
-    group: column of what folds keep together; without it, `fold`, or each label spread evenly.
-    folds: how many, where `group` makes them.
-    cluster: column of what the bootstrap draws together; `group` if not given, single samples where there is none.
+    Args:
+        label: column of the answer.
+        group: column of what folds keep together; without it, `fold`, or each label spread evenly.
+        folds: how many, where `group` makes them.
+        cluster: column of what the bootstrap draws together; `group` if not given, single samples where there is none.
     """
 
     label: str = "label"
@@ -27,9 +28,10 @@ class Task:
 class StudySet:
     """A data set.
 
-    make: its folder, made once, below a folder for caches.
-    recipe, options: what pretrains on it; options are as of `bridle_hf.pretrain`.
-    tasks: by name; the first is the one that counts.
+    Args:
+        make: its folder, made once, below a folder for caches.
+        recipe, options: what pretrains on it; options are as of `bridle_hf.pretrain`.
+        tasks: by name; the first is the one that counts.
     """
 
     make: Callable[[str | None], str]
