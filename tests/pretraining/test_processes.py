@@ -106,7 +106,8 @@ def assert_same_run(folder: Path, found: str, expected: str) -> None:
         assert row.keys() == other.keys()
         for name, value in row.items():
             if name.endswith("loss"):
-                assert abs(value - other[name]) <= 1e-5, (row["step"], name)
+                # A step of the last digit that is logged, as it comes out in float64.
+                assert abs(value - other[name]) < 1.01e-5, (row["step"], name)
             if "grad_norm" in name:
                 assert abs(value - other[name]) <= 1e-4 * abs(other[name]), (row["step"], name)
             if name in ("usage/used_fraction", "usage/reseeded", "skipped_steps"):
