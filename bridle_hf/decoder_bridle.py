@@ -93,12 +93,14 @@ class BridleDecoder(nn.Module):
         real: torch.Tensor | None,
         grid: tuple[int, ...],
         wanted: tuple[torch.Tensor, torch.Tensor] | None,
+        num_visible: int | None = None,
     ) -> torch.Tensor:
         """
         Args:
             states: (batch, [class] + visible patches, hidden) each: those that are mixed, and the encoder's output.
             bool_masked_pos: (batch, patches) bool.
             real: (batch, patches) bool, or `None` where all patches are.
+            num_visible: see [`BridleModel.forward`].
             wanted: what to predict, as of `chosen_patches`; `None`: every patch (not of a cross decoder).
 
         Returns:
@@ -107,9 +109,9 @@ class BridleDecoder(nn.Module):
         """
         visible = ~bool_masked_pos if real is None else ~bool_masked_pos & real
         if self.config.decoder_type == "cross":
-            tokens = self._read(states, visible, real, grid, wanted[0])
+            tokens = self._read(states, visible, grid, wanted[0], num_visible)
         else:
-            tokens = self._fill_in(self.embed(states[0]), visible, real, grid)
+            tokens = self._fill_in(self.embed(states[0]), visible, real, grid, num_visible)
             tokens = tokens if wanted is None else take_patches(tokens, wanted[0])
         logits = self.head(self.layernorm(tokens))
         return logits.unflatten(-1, self.config.target_shape)
@@ -118,16 +120,18 @@ class BridleDecoder(nn.Module):
         self,
         states: Sequence[torch.Tensor],
         visible: torch.Tensor,
-        real: torch.Tensor | None,
         grid: tuple[int, ...],
         indices: torch.Tensor,
+        num_visible: int | None,
     ) -> torch.Tensor:
         """The tokens of the patches at `indices`, by cross-attention from each to all that the encoder has given."""
         contexts = [states[0]] * len(self.layers) if self.mix is None else self.mix(states)
         positions = self.positions(grid).to(contexts[0].dtype).expand(len(visible), -1, -1)
         tokens = self.mask_token.to(contexts[0].dtype) + take_patches(positions, indices)
-        _, valid = visible_patches(visible)
-        valid = F.pad(valid, (int(self.config.use_class_token), 0), value=True)
+        valid = None
+        if num_visible is None:
+            _, valid = visible_patches(visible)
+            valid = F.pad(valid, (int(self.config.use_class_token), 0), value=True)
         mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=tokens, attention_mask=valid, encoder_hidden_states=contexts[0]
         )
@@ -136,11 +140,16 @@ class BridleDecoder(nn.Module):
         return tokens
 
     def _fill_in(
-        self, embedded: torch.Tensor, visible: torch.Tensor, real: torch.Tensor | None, grid: tuple[int, ...]
+        self,
+        embedded: torch.Tensor,
+        visible: torch.Tensor,
+        real: torch.Tensor | None,
+        grid: tuple[int, ...],
+        num_visible: int | None,
     ) -> torch.Tensor:
         """The tokens of all patches, by layers over the visible ones and mask tokens in the places of the others."""
         first = int(self.config.use_class_token)
-        tokens = self._on_grid(embedded[:, first:], visible)
+        tokens = self._on_grid(embedded[:, first:], visible, num_visible)
         tokens = tokens + self.positions(grid).to(tokens.dtype)
         if self.config.decoder_type == "swin":
             for layer in self.layers:
@@ -154,9 +163,9 @@ class BridleDecoder(nn.Module):
             tokens = layer(tokens, mask)
         return tokens[:, first:]
 
-    def _on_grid(self, visible_tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    def _on_grid(self, visible_tokens: torch.Tensor, visible: torch.Tensor, num_visible: int | None) -> torch.Tensor:
         """Visible tokens at their places, mask tokens at all others."""
-        indices, valid = visible_patches(visible)
+        indices, valid = visible_patches(visible, num_visible)
         mask_token = self.mask_token.to(visible_tokens.dtype)
         tokens = mask_token.expand(*visible.shape, -1)
         # Where a clip has fewer visible patches than another, its index points at a masked one: leave that as it is.

@@ -115,11 +115,13 @@ def num_hidden(num_patches: int, ratio: float) -> int:
     return num_patches - max(1, math.floor(round(num_patches * (1 - ratio), 6)))
 
 
-def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def visible_patches(visible: torch.Tensor, number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the visible patches, in grid order, as a rectangle.
 
     Args:
         visible: (batch, patches) bool.
+        number: how many there are in each row, where all rows have as many. Not to be counted, they keep no host
+            waiting for its device.
 
     Returns:
         `indices` (batch, most visible in any row) int64, and `valid` of the same shape: False where a row has fewer;
@@ -128,14 +130,18 @@ def visible_patches(visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: no row has a visible patch.
     """
+    if number is not None:
+        return _first_of(visible, number)
     most = visible.sum(dim=1).max().item()
     # torch's own check, because torch.compile learns from it that there is at least one.
     torch._check_value(most > 0, lambda: "no patch is visible: the mask hides all of them")
     return _first_of(visible, most)
 
 
-def chosen_patches(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def chosen_patches(chosen: torch.Tensor, number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """As [`visible_patches`], of any choice of patches; one column that is not valid where none is chosen."""
+    if number:
+        return _first_of(chosen, number)
     most = chosen.sum(dim=1).max().clamp(min=1).item()
     torch._check(most > 0)
     return _first_of(chosen, most)

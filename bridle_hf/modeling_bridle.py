@@ -179,6 +179,7 @@ class BridleModel(BridlePreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        num_visible: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Encode the visible patches.
@@ -193,6 +194,8 @@ class BridleModel(BridlePreTrainedModel):
                 every output has batch * masks rows, those of a sample in a row.
             interpolate_pos_encoding: of an input of another size than the config's, take the positions between those
                 of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
+            num_visible: how many patches each mask leaves visible, where all leave as many; then they need not be
+                counted, for which a host would wait for its GPU.
 
         Returns:
             `last_hidden_state` (batch, [class] + visible patches in grid order, hidden), and `pooler_output`
@@ -202,7 +205,9 @@ class BridleModel(BridlePreTrainedModel):
             ValueError: not exactly one input, one of another modality, or of a shape that does not fit.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        hidden_states, real = self.embeddings(values, attention_mask, bool_masked_pos, interpolate_pos_encoding)
+        hidden_states, real = self.embeddings(
+            values, attention_mask, bool_masked_pos, interpolate_pos_encoding, num_visible
+        )
         config = eager_config(self.config) if kwargs.get("output_attentions") else self.config
         mask = create_bidirectional_mask(config=config, inputs_embeds=hidden_states, attention_mask=real)
         for layer in self.layers:
@@ -252,6 +257,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         bool_decoded_pos: torch.Tensor | None = None,
+        num_visible: int | None = None,
+        num_decoded: int | None = None,
         **kwargs,
     ) -> BridleForPreTrainingOutput:
         """Predict codes.
@@ -267,6 +274,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
             bool_decoded_pos: of the shape of `bool_masked_pos`, bool, the hidden patches whose codes are predicted and
                 make the loss; if not given, all of them, or, while a cross decoder is trained, the share
                 `config.decoded_ratio`, drawn.
+            num_visible, num_decoded: how many patches each mask leaves visible, and how many each row decodes, where
+                all are alike; then they need not be counted, for which a host would wait for its GPU.
 
         Raises:
             ValueError: as [`BridleModel.forward`]; or masks or labels that do not fit the input.
@@ -276,7 +285,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
         real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
         if bool_masked_pos is None:
             bool_masked_pos = self._draw_masks(len(values), grid, real).to(values.device)
-        encoded, read = self._encode(values, attention_mask, bool_masked_pos, kwargs)
+        options = {**kwargs, "num_visible": num_visible}
+        encoded, read = self._encode(values, attention_mask, bool_masked_pos, options)
         if bool_decoded_pos is not None:
             check_mask_shape("bool_decoded_pos", bool_decoded_pos, len(values), grid)
             bool_decoded_pos = mask_rows(bool_decoded_pos.bool(), real)
@@ -284,13 +294,16 @@ class BridleForPreTraining(BridlePreTrainedModel):
         masks = len(bool_masked_pos) // len(values)
         real = None if real is None else real.repeat_interleave(masks, dim=0)
         decoded = self._decoded(bool_masked_pos, bool_decoded_pos)
-        wanted = chosen_patches(decoded) if self._decodes_hidden_alone(labels) else None
-        rows = self.decoder(read, bool_masked_pos, real, grid, wanted)
+        wanted = chosen_patches(decoded, num_decoded) if self._decodes_hidden_alone(labels) else None
+        rows = self.decoder(read, bool_masked_pos, real, grid, wanted, num_visible)
         loss = accuracy = None
         if labels is not None:
             check_patch_shape("labels", labels, len(values), grid)
-            labels = labels.repeat_interleave(masks, dim=0)
-            loss, accuracy = self._loss(rows[decoded if wanted is None else wanted[1]], labels, decoded)
+            labels, valid = labels.repeat_interleave(masks, dim=0), decoded
+            if wanted is not None:
+                indices, valid = wanted
+                labels = labels[torch.arange(len(labels), device=labels.device)[:, None], indices]
+            loss, accuracy = self._loss(rows, labels, valid)
         return BridleForPreTrainingOutput(
             loss=loss,
             logits=rows if wanted is None else _on_grid(rows, *wanted, decoded.shape[1]),
@@ -337,9 +350,12 @@ class BridleForPreTraining(BridlePreTrainedModel):
         return torch.stack(masks)
 
     def _loss(
-        self, logits: torch.Tensor, labels: torch.Tensor, decoded: torch.Tensor
+        self, logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Cross-entropy and accuracy, or squared error, of `logits` (decoded patches, *config.target_shape)."""
+        """Cross-entropy and accuracy, or squared error, of the `valid` (batch, some) of `logits` (batch, some, ...).
+
+        By weights: to choose the rows, a host would wait until its GPU has counted them.
+        """
         if self.config.target != "codes":
             _, values = self.config.target_shape
             if labels.shape[2:] != (values,):
@@ -347,7 +363,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
                     f"`labels` must be (batch, patches, {values}) for target='{self.config.target}', got "
                     f"{tuple(labels.shape)}"
                 )
-            return F.mse_loss(logits[:, 0].float(), labels[decoded].float()), None
+            errors = F.mse_loss(logits[:, :, 0].float(), labels.float(), reduction="none")
+            return _mean_over_valid(errors, valid).mean(), None
         if labels.dim() == 3:
             labels = labels[..., None]
         if labels.dim() != 4 or labels.shape[2] != self.config.num_codebooks:
@@ -357,14 +374,20 @@ class BridleForPreTraining(BridlePreTrainedModel):
             )
         if not is_integer(labels):
             raise ValueError(f"`labels` are {labels.dtype}; give codes, which are integers")
-        logits, labels = logits.float(), labels[decoded].long()
-        log_likelihood = logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=(0, 2))
+        # What stands beside what is decoded need not be a code.
+        logits, labels = logits.float(), labels.long().masked_fill(~valid[:, :, None, None], 0)
+        log_likelihood = _mean_over_valid(logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=-1), valid)
         weights = self.config.codebook_loss_weights
         if weights is not None:
             weights = torch.tensor(weights, device=logits.device)
             log_likelihood = log_likelihood * weights / weights.mean()
-        accuracy = (logits.argmax(dim=-1) == labels[..., 0]).float().mean(dim=0)
+        accuracy = _mean_over_valid((logits.argmax(dim=-1) == labels[..., 0]).float(), valid)
         return -log_likelihood.mean(), accuracy
+
+
+def _mean_over_valid(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(batch, some, dim) -> (dim,)"""
+    return values.masked_fill(~valid[:, :, None], 0.0).sum(dim=(0, 1)) / valid.sum()
 
 
 def _on_grid(rows: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor, patches: int) -> torch.Tensor:

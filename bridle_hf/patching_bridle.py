@@ -233,13 +233,14 @@ class BridleEmbeddings(nn.Module):
         attention_mask: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        num_visible: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             values: the modality's input.
             attention_mask: (batch, frames) of audio, 1 = real.
             bool_masked_pos: (batch, patches) bool, True = hidden; or (batch, masks, patches).
-            interpolate_pos_encoding: see [`BridleModel.forward`].
+            interpolate_pos_encoding, num_visible: see [`BridleModel.forward`].
 
         Returns:
             Embeddings (batch, [class] + visible patches, hidden), and which of them are real (same shape without
@@ -251,7 +252,8 @@ class BridleEmbeddings(nn.Module):
         indices = None
         if bool_masked_pos is not None:
             check_mask_shape("bool_masked_pos", bool_masked_pos, patches.shape[0], grid)
-            indices, real = visible_patches(mask_rows(~bool_masked_pos.bool(), real))
+            indices, real = visible_patches(mask_rows(~bool_masked_pos.bool(), real), num_visible)
+            real = real if num_visible is None else None
         # One mask: visible patches alone are projected. Several: all patches, once.
         once = indices is not None and bool_masked_pos.dim() == 3
         if indices is not None and not once:

@@ -402,10 +402,15 @@ def _energy(tensor: torch.Tensor) -> torch.Tensor:
     return torch.dot(tensor.flatten(), tensor.flatten())
 
 
-def count_codes(codes: torch.Tensor, codebook_size: int) -> torch.Tensor:
-    """How often each code was chosen: (vectors, num_codebooks) int64 -> (num_codebooks, codebook_size) float32."""
+def count_codes(codes: torch.Tensor, codebook_size: int, real: torch.Tensor | None = None) -> torch.Tensor:
+    """How often each code was chosen: (vectors, num_codebooks) int64 -> (num_codebooks, codebook_size) float32.
+
+    Args:
+        real: (vectors,) bool, the vectors that count; `None`: all.
+    """
     counts = torch.zeros(codes.shape[1], codebook_size, device=codes.device)
-    return counts.scatter_add_(1, codes.t(), torch.ones_like(codes.t(), dtype=counts.dtype))
+    weights = torch.ones_like(codes, dtype=counts.dtype) if real is None else real.float()[:, None].expand_as(codes)
+    return counts.scatter_add_(1, codes.t(), weights.t())
 
 
 def codebook_usage(counts: torch.Tensor, **extra: torch.Tensor) -> CodebookUsage:

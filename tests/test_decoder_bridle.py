@@ -198,3 +198,22 @@ def test_shares_are_drawn_of_the_chosen_alone(patches, share, seed):
     indices, valid = chosen_patches(drawn)
     found = [sorted(row[good].tolist()) for row, good in zip(indices, valid)]
     assert found == [row.nonzero()[:, 0].tolist() for row in drawn]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("decoder_type", ["swin", "plain", "cross"])
+def test_numbers_of_patches_that_are_given_change_nothing(tiny_config, tiny_input, decoder_type, training):
+    """Nor do labels of patches that are not decoded: they need not be codes."""
+    model = BridleForPreTraining(tiny_config("image", decoder_type=decoder_type)).train(training)
+    values, masks = tiny_input("image", 3), torch.stack([make_mask("random", (4, 4), 0.7) for _ in range(3)])
+    codes = torch.randint(16, (3, 16, 3))
+    torch.manual_seed(1)
+    expected = model(values, bool_masked_pos=masks, labels=codes)
+    num_decoded = int(masks[0].sum())
+    torch.manual_seed(1)
+    found = model(
+        values, bool_masked_pos=masks, labels=codes.masked_fill(~masks[:, :, None], -100),
+        num_visible=16 - num_decoded, num_decoded=num_decoded,
+    )  # fmt: skip
+    for name in ("loss", "logits", "accuracy"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)

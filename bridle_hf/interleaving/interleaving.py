@@ -241,7 +241,8 @@ class Interleaving:
                 labels = self._labels(inputs, attention_mask)
                 self.encoder.train()
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
-                output = self.encoder(inputs, attention_mask, labels=labels, **masks)
+                numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
+                output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
                 loss = loss + output.loss * weights[0]
                 metrics |= {"encoder/loss": output.loss * weights[0]}
                 if output.accuracy is not None:
@@ -278,7 +279,8 @@ class Interleaving:
 
     def _count(self, codes: torch.Tensor, part: MicroBatch) -> torch.Tensor:
         rows, real = codes[..., 0], part.real(self.encoder_config)
-        return count_codes(rows.flatten(0, 1) if real is None else rows[real], self.encoder_config.codebook_size)
+        real = None if real is None else real.flatten()
+        return count_codes(rows.flatten(0, 1), self.encoder_config.codebook_size, real)
 
     def _micro_batches(self, batch: dict[str, Any]) -> Iterator[MicroBatch]:
         return micro_batches(batch, self.encoder_config.modality, self.micro_batch_size, self.accelerator.device)
@@ -316,7 +318,8 @@ class Interleaving:
             total = torch.linalg.vector_norm(torch.stack(list(parts.values())))
             nn.utils.clip_grads_with_norm_(model.parameters(), self.max_grad_norm, total)
             norms |= {f"{name}/grad_norm": total, **parts}
-        finite = all(bool(torch.isfinite(norms[f"{name}/grad_norm"])) for name in trained)
+        # The one time in a step that the host waits for the device.
+        finite = bool(torch.stack([norms[f"{name}/grad_norm"] for name in trained]).isfinite().all())
         for name in trained:
             if finite:
                 self.optimizers[name].step()

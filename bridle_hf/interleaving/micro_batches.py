@@ -21,6 +21,8 @@ class MicroBatch:
         bool_masked_pos: (samples, patches), or (samples, masks, patches), True = hidden.
         bool_decoded_pos: of the same shape, True = hidden and decoded; `None`: all that are hidden.
         first: which sample of this process's batch the first of these is.
+        num_visible, num_decoded: patches that each mask leaves visible, and that are decoded of each, where all masks
+            are alike; else `None`.
     """
 
     inputs: torch.Tensor
@@ -28,6 +30,8 @@ class MicroBatch:
     bool_masked_pos: torch.Tensor
     bool_decoded_pos: torch.Tensor | None
     first: int
+    num_visible: int | None
+    num_decoded: int | None
 
     @property
     def masks_per_sample(self) -> int:
@@ -46,8 +50,11 @@ def micro_batches(
     # Decided on the CPU, where the batch still is, and alike in every micro batch.
     padded = attention_mask is not None and not bool(attention_mask.all())
     size = size or len(inputs)
+    masks = batch["bool_masked_pos"], batch.get("bool_decoded_pos")
+    num_visible = None if padded else _equal_number(~masks[0].bool())
+    decoded = masks[0] if masks[1] is None else masks[0].bool() & masks[1].bool()
+    num_decoded = None if padded else _equal_number(decoded)
     for first in range(0, len(inputs), size):
-        masks = batch["bool_masked_pos"], batch.get("bool_decoded_pos")
         tensors = (inputs, attention_mask if padded else None, *masks)
         yield MicroBatch(
             *(
@@ -55,7 +62,15 @@ def micro_batches(
                 for tensor in tensors
             ),
             first,
+            num_visible,
+            num_decoded,
         )
+
+
+def _equal_number(masks: torch.Tensor) -> int | None:
+    """How many patches each of the masks marks, if all mark as many."""
+    numbers = masks.sum(dim=-1).unique().tolist()
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def shares(parts: list[MicroBatch], config: BridleConfig, accelerator: Accelerator) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from benchmarks.steps import Waits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -475,6 +476,23 @@ def test_gradient_checkpointing_changes_nothing(build):
     for expected, found in zip(first, second):
         torch.testing.assert_close(found["encoder/grad_norm"], expected["encoder/grad_norm"], rtol=1e-5, atol=0)
     assert moved(tensors(runs[0]), tensors(runs[1])) == set()
+
+
+@pytest.mark.parametrize("decoder", [{}, {"decoder_type": "plain"}, {"decoder_type": "cross", "decoded_ratio": 0.5}])
+@pytest.mark.parametrize("kind", ["encoder", "tokenizer", "joint"])
+def test_a_host_waits_for_its_device_once_in_a_step(build, kind, decoder):
+    """To know whether the gradient is finite: however many micro batches, where clips are not padded."""
+    phases = [{"train": "encoder", "steps": 1}, {"train": kind, "steps": 2, "tokenizer_every": 1}]
+    run = build(phases, encoder=decoder, micro_batch_size=2)
+    masks = torch.stack([random_mask((6, 4), 0.8) for _ in range(6)])
+    batch = {"input_values": make_batch(0)["input_values"], "bool_masked_pos": masks}
+    if "decoded_ratio" in decoder:
+        batch["bool_decoded_pos"] = draw_share(masks, 0.5)
+    train(run, last=1, batch=lambda step: batch)
+    run.enter_phase(1, peek)
+    with Waits() as waits:
+        run.step(1, batch)
+    assert waits.count == 1
 
 
 @pytest.mark.slow
