@@ -26,7 +26,7 @@ def main(grid: str, set_name: str, arm: str, seed: str, folder: str, cache_dir: 
     try:
         return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
     except (ArgumentError, RunError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        logging.error(" ".join(str(error).split()))  # the last line of the log: the study tells it
         return 1
 
 
