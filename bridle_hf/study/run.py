@@ -86,8 +86,8 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Returns:
         Scores by task, features and read-out: `score`, `per_fold`, and `correct`, of which samples the answer was
-        right, as bits in hexadecimal (see [`bits`]); and which samples these are: their number, a hash of
-        their names, and by task `clusters`, what the bootstrap draws together.
+        right, as bits in hexadecimal (see [`bits`]); and which samples these are: a hash of their names, and by task
+        `clusters`, what of those that are tested the bootstrap draws together.
     """
     config, load = run.encoder_config, run.load
     batch_size, kept = 128, []
@@ -97,22 +97,27 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
             kept.extend(samples[index].path for index in indices)
             yield batch
 
+    samples = run.samples
+    if any(task.tested for task in spec.study_set.tasks.values()):  # what may have been kept out of pretraining
+        samples = find_samples(run.args.data, run.args.modality)
     if spec.features == "input":
         sources = {"patches": patch_tokens(config, batches(spread(run.samples, PCA_SAMPLES)))}
     else:
         sources = {name: encoder_tokens(encoder) for name, encoder in encoders(run, spec).items()}
     kept.clear()
-    collected = collect_layers(sources, config, batches(run.samples))
+    collected = collect_layers(sources, config, batches(samples))
     paths = list(kept)
     regression, _ = INPUT_CONTROLS[INPUT_NAMES[config.modality]]
     inputs = {}
     if spec.features == "input":
         encoder = {"untrained": run.interleaving.unwrapped_encoder.bridle}
-        inputs = collect_features(encoder, batches(run.samples))[regression]
+        inputs = collect_features(encoder, batches(samples))[regression]
     scores: dict[str, Any] = {}
-    items: dict[str, Any] = {"count": len(paths), "hash": _hash(paths), "clusters": {}}
+    items: dict[str, Any] = {"hash": _hash(paths), "clusters": {}}
     for name, task in spec.study_set.tasks.items():
-        labels, folds, items["clusters"][name] = _answers(run, task, paths)
+        labels, folds, clusters = _answers(run, task, paths)
+        tested = np.ones(len(paths), dtype=bool) if task.tested is None else folds == 0
+        items["clusters"][name] = np.array(clusters)[tested].tolist()
         found = {
             source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in READOUTS}
             for source, layers in collected.items()
@@ -121,7 +126,9 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
             pooling = "mean_std" if "mean_std" in inputs else ""
             found[regression] = {f"{pooling}/last/linear": linear_probe(inputs[pooling], labels, folds)}
             found["majority"] = {"": majority(labels, folds)}
-        scores[name] = {source: {key: _plain(value) for key, value in row.items()} for source, row in found.items()}
+        scores[name] = {
+            source: {key: _plain(value, tested) for key, value in row.items()} for source, row in found.items()
+        }
     return scores, items
 
 
@@ -137,8 +144,8 @@ def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:
     return {f"iteration {number}": AutoModel.from_pretrained(folder) for number, folder in enumerate(folders)}
 
 
-def _answers(run: Run, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str] | None]:
-    """Labels, folds and clusters of the samples at `paths`, in their order."""
+def _answers(run: Run, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Labels, folds and clusters of the samples at `paths`, in their order; what `task.tested` names is fold 0."""
     by_path = {
         column: {
             sample.path: sample for sample in find_samples(run.args.data, run.args.modality, None, task.label, column)
@@ -146,17 +153,19 @@ def _answers(run: Run, task: Task, paths: list[str]) -> tuple[np.ndarray, np.nda
         for column in {task.group, task.cluster or task.group}
     }
     samples = [by_path[task.group][path] for path in paths]
-    clusters = [by_path[task.cluster or task.group][path].group for path in paths]
+    groups = [by_path[task.cluster or task.group][path].group for path in paths]
+    clusters = [str(number) if group is None else group for number, group in enumerate(groups)]
     labels = Labels(samples).encode(samples).numpy()
-    return labels, assign_folds(samples, task.folds), None if None in clusters else clusters
+    if task.tested is None:
+        return labels, assign_folds(samples, task.folds), clusters
+    return labels, np.array([int(sample.group != task.tested) for sample in samples]), clusters
 
 
-def _plain(result: ProbeResult) -> dict[str, Any]:
-    plain: dict[str, Any] = {
-        "score": round(result.score, 5),
-        "per_fold": [round(value, 5) for value in result.per_fold],
-    }
-    return plain if result.correct is None else plain | {"correct": bits(result.correct)}
+def _plain(result: ProbeResult, tested: np.ndarray) -> dict[str, Any]:
+    """As JSON; of the first fold alone, where not all samples are `tested`."""
+    score, per_fold = (result.score, result.per_fold) if tested.all() else (result.per_fold[0], result.per_fold[:1])
+    plain: dict[str, Any] = {"score": round(score, 5), "per_fold": [round(value, 5) for value in per_fold]}
+    return plain if result.correct is None else plain | {"correct": bits(result.correct[tested])}
 
 
 def _hash(paths: list[str]) -> str:

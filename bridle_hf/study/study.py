@@ -31,7 +31,7 @@ from bridle_hf.common.output_folder import (
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import RunSpec, read_grid
-from bridle_hf.study.results import append_result, read_results
+from bridle_hf.study.results import append_result, keep_items, read_results
 from bridle_hf.study.run import RESULT
 
 
@@ -139,6 +139,8 @@ class _Workers:
                    "revision": git_revision(), "seconds": round(seconds, 1), "options": dict(spec.options),
                    "error": f"status {status}: {lines[-1]}"}  # fmt: skip
             logger.error("%s: %s (see %s)", spec.name, row["error"], log)
+        if row["status"] == "done":
+            keep_items(self.out, row)
         append_result(self.out, row)
         if row["status"] == "done" and not self.args.keep_models:
             log.unlink()

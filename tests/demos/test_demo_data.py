@@ -85,7 +85,7 @@ def test_rendered_once(notes, monkeypatch):
 
 
 def test_an_interrupted_rendering_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(folder, programs, pitches):
+    def interrupted(folder, soundfont, programs, pitches):
         (folder / "audio").mkdir()
         raise KeyboardInterrupt
 
