@@ -16,6 +16,8 @@ import torch
 REGIONS_A_SIDE = 4
 
 Layers = int | Sequence[int] | Literal["mean", "all"]
+# (tokens, grid, real) -> (batch, features)
+Pooling = Callable[..., torch.Tensor]
 
 
 def pool_cells(
@@ -40,7 +42,7 @@ def pool_cells(
     positions = [torch.arange(size, device=tokens.device).expand(len(tokens), -1) for size in grid]
     sizes = [tokens.new_full((len(tokens),), size, dtype=torch.int64) for size in grid]
     if real is not None:
-        steps = real.view(len(tokens), *grid).flatten(2).any(dim=2).long()
+        steps = real.view(len(tokens), grid[0], -1).any(dim=2).long()
         positions[0], sizes[0] = steps.cumsum(dim=1) - 1, steps.sum(dim=1)
     weights = tokens.new_ones(len(tokens), 1, 1)
     for position, size, count in zip(positions, sizes, cells):
@@ -84,13 +86,17 @@ def region_mean(tokens: torch.Tensor, grid: Sequence[int], real: torch.Tensor | 
     return pool_cells(tokens, grid, real, cells).flatten(1)
 
 
-# (tokens, grid, real) -> (batch, features)
-POOLINGS: dict[str, Callable[[torch.Tensor, Sequence[int], torch.Tensor | None], torch.Tensor]] = {
-    "mean": mean,
-    "mean_std": mean_std,
-    "band_mean": band_mean,
-    "region_mean": region_mean,
-}
+def with_deviation(pooling: Pooling) -> Pooling:
+    """A pooling, and after it the standard deviation over all patches."""
+
+    def pooled(tokens: torch.Tensor, grid: Sequence[int], real: torch.Tensor | None = None) -> torch.Tensor:
+        deviation = mean_std(tokens, grid, real)[:, tokens.shape[2] :]
+        return torch.cat([pooling(tokens, grid, real), deviation], dim=1)
+
+    return pooled
+
+
+POOLINGS: dict[str, Pooling] = {"mean": mean, "mean_std": mean_std, "band_mean": band_mean, "region_mean": region_mean}
 
 # Those that mean something for a modality's grid.
 POOLINGS_OF = {

@@ -1,62 +1,19 @@
 """Pooled features of frozen encoders, and of the input itself as a control."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
-from torch.nn import functional as F
 
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask
-
-
-# Pictures of many patches are averaged down to this many places a side; audio keeps every mel band of patches.
-MOST_REGIONS_A_SIDE = 4
-
-
-def _mean(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    weights = real[:, :, None]
-    return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def _mean_std(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    mean = _mean(tokens, real, places)
-    variance = _mean((tokens - mean[:, None]).square(), real, places)
-    return torch.cat([mean, variance.sqrt()], dim=1)
-
-
-def _region_mean(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    """The mean over time, kept per place: per mel band of audio, per region of images and video."""
-    count = math.prod(places)
-    tokens, weights = tokens.unflatten(1, (-1, count)), real.unflatten(1, (-1, count))[..., None]
-    means = (tokens * weights).sum(dim=1) / weights.sum(dim=1)
-    if len(places) == 2:
-        regions = [min(size, MOST_REGIONS_A_SIDE) for size in places]
-        means = F.adaptive_avg_pool2d(means.transpose(1, 2).unflatten(2, places), regions).flatten(2).transpose(1, 2)
-    return means.flatten(1)
-
-
-def _region_mean_std(tokens: torch.Tensor, real: torch.Tensor, places: tuple[int, ...]) -> torch.Tensor:
-    """The mean of each region, and the deviation over all patches."""
-    deviation = _mean_std(tokens, real, places)[:, tokens.shape[2] :]
-    return torch.cat([_region_mean(tokens, real, places), deviation], dim=1)
-
-
-# tokens (batch, tokens, dim), real (batch, tokens) of 0 and 1, places of one time step, (mel,) or (height, width)
-# -> (batch, features)
-POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], torch.Tensor]] = {
-    "mean": _mean,
-    "mean_std": _mean_std,
-    "region_mean": _region_mean,
-    "region_mean_std": _region_mean_std,
-}
+from bridle_hf.embedding.poolings import POOLINGS
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
 
 # Those of `bridle probe`. Regions of a large picture are too many numbers to come unasked.
 ENCODER_POOLINGS = {
-    "audio": ("mean", "mean_std", "region_mean"),
+    "audio": ("mean", "mean_std", "band_mean"),
     "image": ("mean", "mean_std"),
     "video": ("mean", "mean_std"),
 }
@@ -147,8 +104,9 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
         finally:
             encoder.train(was_training)
         mask = inputs.get("attention_mask")
-        real = tokens.new_ones(tokens.shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
-        return {name: POOLINGS[name](tokens, real, places(config)) for name in ENCODER_POOLINGS[config.modality]}
+        real = None if mask is None else patch_attention_mask(mask, config)
+        grid = patch_grid_of(inputs[INPUT_NAMES[config.modality]], config)
+        return {name: POOLINGS[name](tokens, grid, real) for name in ENCODER_POOLINGS[config.modality]}
 
     return extract
 
@@ -159,12 +117,6 @@ def _pool_input(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         pixels, (height, width) = batch[name].float().flatten(1, -3), batch[name].shape[-2:]
         size = (min(height, MOST_PIXELS_A_SIDE), min(width, MOST_PIXELS_A_SIDE))
         return {"": torch.nn.functional.adaptive_avg_pool2d(pixels, size).flatten(1)}
-    frames = batch[name].float()
-    mask = batch.get("attention_mask")
-    real = frames.new_ones(frames.shape[:2]) if mask is None else mask.float()
-    return {pooling: POOLINGS[pooling](frames, real, (1,)) for pooling in INPUT_CONTROLS[name][1]}
-
-
-def places(config: Any) -> tuple[int, ...]:
-    """Patches of one time step: (mel,) of audio, (height, width) of images and video."""
-    return config.patch_grid if config.modality == "image" else config.patch_grid[1:]
+    frames, mask = batch[name].float(), batch.get("attention_mask")
+    real = None if mask is None else mask.bool()
+    return {pooling: POOLINGS[pooling](frames, frames.shape[1:2], real) for pooling in INPUT_CONTROLS[name][1]}

@@ -1,7 +1,7 @@
 """Probes of frozen features, linear and nearest-neighbour, with the controls to set beside them.
 
-    Sample -> loader -> batch --encoder--> patches' features --POOLINGS--> (samples, dim) -- folds --> ProbeResult
-                            \\--as it is--> frames of log-mel --POOLINGS--> the control (pixels: not pooled)
+    Sample -> loader -> batch --encoder--> patches' features --pooling--> (samples, dim) -- folds --> ProbeResult
+                            \\--as it is--> frames of log-mel --pooling--> the control (pixels: not pooled)
 
 A probe says little alone: `run_probes` sets an untrained encoder, a regression on the input itself and the majority
 class beside it, under several poolings.

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patchify
-from bridle_hf.probing.features import POOLINGS, places
+from bridle_hf.embedding.poolings import POOLINGS, POOLINGS_OF, Pooling, with_deviation
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of, patchify
 from bridle_hf.probing.probes import ProbeResult, gated_probe, knn_probe, linear_probe
 
 
@@ -25,7 +25,7 @@ class Readout:
     """How features become an answer.
 
     Args:
-        pooling: of `POOLINGS`.
+        pooling: `mean_std`, or `region_mean_std`: see [`pooling_of`].
         layers: `gate`, a learned convex combination of all; or `last`.
         probe: `linear` or `knn`.
     """
@@ -79,13 +79,21 @@ def collect_layers(
         values, mask = batch[INPUT_NAMES[config.modality]], batch.get("attention_mask")
         for name, tokens_of in sources.items():
             layers = tokens_of(values, mask)
-            real = torch.ones(layers[0].shape[:2]) if mask is None else patch_attention_mask(mask, config).float()
+            real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(values, config)
             for pooling in POOLINGS_READ:
-                pooled = [POOLINGS[pooling](tokens, real, places(config)) for tokens in layers]
+                pooled = [pooling_of(pooling, config.modality)(tokens, grid, real) for tokens in layers]
                 parts[name][pooling].append(torch.stack(pooled, dim=1).numpy())
     return {
         name: {pooling: np.concatenate(arrays) for pooling, arrays in found.items()} for name, found in parts.items()
     }
+
+
+def pooling_of(name: str, modality: str) -> Pooling:
+    """Regions are what the modality's grid has: mel bands of audio, parts of the picture of images and video."""
+    if name in POOLINGS:
+        return POOLINGS[name]
+    *_, regional = POOLINGS_OF[modality]
+    return {"region_mean_std": with_deviation(POOLINGS[regional])}[name]
 
 
 def encoder_tokens(encoder: Any) -> Tokens:

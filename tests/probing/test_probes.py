@@ -85,7 +85,7 @@ def test_padding_does_not_change_features(encoder, rng):
     alone = collect_features({"encoder": encoder}, [{"input_values": clip}])["encoder"]
     found = collect_features({"encoder": encoder}, [{"input_values": padded, "attention_mask": mask}])
     beside, control = found["encoder"], found["log-mel regression"]
-    assert alone.keys() == {"mean", "mean_std", "region_mean"}
+    assert alone.keys() == {"mean", "mean_std", "band_mean"}
     for name in alone:
         np.testing.assert_allclose(alone[name], beside[name], atol=1e-5)
     expected = torch.cat([clip.mean(dim=1), clip.std(dim=1, correction=0)], dim=1)
@@ -102,7 +102,7 @@ def test_poolings_against_the_model(encoder, rng):
         patches = encoder(torch.cat([batch["input_values"] for batch in batches])).last_hidden_state[:, 1:]
     np.testing.assert_allclose(features["mean"], patches.mean(dim=1), atol=1e-5)
     np.testing.assert_allclose(features["mean_std"][:, 16:], patches.std(dim=1, correction=0), atol=1e-5)
-    np.testing.assert_allclose(features["region_mean"], patches.view(5, 3, 2 * 16).mean(dim=1), atol=1e-5)
+    np.testing.assert_allclose(features["band_mean"], patches.view(5, 3, 2 * 16).mean(dim=1), atol=1e-5)
     assert all(array.dtype == np.float32 for array in features.values())
 
 
