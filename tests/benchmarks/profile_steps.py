@@ -52,7 +52,7 @@ def main():
         print_phase(name, phases[name])
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "profile.json").write_text(json.dumps(phases, indent=1), encoding="utf-8")
-    draw(phases, f"{options.recipe}, {options.samples} samples", options.out / "profile.png")
+    draw(phases, f"{options.recipe}, batch of {options.samples}", options.out / "profile.png")
 
 
 def mark_parts(interleaving):
