@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Level = Literal["clip", "frame", "patch"]
 
 # Full-size windows in a batch. More cost a CPU memory, and save it no time.
-BATCH_SIZE = {"cpu": 8}
+BATCH_SIZE = {"cpu": 4}
 OTHER_BATCH_SIZE = 64
 # Batches that are read before the first is run: sorted by length, they hold little padding. Pixels have one size.
 BATCHES_AHEAD = {"audio": 8, "image": 1, "video": 1}
@@ -86,7 +86,7 @@ class Embedder:
         model: a `BridleModel`; put into evaluation mode, and moved to `device` if one is given.
         processor: of the model.
         device: where the model runs.
-        batch_size: full-size windows in a batch, and of shorter ones more; 8 on a CPU and 64 elsewhere if not given.
+        batch_size: full-size windows in a batch, and of shorter ones more; 4 on a CPU and 64 elsewhere if not given.
         overlap: fraction of a window that the next one of a long recording or video shares, from 0 to under 1.
         stride: frames of a video from one that the model sees to the next.
 
