@@ -25,7 +25,7 @@ class EmbedArguments:
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     batch_size: int | None = field(
-        default=None, metadata={"help": "full-size windows in a batch (default: 8 on a CPU, 64 on a GPU)"}
+        default=None, metadata={"help": "full-size windows in a batch (default: 4 on a CPU, 64 on a GPU)"}
     )
     overlap: float = field(default=0.25, metadata={"help": "fraction of a window that the next one shares"})
     stride: int = field(default=4, metadata={"help": "frames of a video from one that the model sees to the next"})

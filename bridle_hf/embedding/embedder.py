@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Level = Literal["clip", "frame", "patch"]
 
 # Full-size windows in a batch. More cost a CPU memory, and save it no time.
-BATCH_SIZE = {"cpu": 8}
+BATCH_SIZE = {"cpu": 4}
 OTHER_BATCH_SIZE = 64
 # Batches that are read before the first is run: sorted by length, they hold little padding. Pixels have one size.
 BATCHES_AHEAD = {"audio": 8, "image": 1, "video": 1}
@@ -86,7 +86,7 @@ class Embedder:
         model: a `BridleModel`; put into evaluation mode, and moved to `device` if one is given.
         processor: of the model.
         device: where the model runs.
-        batch_size: full-size windows in a batch, and of shorter ones more; 8 on a CPU and 64 elsewhere if not given.
+        batch_size: full-size windows in a batch, and of shorter ones more; 4 on a CPU and 64 elsewhere if not given.
         overlap: fraction of a window that the next one of a long recording or video shares, from 0 to under 1.
         stride: frames of a video from one that the model sees to the next.
 
@@ -198,7 +198,9 @@ class Embedder:
         """
         pool = self._pool(level, layers, pooling)
         self.shape(level, layers, pooling)  # refuses layers that are not there
-        return self._iterate(tqdm(inputs, unit="input", disable=not progress), pool, level, pooling, sampling_rate)
+        return self._iterate(
+            tqdm(inputs, unit="input", disable=not progress), pool, level, layers, pooling, sampling_rate
+        )
 
     def encode(
         self,
@@ -271,7 +273,13 @@ class Embedder:
         return pool
 
     def _iterate(
-        self, inputs: Iterable[Any], pool: Callable, level: Level, pooling: str | None, sampling_rate: float | None
+        self,
+        inputs: Iterable[Any],
+        pool: Callable,
+        level: Level,
+        layers: Layers,
+        pooling: str | None,
+        sampling_rate: float | None,
     ) -> Iterator[Embedding | MediaError]:
         waiting: deque[_Input] = deque()
         queue: list[tuple[_Input, int, Window]] = []
@@ -284,7 +292,7 @@ class Embedder:
                     queue.append((entry, entry.add(window), window))
                     steps += window.steps
                     if steps >= most:
-                        self._run(queue, pool, level)
+                        self._run(queue, pool, level, layers)
                         steps = 0
                 entry.is_read = True
             except ValueError as error:
@@ -293,10 +301,10 @@ class Embedder:
                 steps = sum(window.steps for _, _, window in queue)
             while waiting and waiting[0].is_done:
                 yield self._finish(waiting.popleft(), level, pooling)
-        self._run(queue, pool, level)
+        self._run(queue, pool, level, layers)
         yield from (self._finish(entry, level, pooling) for entry in waiting)
 
-    def _run(self, queue: list[tuple[_Input, int, Window]], pool: Callable, level: Level) -> None:
+    def _run(self, queue: list[tuple[_Input, int, Window]], pool: Callable, level: Level, layers: Layers) -> None:
         """Run all windows of the queue, and empty it."""
         queue.sort(key=lambda place: place[2].steps)
         while queue:
@@ -304,13 +312,13 @@ class Embedder:
             batch = queue[-max(self.batch_size * self.config.patch_grid[0] // longest, 1) :]
             batch = [place for place in batch if place[2].steps >= LEAST_FILLED * longest]
             del queue[-len(batch) :]
-            features = self._features([window for _, _, window in batch], pool).numpy()
+            features = self._features([window for _, _, window in batch], pool, layers).numpy()
             for (entry, place, window), row in zip(batch, features):
                 first, last = (step - window.first for step in window.own)
                 entry.put(place, row if level == "clip" else row[first:last].copy())
 
     @torch.no_grad()
-    def _features(self, windows: list[Window], pool: Callable) -> torch.Tensor:
+    def _features(self, windows: list[Window], pool: Callable, layers: Layers) -> torch.Tensor:
         values = torch.nn.utils.rnn.pad_sequence([window.values for window in windows], batch_first=True)
         values = values.to(self.model.device)
         grid = patch_grid_of(values, self.config)
@@ -321,9 +329,11 @@ class Embedder:
             inputs["attention_mask"] = (torch.arange(values.shape[1], device=values.device) < lengths[:, None]).long()
         own = torch.tensor([window.own for window in windows]) - torch.tensor([[window.first] for window in windows])
         own = own.to(values.device)
-        outputs = self.model(**inputs, output_hidden_states=True)
-        states = [*outputs.hidden_states[: self.config.num_hidden_layers], outputs.last_hidden_state]
-        states = [state[:, int(self.config.use_class_token) :].float() for state in states]
+        last, first = self.config.num_hidden_layers, int(self.config.use_class_token)
+        only_last = layers in (-1, last, [-1], [last])
+        outputs = self.model(**inputs, output_hidden_states=not only_last)
+        states = [None] * last if only_last else [state[:, first:].float() for state in outputs.hidden_states[:last]]
+        states.append(outputs.last_hidden_state[:, first:].float())
         return pool(states, grid, (steps >= own[:, :1]) & (steps < own[:, 1:])).cpu()
 
     def _finish(self, entry: _Input, level: Level, pooling: str | None) -> Embedding | MediaError:

@@ -180,7 +180,7 @@ def test_batches_hold_little_padding(rng):
 
     embedder.model.register_forward_pre_hook(count, with_kwargs=True)
     embedder.embed(clips)
-    assert sum(real) > 0.95 * sum(with_padding) and len(real) < 60
+    assert sum(real) > 0.95 * sum(with_padding) and len(real) < 100
 
 
 def test_from_pretrained(tmp_path, rng):
@@ -199,7 +199,7 @@ def test_encode_as_sentence_transformers_does(embedder, rng):
     clips = [(noise(rng, seconds), RATE) for seconds in (0.2, 0.4, 0.9)]
     wanted = embedder.embed(clips)
     np.testing.assert_array_equal(embedder.encode(clips, batch_size=1, show_progress_bar=False), wanted)
-    assert embedder.batch_size == 8
+    assert embedder.batch_size == 4
     unit = embedder.encode(clips, normalize_embeddings=True, convert_to_tensor=True)
     np.testing.assert_allclose(unit, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
     rows = embedder.encode(clips, convert_to_numpy=False)
