@@ -428,6 +428,7 @@ def test_mel_filters_are_triangles_between_20_hz_and_nyquist():
         ([noise(), noise(399)], "clip 1 has 399 samples at 16000 Hz.*takes 400.*leave the clip out or pad"),
         ([noise(), noise(), np.array([0.1, np.nan] * 400)], "clip 2 is NaN or infinite at sample 1: repair"),
         (np.full(800, np.inf), "`raw_speech`, clip 0 is NaN or infinite at sample 0"),
+        (np.array([0.1] * 799 + [-1e19]), r"clip 0 is -1e\+19 at sample 799, over the bound of 2.15e\+09: scale it"),
         (np.float32(1), r"`raw_speech` is of type float32"),
         (np.array(1.0), r"has shape \(\): pass one clip as \(samples,\)"),
         (np.zeros((1, 1, 1, 800)), r"has shape \(1, 1, 1, 800\)"),

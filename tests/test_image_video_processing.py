@@ -122,6 +122,26 @@ def test_each_of_many_channels_is_resized_alike():
         make_image_processor(config_of("five"))(Image.new("RGB", (40, 48)))
 
 
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_no_shape_takes_more_memory(kind):
+    process = make_image_processor(config_of(kind))
+    channels = FOLDERS[kind][1]
+    for shape in ((2, 64), (64, 2), (320, 10000)):  # up to 32 times as long as short, as before
+        pixels = np.zeros((*shape, channels), np.uint8)
+        assert process([pixels], return_tensors="pt")["pixel_values"].shape[-3:] == (channels, 32, 32)
+    for shape in ((1, 20000), (20000, 1), (1, 2_000_000)):
+        with pytest.raises(ValueError, match=r"longer than 32 times its shorter edge|height and width must be > 0"):
+            process([np.zeros((*shape, channels), np.uint8)])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e19, -1.0, 256.0])
+def test_values_that_are_no_pixels(value):
+    pixels = np.full((40, 40), 100.0)
+    pixels[3, 3] = value
+    with pytest.raises(ValueError, match=r"holds values of .* give 0 to 255"):
+        make_image_processor(config_of("grey"))(pixels)
+
+
 def test_make_image_processor():
     for kind, processor_class in CLASSES.items():
         assert type(make_image_processor(config_of(kind))) is processor_class

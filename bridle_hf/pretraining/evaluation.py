@@ -16,6 +16,7 @@ from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 from bridle_hf.probing.explained_variance import codes_explained_variance
+from bridle_hf.probing.features import check_finite
 from bridle_hf.probing.probes import run_probes
 from bridle_hf.quantization_bridle import codebook_usage
 from bridle_hf.visualization_bridle import plot_codes, plot_masked_input, plot_predictions
@@ -36,10 +37,14 @@ def evaluate_tokenizer(
 
     Args:
         encoder: the teacher whose features the codes are held against.
+        batches: of model inputs, with the names of their `files`.
 
     Returns:
         Lists with one number per level: the fields of `CodebookUsage`, and `explained_variance`, the share of the
         teacher's variance that a linear map of the codes up to that level explains; and `clips`, how many there were.
+
+    Raises:
+        NonFiniteError: the encoder's features are not: names the files.
     """
     tokenizer, encoder = tokenizer.eval(), encoder.eval()
     counts: torch.Tensor | float = 0.0
@@ -52,6 +57,7 @@ def evaluate_tokenizer(
         if clips < CLIPS_FOR_VARIANCE:
             layers = tokenizer.config.teacher_layers
             teachers.append(teacher_features(encoder.bridle, inputs, mask, layers).float().cpu())
+            check_finite(teachers[-1], batch["files"], "the encoder's features")
             codes.append(output.codes.cpu())
             real = torch.ones(output.codes.shape[:2]) if mask is None else patch_attention_mask(mask, tokenizer.config)
             reals.append(real.bool().cpu())

@@ -129,8 +129,9 @@ class Run:
         kept = [sample for sample in samples if sample.group not in set(args.exclude_groups)]
         if unknown := set(args.exclude_groups) - {sample.group for sample in samples}:
             raise ValueError(f"exclude_groups: no sample is of group {', '.join(sorted(unknown))}")
-        if not kept:
-            raise ValueError(f"{args.data}: no samples are left; check split and exclude_groups")
+        if len(kept) < 2:
+            left = f"{kept[0].path} alone is left" if kept else "no samples are left"
+            raise ValueError(f"{args.data}: {left}, of at least 2; check split and exclude_groups")
         if args.probe_every:
             check_probes(kept, args.probe_samples, self.accelerator.is_main_process)
         return kept
@@ -317,7 +318,8 @@ class Run:
 
     def _evaluate(self, encoder: BridleForPreTraining, tokenizer: BridleTokenizerModel) -> dict[str, Any]:
         examples = spread(self.samples, EVALUATED_CLIPS)
-        batches = (batch for _, batch in iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers))
+        found = iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers)
+        batches = ({**batch, "files": [examples[index].path for index in indices]} for indices, batch in found)
         return evaluate_tokenizer(tokenizer, encoder, batches)
 
     def _probe(self, done: int) -> None:

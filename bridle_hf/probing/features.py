@@ -1,12 +1,13 @@
 """Pooled features of frozen encoders, and of the input itself as a control."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
+from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.embedding.poolings import POOLINGS
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
@@ -69,6 +70,14 @@ def collect_features(
         }
         for name, poolings in parts.items()
     }
+
+
+def check_finite(features: Any, files: Sequence[str], what: str) -> None:
+    """Raise a `NonFiniteError` that names the files whose features, rows of an array or tensor, are not finite."""
+    bad = ~np.isfinite(np.asarray(features)).reshape(len(files), -1).all(axis=1)
+    if bad.any():
+        names = ", ".join(files[row] for row in np.flatnonzero(bad))
+        raise NonFiniteError(f"{what} are not finite for {names}: the model has diverged; lower its learning rate")
 
 
 def untrained_encoder(encoder: Any, seed: int = 0) -> Any:

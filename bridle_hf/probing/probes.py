@@ -24,7 +24,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
-from bridle_hf.probing.features import collect_features, untrained_encoder
+from bridle_hf.probing.features import check_finite, collect_features, untrained_encoder
 from bridle_hf.probing.metrics import METRIC_NAMES, score
 
 
@@ -228,6 +228,9 @@ def run_probes(
         One row per features and pooling: {"features": `name` | "untrained encoder" | "log-mel regression" |
         "majority", "pooling": name or "", "metric": "accuracy" or "mAP", "linear": score, "linear_folds": [...],
         "knn": score, "knn_folds": [...]}; the scores are means over folds.
+
+    Raises:
+        NonFiniteError: features are not: names the files.
     """
     targets = labels.encode(samples).numpy()
     encoders = {name: encoder}
@@ -241,6 +244,10 @@ def run_probes(
             yield batch
 
     collected = collect_features(encoders, batches(), device, with_input=controls)
+    files = [samples[index].path for index in kept]
+    for source, poolings in collected.items():
+        for features in poolings.values():
+            check_finite(features, files, f"the features of {source}")
     targets, folds = targets[kept], np.asarray(folds)[kept]
     rows = [
         _row(source, pooling, linear_probe(features, targets, folds), knn_probe(features, targets, folds))

@@ -21,8 +21,11 @@ from helpers.tiny_run import PHASES, RATE, pretrain, rows, weights, write_recipe
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 import bridle_hf.pretraining.run
-from bridle_hf import BridleForPreTraining, BridleTokenizerModel
+from bridle_hf import BridleFeatureExtractor, BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError, NonFiniteError, RunError, TooManyBadFiles
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.finding import find_samples
+from bridle_hf.data.normalization import measure_normalization
 from bridle_hf.pretraining.checkpointing import list_checkpoints
 
 
@@ -343,6 +346,45 @@ def test_bad_files_are_skipped_and_listed(tmp_path, quick, caplog):
     lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert sorted(Path(line["path"]).name for line in lines) == ["broken.wav", "short.wav"]
     assert sum("broken.wav" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_an_absurd_recording_is_skipped_and_changes_nothing(tmp_path, quick):
+    """Finite samples whose power is not: the run ends as one of the other recordings would."""
+    folder = tmp_path / "data"
+    write_recordings(folder)
+    absurd = np.random.default_rng(0).normal(size=RATE) * 0.1
+    absurd[100] = 1e19
+    soundfile.write(folder / "a.wav", absurd, RATE, subtype="FLOAT")
+    pretrain(write_recipe(tmp_path / "recipe.yaml", probe_every=6), str(folder), tmp_path / "out")
+    (line,) = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"path": str(folder / "a.wav"), "reason": json.loads(line)["reason"]}
+    assert json.loads(line)["reason"] == "holds a sample of 1e+19, over the bound of 2.15e+09"
+    (folder / "a.wav").unlink()
+    expected = [
+        measure_normalization(
+            find_samples(str(folder), "audio"),
+            BridleFeatureExtractor(num_mel_bins=32, max_length=48),
+            SkippedFiles(tmp_path / "skipped.jsonl", 24),
+        )
+    ]
+    processor = AutoFeatureExtractor.from_pretrained(tmp_path / "out" / "encoder")
+    assert [(processor.mean, processor.std)] == expected
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+
+
+def test_one_recording_is_too_few(tmp_path, quick):
+    data = write_recordings(tmp_path / "data", count=1)
+    message = refusal(write_recipe(tmp_path / "recipe.yaml"), data, tmp_path / "out")
+    assert "0.wav alone is left, of at least 2" in message
+
+
+def test_features_that_are_not_finite_end_the_phase_and_name_the_files(data, tmp_path, quick, monkeypatch):
+    import bridle_hf.pretraining.evaluation as evaluation
+
+    features = evaluation.teacher_features
+    monkeypatch.setattr(evaluation, "teacher_features", lambda *args: features(*args) / torch.zeros(1))
+    with pytest.raises(NonFiniteError, match=r"the encoder's features are not finite for .*wav"):
+        pretrain(write_recipe(tmp_path / "recipe.yaml"), data, tmp_path / "out")
 
 
 @pytest.mark.parametrize("measure", ["true", "false"], ids=["before the first step", "in training"])

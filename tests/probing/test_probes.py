@@ -10,8 +10,9 @@ from helpers.pixels import pixel_config, save_pixel_encoder, write_pixels
 from helpers.sounds import save_encoder, tiny_config, write_sounds
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import average_precision_score
+from transformers import AutoFeatureExtractor
 
-from bridle_hf import BridleModel, BridleTokenizerConfig, BridleTokenizerModel
+from bridle_hf import BridleForPreTraining, BridleModel, BridleTokenizerConfig, BridleTokenizerModel
 from bridle_hf.commands import main
 from bridle_hf.data.sample import Sample
 from bridle_hf.pretraining.evaluation import check_probes
@@ -306,3 +307,13 @@ def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, capsys):
     fails("holds a 'bridle_tokenizer': give", model=tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="has a column `fold`"):
         probe.make_folds([Sample("a", fold="1"), Sample("b", fold="2")], 2)
+
+
+def test_features_that_are_not_finite_name_the_file(saved_encoder, sounds, tmp_path, capsys):
+    model = BridleForPreTraining.from_pretrained(saved_encoder)
+    model.bridle.layernorm.weight.data[0] = float("inf")
+    model.save_pretrained(tmp_path / "broken")
+    AutoFeatureExtractor.from_pretrained(saved_encoder).save_pretrained(tmp_path / "broken")
+    assert main(["probe", "--model", str(tmp_path / "broken"), "--data", sounds]) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the features of encoder are not finite for" in message and ".wav" in message
