@@ -314,6 +314,8 @@ def test_features_that_are_not_finite_name_the_file(saved_encoder, sounds, tmp_p
     model.bridle.layernorm.weight.data[0] = float("inf")
     model.save_pretrained(tmp_path / "broken")
     AutoFeatureExtractor.from_pretrained(saved_encoder).save_pretrained(tmp_path / "broken")
-    assert main(["probe", "--model", str(tmp_path / "broken"), "--data", sounds]) == 1
+    with pytest.raises(SystemExit) as ended:
+        main("probe", ["--model", str(tmp_path / "broken"), "--data", sounds])
+    assert ended.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the features of encoder are not finite for" in message and ".wav" in message
