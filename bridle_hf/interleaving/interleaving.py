@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from bridle_hf import (
     BridleConfig,
     BridleForPreTraining,
+    BridleModel,
     BridleTokenizerConfig,
     BridleTokenizerModel,
     teacher_features,
@@ -38,6 +39,8 @@ class Interleaving:
         micro_batch_size: samples of this process per forward; the gradients of a batch are accumulated over them.
         compile_layers: compile the layers of both models by `torch.compile`, when they first run.
         shard: each process holds a part of what is trained, see [`Sharding`].
+        encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
+            given.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -57,6 +60,7 @@ class Interleaving:
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
         shard: bool = False,
+        encoder_from: BridleModel | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -65,6 +69,7 @@ class Interleaving:
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
+        self.encoder_from = encoder_from
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
@@ -85,6 +90,8 @@ class Interleaving:
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
+            if self.encoder_from is not None:
+                start_from(self.encoder.bridle, self.encoder_from)
         if phase.trains_tokenizer and (fresh or not self._is_distilled()):
             self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
             self._initialize_codebooks(peek())
@@ -365,6 +372,17 @@ class Interleaving:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+
+def start_from(encoder: BridleModel, source: BridleModel) -> None:
+    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid: cut where it
+    has fewer steps of time, else interpolated."""
+    weights, table, grid = source.state_dict(), "embeddings.positions.table", encoder.config.patch_grid
+    if table in weights:
+        own = source.config.patch_grid
+        cut = encoder.config.modality == "audio" and grid[1:] == own[1:] and grid[0] <= own[0]
+        weights[table] = source.embeddings.positions(grid, interpolate=not cut)[0]
+    encoder.load_state_dict(weights)
 
 
 def _mix(*numbers: int) -> int:

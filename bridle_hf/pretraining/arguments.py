@@ -26,6 +26,12 @@ class PretrainArguments:
 
     encoder: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
     tokenizer: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleTokenizerConfig"})
+    encoder_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or Hub id of an encoder: a fresh encoder has its sizes, and starts from its weights"
+        },
+    )
     processor: YamlMapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}

@@ -7,21 +7,40 @@ from transformers import PreTrainedConfig
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
+from bridle_hf.data.modalities import load_config
 from bridle_hf.pretraining.arguments import PretrainArguments
+
+
+# What an encoder must have in common with the one that it starts from, and what it takes from it if it does not say.
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
+    "qkv_bias", "key_bias", "use_class_token", "final_layernorm", "patch_size", "tubelet_size", "num_channels",
+    "position_embedding_type",
+)  # fmt: skip
+_GRID = ("image_size", "num_frames", "max_length", "num_mel_bins")
 
 
 def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizerConfig]:
     """Configs of both sides; what the tokenizer shares with the encoder and does not name, it takes from it.
 
     Raises:
-        ValueError: an unknown or wrong field, or codebooks that differ between the two.
+        ValueError: an unknown or wrong field, codebooks that differ between the two, or an encoder of other sizes
+            than the one that it shall start from.
     """
     fields = {"modality": args.modality, **args.encoder}
     if "features" in {fields.get("target"), *(phase.get("target") for phase in args.phases)}:
         fields["target_feature_size"] = args.tokenizer.get("code_dim", BridleTokenizerConfig.code_dim)
+    given = None
+    if args.encoder_from:
+        given = load_config(args.encoder_from, "--encoder_from")
+        fields = {name: getattr(given, name) for name in (*_SIZES, *_GRID)} | fields
     encoder = _make_config(BridleConfig, "encoder", fields)
     if encoder.modality != args.modality:
         raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
+    for name in ("modality", *_SIZES) if given is not None else ():
+        ours, theirs = (_plain(getattr(config, name)) for config in (encoder, given))
+        if ours != theirs:
+            raise ValueError(f"encoder.{name} is {ours}, but that of --encoder_from is {theirs}: leave it out")
     own = set(PreTrainedConfig().to_dict())
     shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
     fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
@@ -36,6 +55,11 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer
+
+
+def _plain(value: Any) -> Any:
+    """A pair of equal numbers is one number, as in `patch_size`."""
+    return value[0] if isinstance(value, list | tuple) and len(set(value)) == 1 else value
 
 
 def _make_config(config_class: type, name: str, fields: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from bridle_hf import BridleForPreTraining, BridleTokenizerModel
+from bridle_hf import BridleForPreTraining, BridleModel, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
 from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.files import write_json
@@ -33,7 +33,7 @@ from bridle_hf.data.batches import (
 )
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.masked_loader import MaskedLoader
-from bridle_hf.data.modalities import make_processor, make_sample_loader
+from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
@@ -84,14 +84,18 @@ class Run:
         self.out = Path(args.output_dir)
         self.samples = self._find_samples()
         self.encoder_config, self.tokenizer_config = make_configs(args)
+        self.encoder_from = None
+        if args.encoder_from:
+            self.encoder_from = BridleModel.from_pretrained(args.encoder_from, dtype=torch.float32)
         self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
-        self.processor = make_processor(self.encoder_config, args.processor)
+        self.processor = make_processor(self.encoder_config, self._processor_fields())
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self.lock = None
+        inputs = {"data": args.data, "encoder_from": args.encoder_from}
         if accelerator.is_main_process:
-            self.lock = prepare(self.out, PRETRAINING, {"data": args.data}, args.resume, args.overwrite)
+            self.lock = prepare(self.out, PRETRAINING, inputs, args.resume, args.overwrite)
         self.rank_0.wait()
         self.ledger = SkippedFiles(self.out / "skipped.jsonl", len(self.samples), shared=True)
         self.skipped_steps = SkippedSteps()
@@ -113,6 +117,7 @@ class Run:
             gradient_checkpointing=args.gradient_checkpointing,
             compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
+            encoder_from=self.encoder_from,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)
@@ -135,6 +140,17 @@ class Run:
         if args.probe_every:
             check_probes(kept, args.probe_samples, self.accelerator.is_main_process)
         return kept
+
+    def _processor_fields(self) -> dict[str, Any]:
+        """Those of the recipe; statistics that it does not name are what the encoder to start from has seen."""
+        if not self.args.encoder_from:
+            return self.args.processor
+        known = load_processor(self.args.encoder_from, self.encoder_config)
+        if self.args.modality == "audio":
+            own = {"mean": known.mean, "std": known.std}
+        else:
+            own = {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
+        return {**own, **self.args.processor}
 
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
