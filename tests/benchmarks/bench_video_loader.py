@@ -86,7 +86,9 @@ class EveryFrame:
                 if tuned:
                     frame = reformatter.reformat(frame, format="rgb24", threads=1)
                 frames.append(frame.to_ndarray(format="rgb24"))
-        return {"pixel_values_videos": self.load._view(np.stack(frames)[chosen], rng)}
+        view = self.load._viewer(rng)
+        views = np.stack([view(frame) for frame in np.stack(frames)[chosen]])
+        return {"pixel_values_videos": self.load._finish(torch.from_numpy(views), rng)}
 
 
 def watch_memory(load, sample, num_clips):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers.forks import in_forks
 from helpers.pixels import save_pixel_encoder, write_pixels, write_sample
@@ -314,6 +315,17 @@ def test_bad_files_are_skipped_and_listed(run, sounds):
     skipped = [json.loads(line)["path"] for line in (out / "skipped.jsonl").read_text().splitlines()]
     assert sorted(finetune.Path(path).name for path in skipped) == ["noise_0.wav", "tone_1.wav"]
     assert json.loads((out / "results.json").read_text())["samples"]["evaluation"] == 11
+
+
+def test_an_absurd_recording_is_no_class_but_skipped(run, sounds):
+    """Finite samples whose features are not: an argmax over NaN is class 0."""
+    path = finetune.Path(sounds) / "tone_1.wav"
+    soundfile.write(path, np.array([0.1, 1e19] * 4000, np.float32), 16000, subtype="FLOAT")
+    out = run(eval_group=["1"], num_train_epochs=1)
+    (line,) = (out / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(path) and "1e+19" in json.loads(line)["reason"]
+    results = json.loads((out / "results.json").read_text())
+    assert results["samples"]["evaluation"] == 11 and np.isfinite(results["evaluation"]["loss"])
 
 
 def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, monkeypatch, tmp_path, capsys):
