@@ -112,31 +112,29 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
 def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
     names = [name for name in _walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
-    files = [name for name in names if os.path.basename(name) not in METADATA_NAMES]
-    for name in files:
-        if _NOT_UTF8.search(name):
-            raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
-    tables = [name for name in names if os.path.basename(name) in METADATA_NAMES]
+    tables = [name for name in names if name.endswith(METADATA_NAMES) and os.path.basename(name) in METADATA_NAMES]
+    files = [name for name in names if name not in tables] if tables else names
+    if _NOT_UTF8.search("".join(files)):
+        name = next(filter(_NOT_UTF8.search, files))
+        raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
     if samples := metadata_samples(folder, tables, columns, files):
         return samples
     if files and (columns.label, columns.group) != ("label", "group"):
         raise ValueError(
             f"{folder}: columns {columns.label!r} and {columns.group!r} were asked for: needs a metadata.csv"
         )
-    folders = {name: name.split(os.sep)[:-1] for name in files}
+    # What a file's folders say is made out once for each folder: there may be millions of files.
+    places = [name.rpartition(os.sep)[0] for name in files]
+    folders = {place: place.split(os.sep) if place else [] for place in dict.fromkeys(places)}
     by_split = are_splits({parts[0] for parts in folders.values() if parts}, folder)
+    splits = {place: split_of(parts[0]) if by_split and parts else None for place, parts in folders.items()}
     if by_split:
-        folders = {name: parts[1:] for name, parts in folders.items()}
+        folders = {place: parts[1:] for place, parts in folders.items()}
     check_class_folders({parts[0] for parts in folders.values() if parts}, str(folder), columns.needed)
     _warn_of_splits_within({parts[1] for parts in folders.values() if len(parts) > 1}, folder)
-    return [
-        Sample(
-            f"{_prefix(folder)}{name}",
-            label=clean(parts[0]) if parts else None,
-            split=split_of(name.split(os.sep)[0]) if by_split and os.sep in name else None,
-        )
-        for name, parts in folders.items()
-    ]
+    labels = {place: clean(parts[0]) if parts else None for place, parts in folders.items()}
+    prefix = _prefix(folder)
+    return [Sample(prefix + name, label=labels[place], split=splits[place]) for name, place in zip(files, places)]
 
 
 def _warn_of_splits_within(names: Collection[str], folder: Path) -> None:
@@ -162,7 +160,8 @@ def _walk(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
         place = os.path.relpath(root, folder) + os.sep if root != str(folder) else ""
         found += [place + name for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda name: name.split(os.sep))
+    # Folder by folder, as their names would be sorted one by one.
+    return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
 
 
 def _closes_a_circle(path: Path) -> bool:
