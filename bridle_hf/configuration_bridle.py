@@ -456,6 +456,9 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         teacher_layers (`list[int]`, *optional*, defaults to `None`):
             Encoder layers that teach the tokenizer, as indices into `hidden_states` (0 is the embedding); the
             standardised mean of several. `None`: the encoder's output.
+        center_teacher (`bool`, *optional*, defaults to `False`):
+            Whether the teacher's mean at each position, measured at the start of a tokenizer phase, is taken off: what
+            could be told from the place alone teaches nothing.
         teacher_hidden_size (`int`, *optional*, defaults to `None`):
             Width of the teacher; `hidden_size` if not given.
         estimator_hidden_size (`int`, *optional*, defaults to `None`):
@@ -490,6 +493,7 @@ class BridleTokenizerConfig(BridleEncoderConfig):
     normalize_target_patches: bool = True
     add_position_to_projection: bool = False
     teacher_layers: list[int] | None = None
+    center_teacher: bool = False
     teacher_hidden_size: int | None = None
     estimator_hidden_size: int | None = None
     estimator_num_hidden_layers: int | None = None

@@ -1,5 +1,6 @@
 """Interleaving: encoder and tokenizer trained in turns, what each phase of a schedule sets up and its steps do."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,6 +28,10 @@ from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_li
 from bridle_hf.modeling_bridle_tokenizer import target_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
+
+
+# Batches that the teacher's mean at each position is measured on.
+CENTRE_BATCHES = 16
 
 
 class Interleaving:
@@ -73,6 +78,7 @@ class Interleaving:
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
+        self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
 
@@ -95,7 +101,9 @@ class Interleaving:
         if phase.trains_tokenizer and (fresh or not self._is_distilled()):
             self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
             self._initialize_codebooks(peek())
-        elif self.tokenizer is None:
+        if phase.trains_tokenizer and self.tokenizer_config.center_teacher:
+            self.teacher_mean = self._measure_teacher_mean(peek())
+        if self.tokenizer is None:
             config = self.random_projection_config()
             self.tokenizer = self._build(BridleTokenizerModel, config, phase=number)
             self._initialize_codebooks(peek())
@@ -282,7 +290,30 @@ class Interleaving:
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         encoder = self.unwrapped_encoder.bridle.eval()
-        return teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+        teacher = teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+        if self.teacher_mean is None:
+            return teacher
+        # Row-major order: fewer steps along the first axis are a prefix.
+        return teacher - self.teacher_mean[: teacher.shape[1]].to(teacher)
+
+    def _measure_teacher_mean(self, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
+        """(patches, hidden) float64: the teacher's mean at each position over the batches that the phase begins with.
+
+        The same for any number of processes and micro batches.
+        """
+        self.teacher_mean, self.encoder = None, self.whole_models()[0]
+        shape = math.prod(self.encoder_config.patch_grid), self.encoder_config.hidden_size
+        total = torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
+        count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
+        for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
+            for part in self._micro_batches(batch):
+                teacher, real = self._teacher(part.inputs, part.attention_mask), part.real(self.encoder_config)
+                weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
+                patches = teacher.shape[1]
+                total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)
+                count[:patches] += weights.sum(dim=0)[:, None]
+        total, count = (self.accelerator.reduce(value, "sum") for value in (total, count))
+        return total / count.clamp(min=1)
 
     def _count(self, codes: torch.Tensor, part: MicroBatch) -> torch.Tensor:
         rows, real = codes[..., 0], part.real(self.encoder_config)
@@ -342,9 +373,10 @@ class Interleaving:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""
         scaler = self.accelerator.scaler
+        centre = {} if self.teacher_mean is None else {"teacher_mean": self.teacher_mean.cpu()}
         return {
             "encoder": gathered_state(self.unwrapped_encoder.state_dict()),
-            "tokenizer": gathered_state(self.unwrapped_tokenizer.state_dict()),
+            "tokenizer": gathered_state(self.unwrapped_tokenizer.state_dict()) | centre,
             "optimizers": {
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
@@ -363,7 +395,10 @@ class Interleaving:
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
-        self.tokenizer.load_state_dict(state["tokenizer"])
+        weights = dict(state["tokenizer"])
+        centre = weights.pop("teacher_mean", None)
+        self.teacher_mean = None if centre is None else centre.to(self.accelerator.device)
+        self.tokenizer.load_state_dict(weights)
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:
             self.prepare(self.schedule.phase_number(step))

@@ -52,6 +52,10 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
             raise ValueError(f"tokenizer.{name} is {theirs}, but encoder.{name} is {ours}: they must agree")
     if tokenizer.teacher_layers is not None:
         check_layers("tokenizer.teacher_layers", tokenizer.teacher_layers, encoder.num_hidden_layers)
+    if tokenizer.center_teacher and {"alternate", "joint"} & {phase.get("train") for phase in args.phases}:
+        raise ValueError(
+            "tokenizer.center_teacher is for phases that train the tokenizer alone, not alternate or joint"
+        )
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer

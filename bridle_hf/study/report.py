@@ -175,7 +175,8 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
                 values = found[source].of(PRIMARY.name) if source in found else []
                 colour = "tab:blue" if "@" in source else "tab:gray"
                 ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.6)
-                ax.plot([np.mean(values)] * bool(values), [place] * bool(values), "|", color="black", markersize=14)
+                if values:
+                    ax.plot(np.mean(values), place, "|", color="black", markersize=14)
             ax.set(title=f"{set_name}: {task}", xlabel=f"accuracy (%), {PRIMARY.name}")
             ax.set_yticks(range(len(sources)), sources)
             ax.grid(axis="x", alpha=0.3)

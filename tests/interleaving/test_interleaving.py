@@ -1,6 +1,7 @@
 """The schedule against closed forms; and what each kind of phase moves, leaves alone, counts and refuses."""
 
 import copy
+import itertools
 import json
 import math
 
@@ -684,6 +685,29 @@ def test_a_state_resumes_bit_equal_at_every_step(build):
         resumed.load_state_dict(state, done)
         train(resumed, done)
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
+
+
+@pytest.mark.parametrize("size", [None, 1, 4])
+def test_a_centred_teacher_has_no_mean_at_any_position(build, size):
+    """Over the batches that its phase begins with, padding left out, however they are cut."""
+    phases = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2, "learning_rate": 1e-3}]
+    run = build(phases, tokenizer={"center_teacher": True}, micro_batch_size=size)
+    run.schedule.steps_per_epoch = 3.0
+    train(run, last=2)
+    total = count = 0
+    for batch in itertools.islice(peek(), 3):
+        mask = patch_attention_mask(batch["attention_mask"], run.encoder_config).float()[:, :, None]
+        total = total + (run._teacher(batch["input_values"], batch["attention_mask"]) * mask).sum(dim=0)
+        count = count + mask.sum(dim=0)
+    torch.testing.assert_close(total / count, torch.zeros_like(total), atol=1e-5, rtol=0)
+    raw = teacher_features(run.encoder.bridle.eval(), make_batch(100)["input_values"])
+    assert raw.mean(dim=0).abs().max() > 0.1, "without it, there is one"
+    resumed = build(phases, tokenizer={"center_teacher": True}, micro_batch_size=size)
+    resumed.load_state_dict(copy.deepcopy(run.state_dict()), 2)
+    assert moved(tensors(run), tensors(resumed)) == set()
+    for one in (run, resumed):
+        one.step(2, make_batch(2))
+    assert moved(tensors(run), tensors(resumed)) == set()
 
 
 def test_what_the_encoder_regresses(build):

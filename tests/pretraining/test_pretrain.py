@@ -137,6 +137,22 @@ def test_other_schedules_run(data, tmp_path, quick, schedule):
     assert all(np.isfinite(row[name]) for row in last for name in losses & row.keys())
 
 
+def test_a_centred_teacher_is_resumed(data, tmp_path, quick):
+    """Its mean is part of the checkpoint; a tokenizer that is not trained alone is refused."""
+    phases = [{"train": "encoder", "steps": 2}, {"train": "tokenizer", "steps": 4}]
+    options = {"phases": phases, "save_every": 1, "tokenizer": {"center_teacher": True}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    pretrain(recipe, data, tmp_path / "whole")
+    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step}")
+    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1", "--resume")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    joint = write_recipe(tmp_path / "joint.yaml", "joint", tokenizer={"center_teacher": True})
+    assert "center_teacher" in refusal(joint, data, tmp_path / "joint")
+
+
 def test_regressions_run(data, tmp_path, quick):
     """The controls of the codes, as targets of the same run; they draw, log and report no codes."""
     phases = [{"train": "encoder", "steps": 2, "target": target} for target in ("patches", "features")]
