@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.commands import main
+from bridle_hf.common.arguments import make_arguments
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import draw_share, make_mask
@@ -22,6 +23,8 @@ from bridle_hf.monitoring.flops import (
     warn_of_slow_precision,
 )
 from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.pretraining.configs import make_configs as make_configs_of
 
 
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
@@ -138,6 +141,24 @@ def test_a_precision_that_slows_this_machine_down_is_told_of(precision, speed, w
     monkeypatch.setattr("bridle_hf.monitoring.flops.measure_peak", lambda device, size, dtype, seconds: speeds[dtype])
     warn_of_slow_precision(precision, torch.device("cpu"))
     assert [record.getMessage().startswith("bf16: this CPU") for record in caplog.records] == [True] * warned
+
+
+def of_recipe(name: str) -> ScheduleFlops:
+    (args,) = make_arguments(PretrainArguments, recipe=name, values={"data": "-", "output_dir": "-"})
+    schedule = Schedule(args.phases, 1_000_000 / args.global_batch_size)
+    return ScheduleFlops(schedule, *make_configs_of(args), args.masks, args.masks_per_sample)
+
+
+@pytest.mark.parametrize("modality", INPUTS)
+def test_fast_recipes_take_a_third_per_masked_view(modality):
+    exact, fast = of_recipe(f"{modality}_base"), of_recipe(f"{modality}_base_fast")
+    views = [flops.of_phases[2] / flops.masks_per_sample for flops in (exact, fast)]
+    assert views[1] < views[0] / 3
+    # As many masked views, of as many optimizer steps.
+    steps = [flops.schedule.lengths[2] for flops in (exact, fast)]
+    assert math.isclose(*steps, rel_tol=0.01)
+    if modality == "audio":
+        assert views[1] < 2 * 45e9
 
 
 def test_command(capsys):
