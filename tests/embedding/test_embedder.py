@@ -279,9 +279,8 @@ HOUR = """
     import soundfile
     import bridle_hf
     import numpy as np
-    from bridle_hf.audio_windows_bridle import cut_windows
-    from bridle_hf.embedding import hear
-from bridle_hf.embedding.embedder import Embedder
+    import soxr
+    from bridle_hf.embedding.embedder import Embedder
 
     torch.manual_seed(0)
     config = bridle_hf.BridleConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768)
@@ -308,7 +307,7 @@ from bridle_hf.embedding.embedder import Embedder
             margin = 16_000 if start else 0
             file.seek((start * 160 - margin) * rate // 16_000)
             samples = file.read((160 * 1024 + 240 + margin + 16_000) * rate // 16_000, dtype="float32").mean(axis=1)
-            waveform = __import__("soxr").resample(samples, rate, 16_000)[margin:][: 160 * 1023 + 400]
+            waveform = soxr.resample(samples, rate, 16_000)[margin:][: 160 * 1023 + 400]
             inputs = extractor(waveform, sampling_rate=16_000, padding=False, return_tensors="pt")
             with torch.no_grad():
                 tokens = embedder.model(**inputs).last_hidden_state[0, 1:].unflatten(0, (-1, 8)).mean(dim=1)
