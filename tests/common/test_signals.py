@@ -119,7 +119,8 @@ def test_one_of_two_processes_stops_both(tiny, undisturbed, tmp_path):
     pretrain(*tiny, out, "--resume")
     found = weights(out)
     for name, tensor in undisturbed.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+        # Two processes sum in another order; where a gradient is nearly 0, Adam makes a step of that.
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
 def test_loader_workers_outlive_a_signal_to_the_whole_group(tiny, undisturbed, tmp_path):
