@@ -120,7 +120,7 @@ def load_config(model: str, argument: str = "--model") -> Any:
     Raises:
         ValueError: none is there, none that can be read, or one of another kind of model.
     """
-    config = read_config(model)
+    config = read_config(model, argument)
     if config.model_type != "bridle":
         raise ValueError(
             f"{argument} {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder"
@@ -128,13 +128,13 @@ def load_config(model: str, argument: str = "--model") -> Any:
     return config
 
 
-def read_config(model: str | Path) -> Any:
-    """Configuration of a saved model of any kind.
+def read_config(model: str | Path, argument: str = "") -> Any:
+    """Configuration of a saved model of any kind; errors call it by the `argument` that named it, if one did.
 
     Raises:
         ValueError: none is there, or none that can be read.
     """
-    with _refused(f"{model}: no model is there, or none that can be read"):
+    with _refused(f"{argument} {model}: no model is there, or none that can be read".lstrip()):
         return AutoConfig.from_pretrained(model)
 
 

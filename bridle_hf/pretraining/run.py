@@ -33,7 +33,7 @@ from bridle_hf.data.batches import (
 )
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.masked_loader import MaskedLoader
-from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
+from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
@@ -86,7 +86,7 @@ class Run:
         self.encoder_config, self.tokenizer_config = make_configs(args)
         self.encoder_from = None
         if args.encoder_from:
-            self.encoder_from = BridleModel.from_pretrained(args.encoder_from, dtype=torch.float32)
+            self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
         self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
         self.processor = make_processor(self.encoder_config, self._processor_fields())
         self.dataset = self._make_dataset()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bridle_hf.common.arguments import make_arguments, parse_command_line, read_yaml
@@ -325,6 +325,7 @@ def starts_or_names_the_field(recipe: Path, options: list[str], written: list[st
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipes(), command_lines())
+@example({}, ["--encoder_from=3"])  # no folder, nor an id of the Hub
 def test_any_recipe_and_command_line_starts_or_ends_with_one_line(tmp_path, values, options):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.tiny_run import RECIPE, write_recordings
+from safetensors.torch import load_file, save_file
 
 import bridle_hf
 from bridle_hf import BridleConfig, BridleFeatureExtractor, BridleForPreTraining, BridleModel
@@ -61,6 +62,16 @@ def test_another_size_and_nothing_at_all_are_refused(tmp_path):
         with pytest.raises(ArgumentError, match=reason):
             run(tmp_path, encoder, encoder_from=given)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path):
+    save_source(tmp_path / "source")
+    path = tmp_path / "source" / "model.safetensors"
+    weights = load_file(path)
+    del weights["bridle.layernorm.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ArgumentError, match="1 weights are missing, as layernorm"):
+        run(tmp_path, decoder_of(RECIPE["encoder"]), encoder_from=str(tmp_path / "source"))
 
 
 @pytest.mark.parametrize("steps", [48, 32, 96])
