@@ -85,8 +85,8 @@ def test_killed_at_twenty_random_moments_is_equal(tmp_path):
     random.seed(0)
     saves = ["common.manifest:sha256", "finetuning.trainer:FinetuneTrainer._save_optimizer_and_scheduler",
              "finetuning.trainer:write_manifest", "finetuning.trainer:remove_old"]  # fmt: skip
-    moments = [[random.uniform(0.3, 4.0), [random.choice(saves), 1]] for _ in range(10)]
-    moments += [[[random.choice(saves), random.randint(1, 4)], random.uniform(0.3, 4.0)] for _ in range(10)]
+    moments = [[random.uniform(0.1, 1.0), [random.choice(saves), 1]] for _ in range(10)]
+    moments += [[[random.choice(saves), random.randint(1, 4)], random.uniform(0.1, 1.0)] for _ in range(10)]
     run_killed(tmp_path, moments)
 
 
