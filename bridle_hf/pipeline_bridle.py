@@ -71,8 +71,11 @@ class BridleAudioClassificationPipeline(ChunkPipeline, AudioClassificationPipeli
         # Of iterators, transformers takes generators alone for several inputs.
         return super().__call__((entry for entry in inputs) if isinstance(inputs, Iterator) else inputs, **kwargs)
 
-    def _sanitize_parameters(self, return_timeline=None, overlap=None, **kwargs):
-        _, _, postprocess = super()._sanitize_parameters(**kwargs)
+    def _sanitize_parameters(self, return_timeline=None, overlap=None, function_to_apply=None, **kwargs):
+        _, _, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
+        if function_to_apply is None:
+            # Older releases of transformers put a softmax here, whatever the model's problem is.
+            postprocess.pop("function_to_apply", None)
         preprocess = {}
         if return_timeline is not None:
             postprocess["return_timeline"] = preprocess["whole"] = return_timeline

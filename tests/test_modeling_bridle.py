@@ -837,11 +837,11 @@ def test_tokenizers_claim_what_they_can(tiny_tokenizer_config, tokenizer_type):
     assert not BridleTokenizerModel.supports_gradient_checkpointing
     assert BridleTokenizerModel.main_input_name == "inputs" and tokenizer.main_input_name == "input_values"
     if tokenizer.is_trained:
-        tokenizer.activation_checkpointing_enable()
-        assert tokenizer.is_activation_checkpointing
+        tokenizer.gradient_checkpointing_enable()
+        assert tokenizer.is_gradient_checkpointing
     else:
         with pytest.raises(ValueError, match="does not support"):
-            tokenizer.activation_checkpointing_enable()
+            tokenizer.gradient_checkpointing_enable()
     embedding = nn.Linear(256, 48)
     assert tokenizer.get_input_embeddings().weight.shape == embedding.weight.shape
     tokenizer.set_input_embeddings(embedding)

@@ -113,8 +113,9 @@ def test_loader_and_pipeline_see_the_same_pixels(tmp_path, mode, num_channels):
     path = tmp_path / f"picture.{SUFFIXES.get(mode, 'png')}"
     try:
         PICTURES[mode]().save(path)
+        Image.open(path).load()
     except OSError:
-        pytest.skip("Pillow writes no such file")
+        pytest.skip("Pillow writes no such file, or cannot read it itself")
     process = processor("image", num_channels=num_channels)
     seen = []
     model = BridleForImageClassification(model_config("image", num_channels, **TINY))
