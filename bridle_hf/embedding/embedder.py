@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from bridle_hf.common.errors import MediaError, reason_of
-from bridle_hf.data.modalities import load_config, load_processor
+from bridle_hf.data.modalities import load_config, load_processor, load_weights
 from bridle_hf.embedding.poolings import POOLINGS, POOLINGS_OF, Layers, merge_windows, select_layers
 from bridle_hf.embedding.windows import Window, as_media, is_one, make_reader, name_of
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_grid_of
@@ -122,12 +122,12 @@ class Embedder:
             options: `batch_size`, `overlap`, `stride`, as of the class.
 
         Raises:
-            ValueError: no BRIDLE encoder is there.
+            ValueError: no BRIDLE encoder is there, or not all of its weights.
         """
         config = load_config(str(model))
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        encoder = AutoModel.from_pretrained(model, dtype=dtype)
+        encoder = load_weights(AutoModel, str(model), dtype=dtype)
         return cls(encoder, load_processor(str(model), config), device, **options)
 
     def embed(

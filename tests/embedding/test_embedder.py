@@ -9,6 +9,7 @@ from helpers.pixels import pixel_config, save_pixel_encoder
 from helpers.sounds import RATE, save_encoder, tiny_config, write_tone
 from helpers.videos import write_video
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bridle_hf import BridleFeatureExtractor, BridleModel, make_image_processor
 from bridle_hf.common.errors import MediaError
@@ -193,6 +194,15 @@ def test_from_pretrained(tmp_path, rng):
     np.testing.assert_allclose(half.embed(clip), whole.embed(clip), atol=0.1)
     with pytest.raises(ValueError, match="no model is there"):
         Embedder.from_pretrained(str(tmp_path))
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path):
+    folder = save_encoder(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["bridle.layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing, as layernorm"):
+        Embedder.from_pretrained(folder)
 
 
 def test_encode_as_sentence_transformers_does(embedder, rng):
