@@ -28,7 +28,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.embedding.arguments import EmbedArguments, SearchArguments
 from bridle_hf.embedding.embedder import Embedder, Embedding
 from bridle_hf.embedding.poolings import Layers
-from bridle_hf.embedding.tables import FORMATS, Part, load_part, load_skipped, part_bytes, read_table, write_table
+from bridle_hf.embedding.tables import FORMATS, Part, load_columns, load_values, part_bytes, read_table, write_table
 
 
 logger = logging.getLogger(__name__)
@@ -186,16 +186,17 @@ def _finish(
     output: Path, folder: Path, args: EmbedArguments, paths: list[Path], shape: tuple[int, ...], plan: dict, total: int
 ) -> dict[str, Any]:
     """The parts as one table; what was skipped beside it."""
-    skipped = [entry for path in paths for entry in load_skipped(path)]
+    columns, lists = zip(*map(load_columns, paths))
+    skipped = [entry for entries in lists for entry in entries]
     if len(skipped) == total:
         raise RunError(f"none of {total} files can be embedded; the first: {skipped[0][0]}: {skipped[0][1]}")
-    used = {name for path in paths for name, column in load_part(path).columns.items() if _is_used(name, column)}
-
-    def load(path: Path) -> Part:
-        part = load_part(path)
-        return Part(part.values, {name: column for name, column in part.columns.items() if name in used})
-
-    rows = write_table(output, paths, load, shape, plan["arguments"])
+    used = {name for part in columns for name, column in part.items() if _is_used(name, column)}
+    parts = (
+        Part(load_values(path), {name: column for name, column in part.items() if name in used})
+        for path, part in zip(paths, columns)
+    )
+    rows = sum(len(part["id"]) for part in columns)
+    write_table(output, parts, (rows, *shape), plan["arguments"])
     listed = output.with_name(f"{output.name}.skipped.jsonl")
     lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in skipped]
     write_text(listed, "".join(f"{line}\n" for line in lines)) if lines else listed.unlink(missing_ok=True)

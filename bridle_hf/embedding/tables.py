@@ -38,25 +38,19 @@ class Table:
     made: dict[str, Any]
 
 
-def write_table(path: Path, parts: Sequence[str | os.PathLike], load: Any, shape: Sequence[int], made: dict) -> int:
+def write_table(path: Path, parts: Iterable[Part], shape: tuple[int, ...], made: dict) -> None:
     """Write a table, whole or not at all.
 
     Args:
         path: one of `FORMATS`.
-        parts: what `load` makes a [`Part`] of, one after the other, as often as asked.
-        shape: of one embedding.
+        parts: its rows, some at a time; each part has the same columns.
+        shape: (rows, ..., dim) of all embeddings.
         made: how it was made, as JSON.
-
-    Returns:
-        The number of rows.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    counts = [len(load(part).values) for part in parts]
-    rows = (load(part) for part in parts)
     write = {".parquet": _write_parquet, ".npz": _write_npz, ".npy": _write_npy}[path.suffix]
-    write(temporary, path, rows, (sum(counts), *shape), made)
+    write(temporary, path, parts, shape, made)
     os.replace(temporary, path)
-    return sum(counts)
 
 
 def _write_parquet(file: Path, path: Path, parts: Iterable[Part], shape: tuple[int, ...], made: dict) -> None:
@@ -153,12 +147,15 @@ def part_bytes(part: Part, skipped: Sequence[tuple[str, str]]) -> bytes:
     return buffer.getvalue()
 
 
-def load_part(path: str | os.PathLike) -> Part:
+def load_values(path: str | os.PathLike) -> np.ndarray:
+    """The embeddings of a part, which are most of its file."""
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["values"]
+
+
+def load_columns(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+    """The columns of a part, and the (path, reason) of what is not in it."""
     with np.load(path, allow_pickle=False) as archive:
         names = [name for name in archive.files if name.startswith("column_")]
-        return Part(archive["values"], {name.removeprefix("column_"): archive[name] for name in names})
-
-
-def load_skipped(path: str | os.PathLike) -> list[tuple[str, str]]:
-    with np.load(path, allow_pickle=False) as archive:
-        return [(name, reason) for name, reason in json.loads(str(archive["skipped"]))]
+        columns = {name.removeprefix("column_"): archive[name] for name in names}
+        return columns, [(name, reason) for name, reason in json.loads(str(archive["skipped"]))]
