@@ -293,17 +293,20 @@ def _load(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise ValueError(f"the checkpoint does not fit {type(model).__name__}: {error}") from error
 
 
-def convert_checkpoint(checkpoint: str | Path, output_dir: str | Path, modality: str, **config_kwargs: Any) -> None:
+def convert_checkpoint(
+    checkpoint: str | Path | dict[str, torch.Tensor], output_dir: str | Path, modality: str, **config_kwargs: Any
+) -> None:
     """Write OUT/encoder and OUT/tokenizer, with their processor, from a file that the authors' code saved.
 
     Args:
-        checkpoint: what `torch.save` wrote of `{"model": state_dict, ...}`, or of the state dict alone.
+        checkpoint: what `torch.save` wrote of `{"model": state_dict, ...}`, or of the state dict alone; or, where it
+            was read already, what [`read_checkpoint`] returned.
         config_kwargs: `num_attention_heads` and the like, which shapes cannot tell; see [`convert_state_dict`].
 
     Raises:
         ValueError: the file is not such a checkpoint. OSError: It cannot be read.
     """
-    saved = read_checkpoint(checkpoint)
+    saved = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
     models = convert_state_dict(saved, modality=modality, **config_kwargs)
     for name, model in zip(("encoder", "tokenizer"), models):
         model.save_pretrained(Path(output_dir) / name)

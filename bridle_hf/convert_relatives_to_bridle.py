@@ -153,11 +153,14 @@ def load_relative(name: str) -> tuple[BridleModel, list[str], Any]:
     return model, left, make_image_processor(model.config, **_statistics(name))
 
 
-def convert_relative_checkpoint(checkpoint: str | Path, output_dir: str | Path, **fields: Any) -> list[str]:
+def convert_relative_checkpoint(
+    checkpoint: str | Path | dict[str, torch.Tensor], output_dir: str | Path, **fields: Any
+) -> list[str]:
     """Write OUT/encoder, with its processor, from a relative.
 
     Args:
-        checkpoint: folder or Hub id of transformers; or a file of weights by timm's names.
+        checkpoint: folder or Hub id of transformers; a file of weights by timm's names, or, where it was read already,
+            what `read_checkpoint` returned.
         fields: of weights by timm's names, see [`config_of_weights`].
 
     Returns:
@@ -166,8 +169,8 @@ def convert_relative_checkpoint(checkpoint: str | Path, output_dir: str | Path, 
     Raises:
         ValueError: it does not fit. OSError: it cannot be read.
     """
-    if Path(checkpoint).is_file():
-        weights = read_checkpoint(checkpoint)
+    if isinstance(checkpoint, dict) or Path(checkpoint).is_file():
+        weights = checkpoint if isinstance(checkpoint, dict) else read_checkpoint(checkpoint)
         config = config_of_weights(weights, **fields)
         model, left = convert_relative(weights, config)
         processor = make_original_processor(config)

@@ -86,11 +86,12 @@ def convert(args: ConvertArguments) -> None:
     fields = {name: value for name, value in vars(args).items() if value is not None}
     checkpoint, folder = fields.pop("checkpoint"), Path(fields.pop("output_dir"))
     try:
-        if original := Path(checkpoint).is_file() and holds_original(read_checkpoint(checkpoint)):
+        found = read_checkpoint(checkpoint) if Path(checkpoint).is_file() else checkpoint
+        if original := isinstance(found, dict) and holds_original(found):
             if "modality" not in fields:
                 raise ValueError(f"{checkpoint} is of the authors' code: give --modality")
-            convert_checkpoint(checkpoint, folder, **fields)
-        elif left := convert_relative_checkpoint(checkpoint, folder, **fields):
+            convert_checkpoint(found, folder, **fields)
+        elif left := convert_relative_checkpoint(found, folder, **fields):
             print(f"left: {', '.join(left)}")
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from error
