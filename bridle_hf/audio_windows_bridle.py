@@ -8,7 +8,7 @@ However long a recording is, no more of it is held than a window and what it ove
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,24 @@ def _read_with_av(media: str | bytes, why: str) -> tuple[int, Iterator[np.ndarra
                 raise ValueError(f"cannot be decoded: {error.strerror or error}") from error
 
     return stream.rate, blocks()
+
+
+def media_of_mapping(item: Mapping[str, Any]) -> Any:
+    """What a mapping holds, as `datasets` has them: (array, sampling rate), bytes, or a path.
+
+    Args:
+        item: with `raw` or `array` and `sampling_rate`, or with `bytes` or `path`.
+
+    Raises:
+        ValueError: it lacks what is needed.
+    """
+    array = item.get("array") if item.get("raw") is None else item["raw"]
+    if array is not None and item.get("sampling_rate") is not None:
+        return array, item["sampling_rate"]
+    media = item.get("bytes") or item.get("path")
+    if array is not None or media is None:
+        raise ValueError(f"a mapping with {sorted(item)}: give `raw` and `sampling_rate`, `bytes` or `path`")
+    return media
 
 
 def array_blocks(waveform: Any) -> Iterator[np.ndarray]:
@@ -215,4 +233,4 @@ def patch_times(config: BridleEncoderConfig, num_steps: int | None = None, rate:
     return (steps * patch * frame_shift(rate) + num_samples(patch, rate) / 2) / rate
 
 
-__all__ = ["array_blocks", "cut_windows", "mono_blocks", "patch_times", "read_blocks"]
+__all__ = ["array_blocks", "cut_windows", "media_of_mapping", "mono_blocks", "patch_times", "read_blocks"]

@@ -16,7 +16,7 @@ from transformers import AudioClassificationPipeline
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, mono_blocks, read_blocks
+from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks, read_blocks
 
 
 logger = logging.get_logger(__name__)
@@ -153,14 +153,7 @@ def _named(inputs: Any) -> tuple[str, Any]:
     if isinstance(inputs, Mapping) and isinstance(inputs.get("audio"), Mapping):
         inputs = inputs["audio"]
     if isinstance(inputs, Mapping):
-        name = inputs.get("path") or "the recording"
-        array = inputs.get("array") if inputs.get("raw") is None else inputs["raw"]
-        if array is not None and inputs.get("sampling_rate") is not None:
-            return name, (array, inputs["sampling_rate"])
-        media = inputs.get("bytes") or inputs.get("path")
-        if array is not None or media is None:
-            raise ValueError(f"a mapping with {sorted(inputs)}: give `raw` and `sampling_rate`, `bytes` or `path`")
-        return name, media
+        return inputs.get("path") or "the recording", media_of_mapping(inputs)
     if hasattr(inputs, "get_all_samples"):  # torchcodec's decoder
         samples = inputs.get_all_samples()
         return "the recording", (samples.data, samples.sample_rate)

@@ -1,5 +1,6 @@
 """Files written whole: a reader, or a run that is killed meanwhile, sees the old file or the new one."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -28,6 +29,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text in UTF-8, whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes(path, picture.getvalue())
 
 
 def write_bytes(path: Path, data: bytes) -> None:

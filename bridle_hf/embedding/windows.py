@@ -19,6 +19,7 @@ from bridle_hf.audio_windows_bridle import (
     array_blocks,
     cut_windows,
     frame_shift,
+    media_of_mapping,
     mono_blocks,
     patch_times,
     read_blocks,
@@ -68,13 +69,7 @@ def as_media(item: Any, sampling_rate: float | None = None) -> Any:
     if isinstance(item, os.PathLike):
         return os.fspath(item)
     if isinstance(item, Mapping):
-        array = item.get("array") if item.get("raw") is None else item["raw"]
-        media = item.get("bytes") or item.get("path")
-        if array is not None and item.get("sampling_rate") is not None:
-            return array, item["sampling_rate"]
-        if array is not None or media is None:
-            raise ValueError(f"has {sorted(item)}: give `array` and `sampling_rate`, `bytes` or `path`")
-        return media
+        return media_of_mapping(item)
     if isinstance(item, np.ndarray | torch.Tensor) and sampling_rate is not None:
         return item, sampling_rate
     return item

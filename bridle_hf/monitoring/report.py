@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bridle_hf.common.files import read_json, write_bytes
+from bridle_hf.common.files import read_json, write_bytes, write_figure
 from bridle_hf.monitoring.curves import (
     LoggedPhase,
     _finite,
@@ -95,9 +95,7 @@ def _write_curves(folder: Path, rows: list[dict[str, Any]], run: dict[str, Any])
     if any(key.startswith("probe/") for row in rows for key in row):
         figures["probes"] = plot_probes(rows)
     for name, figure in figures.items():
-        temporary = folder / f".{name}.tmp"
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, folder / f"{name}.png")
+        write_figure(folder / f"{name}.png", figure)
 
 
 def _pictures(folder: Path) -> Iterable[dict[str, str]]:

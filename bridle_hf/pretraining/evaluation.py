@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_features
+from bridle_hf.common.files import write_figure
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import Sample
 from bridle_hf.data.folds import assign_folds
@@ -115,7 +116,7 @@ def draw_example(
             codes[0], predicted[0], hidden[0], config, grid, title=title, **rate
         )
     for kind, figure in pictures.items():
-        figure.savefig(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png")
+        write_figure(folder / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name).strip('_')}.png", figure)
 
 
 def probe_samples(samples: Sequence[Sample], most: int) -> list[Sample]:

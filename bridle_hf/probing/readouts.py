@@ -77,9 +77,9 @@ def collect_layers(
     }
     for batch in batches:
         values, mask = batch[INPUT_NAMES[config.modality]], batch.get("attention_mask")
+        real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(values, config)
         for name, tokens_of in sources.items():
             layers = tokens_of(values, mask)
-            real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(values, config)
             for pooling in POOLINGS_READ:
                 pooled = [pooling_of(pooling, config.modality)(tokens, grid, real) for tokens in layers]
                 parts[name][pooling].append(torch.stack(pooled, dim=1).numpy())

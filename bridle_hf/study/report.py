@@ -1,6 +1,5 @@
 """Report of a study: tables of scores, paired differences with their intervals, pictures; from results.jsonl alone."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bridle_hf.common.errors import ArgumentError
-from bridle_hf.common.files import write_text
+from bridle_hf.common.files import write_figure, write_text
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import Comparison, read_comparisons
@@ -168,7 +167,7 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
     folder.mkdir(parents=True, exist_ok=True)
     for set_name, tasks in scores.items():
         sources = sorted({source for found in tasks.values() for source in found}, key=_order, reverse=True)
-        figure = Figure(figsize=(5 * len(tasks), 0.8 + 0.3 * len(sources)), layout="constrained")
+        figure = Figure(figsize=(5 * len(tasks), 0.8 + 0.3 * len(sources)), dpi=110, layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(tasks), sharey=True))
         for ax, (task, found) in zip(axes, tasks.items()):
             for place, source in enumerate(sources):
@@ -180,10 +179,10 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
             ax.set(title=f"{set_name}: {task}", xlabel=f"accuracy (%), {PRIMARY.name}")
             ax.set_yticks(range(len(sources)), sources)
             ax.grid(axis="x", alpha=0.3)
-        _save(figure, folder / f"scores_{set_name}.png")
+        write_figure(folder / f"scores_{set_name}.png", figure)
     if not compared:
         return
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(compared)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(compared)), dpi=110, layout="constrained")
     ax = figure.subplots()
     colours = {"above": "tab:green", "below": "tab:red", "equal": "tab:blue", "open": "tab:gray"}
     for place, row in enumerate(reversed(compared)):
@@ -198,13 +197,7 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
     ax.axvspan(-100 * MARGIN, 100 * MARGIN, color="black", alpha=0.08)
     ax.set(xlabel="difference (points), 95% interval over seeds and clusters; shaded: the margin")
     ax.grid(axis="x", alpha=0.3)
-    _save(figure, folder / "differences.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, path)
+    write_figure(folder / "differences.png", figure)
 
 
 def fill(page: Path, parts: Mapping[str, str]) -> None:
