@@ -581,22 +581,25 @@ class BridleForAudioFrameClassification(BridleForClassification):
             real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
             if attention_mask is not None:
                 real = patch_attention_mask(attention_mask, self.config).unflatten(1, grid)[..., 0]
-            one_each, several = labels.shape == logits.shape[:2] and is_integer(labels), labels.shape == logits.shape
-            if not one_each and not several:
-                raise ValueError(
-                    f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}; give {tuple(logits.shape[:2])} "
-                    f"integers, or {tuple(logits.shape)}"
-                )
-            counted = real & (labels != -100) if one_each else real
-            problem = self.config.problem_type or ("single" if one_each else "multi") + "_label_classification"
-            labels = _fit_labels(labels[counted], problem, logits[counted])
-            if problem == "single_label_classification":
-                loss = F.cross_entropy(logits[counted].float(), labels, label_smoothing=self.config.label_smoothing)
-            else:
-                loss = F.binary_cross_entropy_with_logits(logits[counted].float(), labels.float())
+            loss = self._loss_of_steps(logits, labels, real)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def _loss_of_steps(self, logits: torch.Tensor, labels: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Of the steps that are `real` (batch, steps) and have a label."""
+        one_each, several = labels.shape == logits.shape[:2] and is_integer(labels), labels.shape == logits.shape
+        if not one_each and not several:
+            raise ValueError(
+                f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}; give {tuple(logits.shape[:2])} "
+                f"integers, or {tuple(logits.shape)}"
+            )
+        counted = real & (labels != -100) if one_each else real
+        problem = self.config.problem_type or ("single" if one_each else "multi") + "_label_classification"
+        logits, labels = logits[counted], _fit_labels(labels[counted], problem, logits[counted])
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
 
 
 class BridleForImageClassification(BridleForClassification):

@@ -21,16 +21,15 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from steps import draw_batch
 
 from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.masking_bridle import make_mask
 from bridle_hf.monitoring.flops import ScheduleFlops
 from bridle_hf.monitoring.metrics_log import MetricsLog
 from bridle_hf.monitoring.monitor import Monitor
 from bridle_hf.monitoring.trackers import start_tracker
-from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.configs import make_configs
 
@@ -51,7 +50,7 @@ def main():
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with="tensorboard", project_dir=folder)
         start_tracker(accelerator, Path(folder), None)
         interleaving = Interleaving(accelerator, schedule, *configs, seed=0, micro_batch_size=args.micro_batch_size)
-        batch = make_batch(configs[0], args)
+        batch = draw_batch(configs[0], args.masks, args.global_batch_size)
         print(
             f"{'phase':>14}{'step (ms)':>12}{'watched (+ms)':>14}{'row (ms)':>10}{'overhead':>10}{'95% interval':>18}"
         )
@@ -64,19 +63,6 @@ def main():
             monitor.close()
             print_row(f"{phase.train} {schedule.iteration(number)}", times, args.log_every)
         accelerator.end_training()
-
-
-def make_batch(config, args):
-    """Inputs and masks of a batch, the same at every step: what is in them does not matter here."""
-    generator = torch.Generator().manual_seed(0)
-    kind = max(args.masks, key=args.masks.get, default=config.mask_type)
-    size = args.global_batch_size
-    masks = [make_mask(kind, config.patch_grid, config.mask_ratio, generator) for _ in range(size)]
-    frames, height, width = config.input_size
-    shape = {"audio": (height, width), "image": (config.num_channels, height, width)}
-    shape = shape.get(config.modality, (frames, config.num_channels, height, width))
-    inputs = torch.randn(size, *shape, generator=generator)
-    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
 
 
 def measure(interleaving, monitor, batch, schedule, number, pairs, log_every):

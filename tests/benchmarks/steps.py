@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bridle_hf import BridleConfig
 from bridle_hf.common.arguments import parse_command_line
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
@@ -38,7 +39,7 @@ class Steps:
         self.interleaving = Interleaving(accelerator, self.schedule, *self.configs, seed=0)
         # Codes that are nobody's take as long.
         self.interleaving._initialize_codebooks = lambda batches: None
-        self.batch = self._draw(samples, args.masks)
+        self.batch = draw_batch(self.configs[0], args.masks, samples)
 
     def enter(self, number: int):
         """Set phase `number` up; returns its name and its step, a function of nothing."""
@@ -47,15 +48,17 @@ class Steps:
         name = f"{self.schedule.phases[number].train} {self.schedule.iteration(number)}"
         return name, lambda: self.interleaving.step(step, self.batch)
 
-    def _draw(self, samples: int, weights: dict[str, float]) -> dict:
-        config, generator = self.configs[0], torch.Generator().manual_seed(0)
-        kind = max(weights, key=weights.get, default=config.mask_type)
-        masks = [make_mask(kind, config.patch_grid, config.mask_ratio, generator) for _ in range(samples)]
-        frames, height, width = config.input_size
-        shape = {"audio": (height, width), "image": (config.num_channels, height, width)}
-        shape = shape.get(config.modality, (frames, config.num_channels, height, width))
-        inputs = torch.randn(samples, *shape, generator=generator)
-        return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
+
+def draw_batch(config: BridleConfig, weights: dict[str, float], samples: int) -> dict:
+    """Inputs and masks of a batch; what is in them does not matter to the time that a step takes."""
+    generator = torch.Generator().manual_seed(0)
+    kind = max(weights, key=weights.get, default=config.mask_type)
+    masks = [make_mask(kind, config.patch_grid, config.mask_ratio, generator) for _ in range(samples)]
+    frames, height, width = config.input_size
+    shape = {"audio": (height, width), "image": (config.num_channels, height, width)}
+    shape = shape.get(config.modality, (frames, config.num_channels, height, width))
+    inputs = torch.randn(samples, *shape, generator=generator)
+    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
 
 
 class MatrixProducts(TorchDispatchMode):
