@@ -107,14 +107,14 @@ class BridlePreTrainedModel(PreTrainedModel):
             if isinstance(module, BridleAttention | BridleSwinAttention) and module.unseen_bias is not None:
                 module.unseen_bias.requires_grad_(False)
 
-    def place_in_batch(self, first: int, of: int) -> None:
-        """Tell stochastic depth that the next inputs are samples `first`, `first + 1`, ... of a batch of `of`.
+    def place_in_batch(self, rows: torch.Tensor, of: int) -> None:
+        """Tell stochastic depth that the next inputs are these rows, (batch,) int64, of a batch of `of`.
 
         What is drawn for a sample then does not depend on how the batch is cut.
         """
         for module in self.modules():
             if isinstance(module, BridleDropPath):
-                module.rows = first, of
+                module.rows = rows, of
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

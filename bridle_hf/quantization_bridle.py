@@ -143,13 +143,16 @@ class BridleResidualQuantizer(nn.Module):
             return self._quantize(latents, move=self.training and self.update_in_forward)
 
     @torch.no_grad()
-    def update(self, statistics: list[CodebookStatistics]) -> torch.Tensor:
+    def update(self, statistics: list[CodebookStatistics], order: torch.Tensor | None = None) -> torch.Tensor:
         """Move the codebooks as a forward in training mode would; returns how many codes of each level it re-seeded.
 
         Args:
             statistics: those of all micro batches of this rank; the codebooks have not moved since.
+            order: (vectors,) int64, in which order one forward would have had their vectors, if in another: by their
+                places those are drawn that re-seed.
         """
-        latents = torch.cat([part.latents for part in statistics])
+        order = slice(None) if order is None else order
+        latents = torch.cat([part.latents for part in statistics])[order]
         with torch.autocast(device_type=latents.device.type, enabled=False):
             if self.config.moves_codes_within_chain:
                 # What a vector leaves over then depends on all vectors: they are quantized once more, together.
@@ -158,7 +161,7 @@ class BridleResidualQuantizer(nn.Module):
                 counts=sum(part.counts for part in statistics),
                 sums=sum(part.sums for part in statistics),
                 latents=latents,
-                codes=torch.cat([part.codes for part in statistics]),
+                codes=torch.cat([part.codes for part in statistics])[order],
             )
             return self._update(whole)
 

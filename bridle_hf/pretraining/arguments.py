@@ -60,7 +60,13 @@ class PretrainArguments:
     global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
     micro_batch_size: int | None = field(
         default=None,
-        metadata={"help": "samples, with their masks, that a process holds at a time; gradients are accumulated"},
+        metadata={
+            "help": "samples of full length that a process holds at a time, with their masks; the rest accumulates"
+        },
+    )
+    bucket_by_length: bool = field(
+        default=True,
+        metadata={"help": "audio: micro batches of samples of similar length, of which at most 5% is padding"},
     )
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
