@@ -3,6 +3,11 @@
 import math
 from collections.abc import Sequence
 
+import torch
+
+from bridle_hf import BridleConfig
+from bridle_hf.patching_bridle import patch_attention_mask, patch_grid_of, silence_padding
+
 
 MOST_PADDING = 0.05  # share of a group
 
@@ -24,3 +29,36 @@ def length_buckets(lengths: Sequence[int], most: int) -> list[list[int]]:
             groups.append([place])
             filled = lengths[place]
     return groups
+
+
+def real_patches(inputs: torch.Tensor, attention_mask: torch.Tensor | None, config: BridleConfig) -> list[int]:
+    """Of each input, how many patches are no padding: its first ones."""
+    if attention_mask is None:
+        return [math.prod(patch_grid_of(inputs, config))] * len(inputs)
+    return patch_attention_mask(attention_mask, config).sum(dim=1).tolist()
+
+
+def cut_inputs(
+    inputs: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    places: list[int],
+    num_real: list[int],
+    patches: int,
+    config: BridleConfig,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Some of the inputs, cut to their first `patches`; and their attention mask, `None` where no patch is padding.
+
+    Args:
+        num_real: of those inputs, see [`real_patches`].
+    """
+    consecutive = places == list(range(places[0], places[0] + len(places)))
+    rows = slice(places[0], places[0] + len(places)) if consecutive else places
+    inputs = inputs[rows]
+    if attention_mask is None:
+        return inputs, None
+    frames = patches // config.patch_grid[1] * config.patch_shape[1]
+    inputs, attention_mask = inputs[:, :frames], attention_mask[rows, :frames]
+    if min(num_real) < patches:
+        return inputs, attention_mask
+    # What is left of padding lies within an input's last patch.
+    return silence_padding(inputs, None if attention_mask.all() else attention_mask), None

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from bridle_hf import BridleConfig
-from bridle_hf.common.length_buckets import length_buckets
-from bridle_hf.patching_bridle import INPUT_NAMES, mask_rows, patch_attention_mask, patch_grid_of, silence_padding
+from bridle_hf.common.length_buckets import cut_inputs, length_buckets, real_patches
+from bridle_hf.patching_bridle import INPUT_NAMES, mask_rows, patch_attention_mask, patch_grid_of
 
 
 @dataclass(frozen=True)
@@ -69,21 +69,19 @@ def micro_batches(
         agree: given how many parts there are, says how many to make: not fewer, and not more than samples.
     """
     inputs, attention_mask = batch[INPUT_NAMES[config.modality]], batch.get("attention_mask")
-    count, (full, *across) = len(inputs), patch_grid_of(inputs, config)
-    size, across = size or count, math.prod(across)
+    count, full = len(inputs), math.prod(patch_grid_of(inputs, config))
+    size = size or count
+    # All of this on the CPU, where the batch still is: no host waits for its device.
+    num_real = real_patches(inputs, attention_mask, config)
+    by_length = by_length and min(num_real) < full
     groups = [list(range(count))[first : first + size] for first in range(0, count, size)]
-    steps = [full] * count
-    if attention_mask is not None:
-        steps = (patch_attention_mask(attention_mask, config).sum(dim=1) // across).tolist()
-    by_length = by_length and min(steps) < full
     if by_length:
-        groups = length_buckets(steps, size * full)
+        groups = length_buckets(num_real, size * full)
     if agree is not None:
         groups = _split(groups, agree(len(groups)))
     for samples in groups:
-        num_real = [steps[sample] * across for sample in samples]
-        patches = max(num_real) if by_length else full * across
-        yield _micro_batch(batch, config, samples, num_real, patches, device)
+        numbers = [num_real[sample] for sample in samples]
+        yield _micro_batch(batch, config, samples, numbers, max(numbers) if by_length else full, device)
 
 
 def _split(groups: list[list[int]], number: int) -> list[list[int]]:
@@ -104,19 +102,12 @@ def _micro_batch(
     patches: int,
     device: torch.device,
 ) -> MicroBatch:
-    """Some samples of a batch, cut to the first `patches`. Made on the CPU, where the batch still is: there no host
-    waits for its device."""
-    consecutive = samples == list(range(samples[0], samples[0] + len(samples)))
-    rows = slice(samples[0], samples[0] + len(samples)) if consecutive else samples
-    inputs, attention_mask = batch[INPUT_NAMES[config.modality]][rows], batch.get("attention_mask")
-    if attention_mask is not None:
-        frames = patches // config.patch_grid[1] * config.patch_shape[1]
-        inputs, attention_mask = inputs[:, :frames], attention_mask[rows, :frames]
-        if min(num_real) == patches:
-            # What is left of it lies within a clip's last patch.
-            inputs, attention_mask = silence_padding(inputs, None if attention_mask.all() else attention_mask), None
+    """Some samples of a batch, cut to the first `patches`."""
+    inputs, attention_mask = cut_inputs(
+        batch[INPUT_NAMES[config.modality]], batch.get("attention_mask"), samples, num_real, patches, config
+    )
     masked, decoded = (
-        None if masks is None else masks[rows, ..., :patches]
+        None if masks is None else masks[samples, ..., :patches]
         for masks in (batch["bool_masked_pos"], batch.get("bool_decoded_pos"))
     )
     real = torch.arange(patches) < torch.tensor(num_real)[:, None]

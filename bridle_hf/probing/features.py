@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from bridle_hf.common.errors import NonFiniteError
+from bridle_hf.common.length_buckets import cut_inputs, length_buckets, real_patches
 from bridle_hf.embedding.poolings import POOLINGS
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
@@ -102,20 +103,28 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
     config = encoder.config
     encoder = encoder.to(device)
 
+    def pooled(inputs: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        tokens = encoder(inputs, mask).last_hidden_state[:, int(config.use_class_token) :].float()
+        real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(inputs, config)
+        return {name: POOLINGS[name](tokens, grid, real) for name in ENCODER_POOLINGS[config.modality]}
+
     @torch.no_grad()
     def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = {INPUT_NAMES[config.modality], "attention_mask"} & batch.keys()
-        inputs = {name: batch[name].to(device) for name in names}
+        names = INPUT_NAMES[config.modality], "attention_mask"
+        inputs, mask = (batch[name].to(device) if name in batch else None for name in names)
+        num_real = real_patches(inputs, mask, config)
+        groups = length_buckets(num_real, len(inputs) * max(num_real))
         was_training = encoder.training
         encoder.eval()
         try:
-            tokens = encoder(**inputs).last_hidden_state[:, int(config.use_class_token) :].float()
+            parts = []
+            for places in groups:
+                numbers = [num_real[place] for place in places]
+                parts.append(pooled(*cut_inputs(inputs, mask, places, numbers, max(numbers), config)))
         finally:
             encoder.train(was_training)
-        mask = inputs.get("attention_mask")
-        real = None if mask is None else patch_attention_mask(mask, config)
-        grid = patch_grid_of(inputs[INPUT_NAMES[config.modality]], config)
-        return {name: POOLINGS[name](tokens, grid, real) for name in ENCODER_POOLINGS[config.modality]}
+        order = torch.tensor([place for places in groups for place in places], device=device).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
     return extract
 

@@ -69,4 +69,4 @@ def seconds(rounds):
 
 
 if __name__ == "__main__":
-    run(__doc__, [padding, seconds], rounds=5)
+    run(__doc__, [padding, seconds], rounds=3)

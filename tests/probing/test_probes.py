@@ -93,6 +93,24 @@ def test_padding_does_not_change_features(encoder, rng):
     np.testing.assert_allclose(control["mean_std"], expected, atol=1e-5)
 
 
+def test_clips_of_many_lengths_keep_their_rows(encoder, rng):
+    """They go through the encoder by length, with under 5% of padding; each is what it is alone."""
+    lengths = rng.integers(1, 49, size=40)
+    values = torch.tensor(rng.normal(size=(40, 48, 32)), dtype=torch.float32)
+    mask = (torch.arange(48) < torch.tensor(lengths)[:, None]).long()
+    batches = [{"input_values": values[part], "attention_mask": mask[part]} for part in (slice(25), slice(25, 40))]
+    seen = []
+    hook = encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel() // 16))
+    found = collect_features({"encoder": encoder}, batches, with_input=False)["encoder"]
+    hook.remove()
+    assert sum(-(-lengths // 16)) >= 0.95 * sum(seen)
+    for row, length in enumerate(lengths):
+        clip = torch.nn.functional.pad(values[row : row + 1, :length], (0, 0, 0, -length % 16))
+        alone = collect_features({"encoder": encoder}, [{"input_values": clip}], with_input=False)["encoder"]
+        for name, features in alone.items():
+            np.testing.assert_allclose(found[name][row : row + 1], features, atol=1e-5)
+
+
 def test_poolings_against_the_model(encoder, rng):
     batches = [{"input_values": torch.tensor(rng.normal(size=(size, 48, 32)), dtype=torch.float32)} for size in (3, 2)]
     encoder.train()
