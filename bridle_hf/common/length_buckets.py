@@ -1,7 +1,7 @@
 """Length buckets: inputs of many lengths in groups of similar ones, so that little of what is computed is padding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -62,3 +62,20 @@ def cut_inputs(
         return inputs, attention_mask
     # What is left of padding lies within an input's last patch.
     return silence_padding(inputs, None if attention_mask.all() else attention_mask), None
+
+
+def parts_by_length(
+    inputs: torch.Tensor, attention_mask: torch.Tensor | None, config: BridleConfig
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor | None]]:
+    """A batch in [`length_buckets`]: the places of some inputs, those inputs, cut to the longest, and their attention
+    mask, `None` where no patch is padding."""
+    num_real = real_patches(inputs, attention_mask, config)
+    for places in length_buckets(num_real, len(inputs) * max(num_real)):
+        numbers = [num_real[place] for place in places]
+        yield places, *cut_inputs(inputs, attention_mask, places, numbers, max(numbers), config)
+
+
+def in_batch_order(places: Iterable[list[int]], rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What became of the parts of a batch, (inputs of a part, ...) each, as one tensor in the order of the batch."""
+    order = torch.tensor([place for part in places for place in part]).argsort()
+    return torch.cat(list(rows))[order.to(rows[0].device)]

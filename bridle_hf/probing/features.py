@@ -8,7 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from bridle_hf.common.errors import NonFiniteError
-from bridle_hf.common.length_buckets import cut_inputs, length_buckets, real_patches
+from bridle_hf.common.length_buckets import in_batch_order, parts_by_length
 from bridle_hf.embedding.poolings import POOLINGS
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
@@ -112,19 +112,14 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
     def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = INPUT_NAMES[config.modality], "attention_mask"
         inputs, mask = (batch[name].to(device) if name in batch else None for name in names)
-        num_real = real_patches(inputs, mask, config)
-        groups = length_buckets(num_real, len(inputs) * max(num_real))
         was_training = encoder.training
         encoder.eval()
         try:
-            parts = []
-            for places in groups:
-                numbers = [num_real[place] for place in places]
-                parts.append(pooled(*cut_inputs(inputs, mask, places, numbers, max(numbers), config)))
+            parts = [(places, pooled(*part)) for places, *part in parts_by_length(inputs, mask, config)]
         finally:
             encoder.train(was_training)
-        order = torch.tensor([place for places in groups for place in places], device=device).argsort()
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        places, found = zip(*parts)
+        return {name: in_batch_order(places, [part[name] for part in found]) for name in found[0]}
 
     return extract
 
