@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
 ROOMS = (
-    "common", "data", "embedding", "interleaving", "monitoring", "probing", "cards", "finetuning", "pretraining",
-    "sets", "demos", "study", "commands",
+    "common", "data", "embedding", "exporting", "interleaving", "monitoring", "probing", "cards", "finetuning",
+    "pretraining", "sets", "demos", "study", "commands",
 )  # fmt: skip
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))

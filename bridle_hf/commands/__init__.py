@@ -28,6 +28,7 @@ class Command:
         positionals: options that are given without their names.
         fixed: options that it sets itself.
         loads_models: whether it needs torch and transformers.
+        extra: of the package, that brings what it needs.
     """
 
     summary: str
@@ -39,6 +40,7 @@ class Command:
     positionals: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     loads_models: bool = True
+    extra: str = "train"
 
 
 COMMANDS = {
@@ -90,6 +92,13 @@ COMMANDS = {
         "CHECKPOINT OUT [--modality audio|image|video] [--name value ...]",
         ("commands.arguments:ConvertArguments",),
         positionals=("checkpoint", "output_dir"),
+    ),
+    "export": Command(
+        "export an encoder, classifier or tokenizer to ONNX or torch.export, and check it",
+        "DIR_OR_HUB_ID X.onnx|.pt2 [--input waveform]",
+        ("exporting.arguments:ExportArguments",),
+        positionals=("model", "output"),
+        extra="export",
     ),
     "flops": Command(
         "tell what a recipe costs: FLOPs and GPU hours",
@@ -163,7 +172,8 @@ def run(name: str | None, words: list[str]) -> None:
         if (error.name or "bridle_hf").startswith("bridle_hf"):
             raise
         raise RunError(
-            f"`bridle {name}` needs {error.name}, which is not installed: pip install 'bridle_hf[train]'"
+            f"`bridle {name}` needs {error.name}, which is not installed: "
+            f"pip install 'bridle_hf[{COMMANDS[name].extra}]'"
         ) from error
 
 

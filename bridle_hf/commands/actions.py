@@ -101,6 +101,12 @@ def convert(args: ConvertArguments) -> None:
     print(f"wrote {' and '.join(map(str, made))}")
 
 
+def export(args: Any) -> None:
+    from bridle_hf.exporting.export import export_line, run_export
+
+    print(export_line(run_export(args)))
+
+
 def flops(args: Any, recipe: Any) -> None:
     from bridle_hf.pretraining.cost import cost_lines
 

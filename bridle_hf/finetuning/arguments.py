@@ -30,6 +30,9 @@ class FinetuneArguments:
 
     from_scratch: bool = field(default=False, metadata={"help": "random weights: the control"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone (linear probing)"})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train adapters of this rank beside the frozen encoder's weights (LoRA)"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "input length in frames (default: the processor's)"}
     )
@@ -74,7 +77,8 @@ class FinetuneArguments:
 
     def __post_init__(self):
         ranges = {
-            "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "std": (1e-9, 1e9), "mixup_alpha": (1e-9, 1e9),
+            "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "lora_rank": (1, 1e9), "std": (1e-9, 1e9),
+            "mixup_alpha": (1e-9, 1e9),
             "draws_per_epoch": (1, 1e9), "cache_mb": (0, 1e9), "loader_timeout": (0, 1e9),
         }  # fmt: skip
         check_ranges(self, ranges)

@@ -40,6 +40,7 @@ from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_er
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
+from bridle_hf.finetuning.adapters import add_adapters
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
 from bridle_hf.finetuning.resume import global_batch_size, prepare_folder
@@ -110,6 +111,7 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         task = make_task(args, config, training_args.seed)
         check_arguments(args, training_args, config, task)
         model, processor = load_model(args, training_args, task)
+        adapters = add_adapters(model.bridle, args.lora_rank) if args.lora_rank else None
         loaders = make_loaders(args, model.config, processor, task)
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         run = run_record(
@@ -126,6 +128,8 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
     try:
         if train(trainer, checkpoint):
             seconds = time.monotonic() - started
+            if adapters is not None:
+                adapters.merge_and_unload()
             results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
             if trainer.is_world_process_zero():
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
@@ -162,6 +166,8 @@ def check_arguments(
     _check_augmentation(args, config)
     if args.freeze_encoder and (args.drop_path_rate or args.layer_decay != 1 or args.from_scratch):
         raise ValueError("--freeze_encoder leaves nothing for --drop_path_rate, --layer_decay or --from_scratch to do")
+    if args.lora_rank and (args.freeze_encoder or args.from_scratch):
+        raise ValueError("--lora_rank adapts a pretrained encoder: leave out --freeze_encoder and --from_scratch")
 
 
 def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Task) -> None:

@@ -1,6 +1,7 @@
 """Tests of training/finetune.py: its parts, and the whole way to `pipeline`, for every modality."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -352,6 +353,23 @@ def test_from_scratch_and_frozen(run, encoder, tmp_path):
     name = "bridle.layers.0.mlp.fc1.weight"
     assert torch.equal(load_file(frozen / "model.safetensors")[name], before[name])
     assert not torch.equal(load_file(scratch / "model.safetensors")[name], before[name])
+
+
+def test_adapters_change_the_layers_by_few_ranks_and_nothing_else(run, encoder, tmp_path):
+    """What is saved is a classifier like any other; a resumed run gives the same one."""
+    options = {"eval_group": ["1"], "num_train_epochs": 3, "lora_rank": 2, "load_best_model_at_end": "false"}
+    options |= {"save_total_limit": 9}
+    out = run(output_dir=tmp_path / "unbroken", **options)
+    before, after = load_file(f"{encoder}/model.safetensors"), load_file(out / "model.safetensors")
+    assert not [name for name in after if "lora" in name or "base_layer" in name]
+    for name in (name for name in after if name.startswith("bridle.")):
+        changed = torch.linalg.matrix_rank(after[name] - before[name], tol=1e-4) if after[name].dim() == 2 else 0
+        adapted = ".layers." in name and name.endswith("weight") and after[name].dim() == 2
+        assert 1 <= changed <= 2 if adapted else torch.equal(after[name], before[name]), name
+    assert BridleForAudioClassification.from_pretrained(out).classifier.weight.abs().max() > 0
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    run(output_dir=out, resume="true", **options)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(out / "model.safetensors").items())
 
 
 def test_bad_files_are_skipped_and_listed(run, sounds):
