@@ -10,6 +10,10 @@ from typing import Any
 from bridle_hf.common.errors import one_line
 from bridle_hf.common.tables import clean
 from bridle_hf.data.folds import are_splits, canonical_split, check_class_folders, split_of
+from bridle_hf.data.labels import labels_of
+from bridle_hf.data.layouts.files import refuse_other_encodings, walk
+from bridle_hf.data.layouts.lists import names_lists, read_lists
+from bridle_hf.data.layouts.table import LAYOUTS, find_layout, half_there, read_layout
 from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.sample import HubRow, Sample
@@ -19,8 +23,6 @@ from bridle_hf.data.shards.parquets import class_names, class_order, column_name
 
 
 logger = logging.getLogger(__name__)
-
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python spells bytes of a file name that are not
 
 
 def find_samples(
@@ -32,6 +34,7 @@ def find_samples(
     *,
     config: str | None = None,
     revision: str | None = None,
+    layout: str = "auto",
     need_labels: bool = False,
 ) -> list[Sample]:
     """List the samples of a folder, of shards or of a Hub id, in an order that depends on their names alone.
@@ -43,7 +46,11 @@ def find_samples(
     * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
       `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
       it is not known. Without a column `split`, files in folders that are all named like splits are of these;
-    * a folder with such a file in each of its split folders;
+    * a folder that is laid out as one of the sets of data/layouts/table.py is downloaded, or that holds one: its own
+      lists give labels, the order of the classes, splits, folds and groups;
+    * list files (`.csv`, `.json`, `.txt` of paths and labels): one, a pattern of them, or a folder with one for each
+      split, see data/layouts/lists.py;
+    * a folder with a metadata file in each of its split folders;
     * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
       read as splits where every folder on it is called train (training), validation (valid, val, dev, development)
       or test (testing, eval, evaluation), in any case; deeper folders under the class change nothing;
@@ -67,8 +74,9 @@ def find_samples(
         group_column: column that holds the group, where there are columns.
         config: configuration of a Hub set.
         revision: branch, tag or commit of a Hub set.
-        need_labels: refuse what has columns but none of labels, and class folders that surely are none, of which
-            there is but a warning otherwise.
+        layout: `auto`, as above; `folder`, without the sets and lists; or a key of `LAYOUTS`, or `lists`.
+        need_labels: leave out splits without any label; refuse what has columns but none of labels, and class folders
+            that surely are none, of which there is but a warning otherwise.
 
     Raises:
         ValueError: unknown modality, nothing of that modality in `data`, a column or split that is not there, split
@@ -80,21 +88,55 @@ def find_samples(
     columns, folder = Columns(label_column, group_column, need_labels), Path(data)
     if (config or revision) and (names_shards(data) or (revision and folder.is_dir())):
         raise ValueError(f"{data}: a configuration or revision is for Hub ids; leave it out")
-    if names_shards(data):
+    if layout == "folder" and not folder.is_dir():
+        raise ValueError(f"{data}: is no folder, as --layout folder says")
+    if layout in LAYOUTS:
+        samples = _layout_samples(layout, folder, modality, columns)
+    elif layout == "lists" or (not names_shards(data) and names_lists(data)):
+        samples = read_lists(data, modality, columns)
+    elif names_shards(data):
         samples = _shard_samples(data, modality, columns)
     elif config or not folder.is_dir():
-        return _hub_samples(data, modality, split, columns, config, revision)
+        samples = _hub_samples(data, modality, split, columns, config, revision)
+        return _without_unlabelled_splits(samples, data) if need_labels else samples
     elif found := [name for name in METADATA_NAMES if (folder / name).is_file()]:
         samples = metadata_samples(folder, found, columns)
+    elif layout == "auto" and (own := find_layout(folder, modality)):
+        samples = _layout_samples(*own, modality, columns)
     elif not (samples := _folder_samples(folder, modality, columns)):
         if holds_shards(data):
             samples = _shard_samples(data, modality, columns)
         elif any(folder.rglob("*.parquet")):
-            return _hub_samples(data, modality, split, columns)
+            samples = _hub_samples(data, modality, split, columns)
+            return _without_unlabelled_splits(samples, data) if need_labels else samples
         else:
             wanted = " ".join(("metadata.jsonl, metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
             raise ValueError(f"{data}: no {modality} files found; looked for {wanted}")
+    samples = _without_unlabelled_splits(samples, data) if need_labels else samples
     return samples if split is None else _of_split(samples, split, data)
+
+
+def _layout_samples(layout: str, folder: Path, modality: str, columns: Columns) -> list[Sample]:
+    if layout == "lists":
+        return read_lists(str(folder), modality, columns)
+    if (columns.label, columns.group) != ("label", "group"):
+        raise ValueError(
+            f"{folder}: labels and groups of {layout} are its own: leave --label_column, --group_column out, or give "
+            "--layout folder"
+        )
+    return read_layout(layout, folder, modality)
+
+
+def _without_unlabelled_splits(samples: list[Sample], data: str) -> list[Sample]:
+    """Without the splits of which no sample is labelled: of many sets, the test's labels are kept back."""
+    labelled = {sample.split for sample in samples if labels_of(sample)}
+    unlabelled = {sample.split for sample in samples} - labelled - {None}
+    if not labelled or not unlabelled:
+        return samples
+    kept = [sample for sample in samples if sample.split not in unlabelled]
+    logger.info("%s: no sample of split %s has a label: %d are left out", data, ", ".join(sorted(unlabelled)),
+                len(samples) - len(kept))  # fmt: skip
+    return kept
 
 
 def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
@@ -111,12 +153,10 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
 
 def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
-    names = [name for name in _walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
+    names = [name for name in walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
     tables = [name for name in names if name.endswith(METADATA_NAMES) and os.path.basename(name) in METADATA_NAMES]
     files = [name for name in names if name not in tables] if tables else names
-    if _NOT_UTF8.search("".join(files)):
-        name = next(filter(_NOT_UTF8.search, files))
-        raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
+    refuse_other_encodings(folder, files)
     if samples := metadata_samples(folder, tables, columns, files):
         return samples
     if files and (columns.label, columns.group) != ("label", "group"):
@@ -130,7 +170,8 @@ def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sampl
     splits = {place: split_of(parts[0]) if by_split and parts else None for place, parts in folders.items()}
     if by_split:
         folders = {place: parts[1:] for place, parts in folders.items()}
-    check_class_folders({parts[0] for parts in folders.values() if parts}, str(folder), columns.needed)
+    classes, hint = {parts[0] for parts in folders.values() if parts}, half_there(folder, modality)
+    check_class_folders(classes, str(folder), columns.needed, hint)
     _warn_of_splits_within({parts[1] for parts in folders.values() if len(parts) > 1}, folder)
     labels = {place: clean(parts[0]) if parts else None for place, parts in folders.items()}
     prefix = _prefix(folder)
@@ -147,26 +188,6 @@ def _warn_of_splits_within(names: Collection[str], folder: Path) -> None:
 
 def _prefix(folder: Path) -> str:
     return str(folder / "_")[:-1]  # "" for "."
-
-
-def _walk(folder: Path) -> list[str]:
-    """Every file below, relative and in order, through links too, but not round in a circle, nor what is hidden."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
-        place = os.path.relpath(root, folder) + os.sep if root != str(folder) else ""
-        found += [place + name for name in names if not name.startswith(".")]
-    # Folder by folder, as their names would be sorted one by one.
-    return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
-
-
-def _closes_a_circle(path: Path) -> bool:
-    """Whether it is a link to a folder that is on the way to it."""
-    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
 
 
 # --- Shards ---

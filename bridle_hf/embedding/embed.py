@@ -67,7 +67,12 @@ def run_embedding(args: EmbedArguments) -> dict[str, Any]:
             raise ValueError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
         config = load_config(args.model)
         samples = find_samples(
-            args.data, config.modality, args.split, config=args.data_config, revision=args.data_revision
+            args.data,
+            config.modality,
+            args.split,
+            config=args.data_config,
+            revision=args.data_revision,
+            layout=args.layout,
         )
         embedder = Embedder.from_pretrained(
             args.model, state.device, batch_size=args.batch_size, overlap=args.overlap, stride=args.stride

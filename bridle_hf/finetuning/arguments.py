@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from bridle_hf.common.arguments import YamlMapping, check_ranges
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
 @dataclass
@@ -15,6 +16,7 @@ class FinetuneArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     label_order: str | None = field(
         default=None, metadata={"help": "csv with index, mid, display_name that numbers the classes (AudioSet)"}
     )

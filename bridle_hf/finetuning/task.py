@@ -56,6 +56,7 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
         args.group_column,
         config=args.data_config,
         revision=args.data_revision,
+        layout=args.layout,
         need_labels=True,
     )
     train, evaluation, test, held_out = split_samples(samples, args, seed)

@@ -129,7 +129,7 @@ class Run:
         args = self.args
         samples = find_samples(
             args.data, args.modality, args.split, args.label_column, args.group_column,
-            config=args.data_config, revision=args.data_revision,
+            config=args.data_config, revision=args.data_revision, layout=args.layout,
         )  # fmt: skip
         kept = [sample for sample in samples if sample.group not in set(args.exclude_groups)]
         if unknown := set(args.exclude_groups) - {sample.group for sample in samples}:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from bridle_hf.common.arguments import YamlMapping, check_ranges
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
 @dataclass
@@ -16,6 +17,7 @@ class ProbeArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     folds: int | None = field(
         default=None,
         metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},

@@ -58,6 +58,7 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
             args.group_column,
             config=args.data_config,
             revision=args.data_revision,
+            layout=args.layout,
             need_labels=True,
         )
         labels = Labels(samples)

@@ -105,7 +105,7 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
     try:
         samples = find_samples(
             args.data, args.modality, args.split, args.label_column, args.group_column,
-            config=args.data_config, revision=args.data_revision,
+            config=args.data_config, revision=args.data_revision, layout=args.layout,
         )  # fmt: skip
         plans = make_plans(args, samples)
         lock = prepare_shard_folder(out, args, plans)
