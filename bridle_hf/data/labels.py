@@ -14,6 +14,7 @@ from bridle_hf.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+LABEL_ORDER = "label_order.csv"  # beside a metadata.csv: numbers its classes, as `--label_order` does
 MAX_NAMED = 20  # classes that a line names one by one
 
 

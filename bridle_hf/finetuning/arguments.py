@@ -1,6 +1,7 @@
 """Arguments of fine-tuning beside those of `transformers.TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from bridle_hf.common.arguments import YamlMapping, check_ranges
 from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
@@ -25,6 +26,9 @@ class FinetuneArguments:
         default=None, metadata={"help": "split to evaluate on (default: validation, else test)"}
     )
     eval_fold: list[str] = field(default_factory=list, metadata={"help": "folds to evaluate on, train on the others"})
+    folds: Literal["all"] | None = field(
+        default=None, metadata={"help": "a run for each fold of the data, OUT/fold_NAME; mean and deviation in OUT"}
+    )
     eval_group: list[str] = field(default_factory=list, metadata={"help": "groups to evaluate on"})
     validation_fraction: float = field(
         default=0.0, metadata={"help": "evaluate on this random fraction; of whole groups where samples have one"}

@@ -34,12 +34,18 @@ class Task:
         """What must be alike when a run is resumed: numbers, and hashes of names and labels, JSON-serialisable."""
         described = {"number of classes": len(self.labels.names), "classes": hash_of_names(["", *self.labels.names])}
         for name in ("train", "evaluation", "test"):
-            samples = getattr(self, name)
-            described[f"number of {name} samples"] = len(samples)
-            described[f"names of the {name} samples"] = hash_of_names([sample.path for sample in samples])
-            labels = [repr(sample.labels if self.labels.multi_label else sample.label) for sample in samples]
-            described[f"labels of the {name} samples"] = hash_of_names(["", *labels])
+            described |= describe_samples(getattr(self, name), name)
         return described
+
+
+def describe_samples(samples: list[Sample], name: str) -> dict[str, int | str]:
+    """Their number, and hashes of names and labels, JSON-serialisable."""
+    labels = [repr(sample.label if sample.labels is None else sample.labels) for sample in samples]
+    return {
+        f"number of {name} samples": len(samples),
+        f"names of the {name} samples": hash_of_names([sample.path for sample in samples]),
+        f"labels of the {name} samples": hash_of_names(["", *labels]),
+    }
 
 
 def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
@@ -48,7 +54,21 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     Raises:
         ValueError: nothing to evaluate on, a sample without label, or a label seen in evaluation only.
     """
-    samples = find_samples(
+    samples = find_labelled(args, config)
+    train, evaluation, test, held_out = split_samples(samples, args, seed)
+    labels = Labels(train, args.label_order)
+    labels.check_several(f"{args.data}: the training samples")
+    if PartialState().is_main_process:
+        labels.log({"training": train, f"evaluation ({held_out})": evaluation})
+    task = Task(labels, train, evaluation, test, held_out)
+    for part in (train, evaluation, test):
+        task.targets |= {sample.path: target for sample, target in zip(part, labels.encode(part))}
+    return task
+
+
+def find_labelled(args: FinetuneArguments, config: Any) -> list[Sample]:
+    """The samples of the data, of a model's modality. ValueError: see `find_samples`."""
+    return find_samples(
         args.data,
         config.modality,
         None,
@@ -59,15 +79,6 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
         layout=args.layout,
         need_labels=True,
     )
-    train, evaluation, test, held_out = split_samples(samples, args, seed)
-    labels = Labels(train, args.label_order)
-    labels.check_several(f"{args.data}: the training samples")
-    if PartialState().is_main_process:
-        labels.log({"training": train, f"evaluation ({held_out})": evaluation})
-    task = Task(labels, train, evaluation, test, held_out)
-    for part in (train, evaluation, test):
-        task.targets |= {sample.path: target for sample, target in zip(part, labels.encode(part))}
-    return task
 
 
 def split_samples(
