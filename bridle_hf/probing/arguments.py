@@ -18,9 +18,11 @@ class ProbeArguments:
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
     layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
-    folds: int | None = field(
+    folds: str | None = field(
         default=None,
-        metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
+        metadata={
+            "help": "all: those of the data; else their number where the data has none (default: 5, or the groups)"
+        },
     )
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
@@ -32,3 +34,5 @@ class ProbeArguments:
 
     def __post_init__(self):
         check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})
+        if self.folds not in (None, "all") and not str(self.folds).isdecimal():
+            raise ValueError(f"--folds is {self.folds!r}: expected all, or a number")
