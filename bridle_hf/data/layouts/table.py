@@ -1,10 +1,11 @@
 """The table of layouts: what tells each, who reads it; a folder's layout, found by itself."""
 
+import fnmatch
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
+from glob import has_magic
 from pathlib import Path
 
 from bridle_hf.data.folds import split_of
@@ -19,7 +20,15 @@ from bridle_hf.data.layouts.sounds import (
     read_speech_commands,
     read_urbansound8k,
 )
-from bridle_hf.data.layouts.videos import SSV2, UCF_CLASSES, is_kinetics_csv, read_kinetics, read_ssv2, read_ucf101
+from bridle_hf.data.layouts.videos import (
+    KINETICS_LISTS,
+    SSV2,
+    UCF_CLASSES,
+    is_kinetics_csv,
+    read_kinetics,
+    read_ssv2,
+    read_ucf101,
+)
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.sample import Sample
 
@@ -31,7 +40,7 @@ class Layout:
     Args:
         modality: of its samples.
         read: its folder, and the media files below it, to what the set's own files say.
-        signs: patterns below the folder, one of which tells the layout; none: it is asked for by name alone.
+        signs: patterns below the folder, one of which tells the layout (none: it is asked for by name alone).
         media: patterns of what it has beside its lists, to tell what is missing where these are.
         tells: whether a file that fits the pattern is one.
     """
@@ -47,6 +56,8 @@ def _in_places(*names: str) -> tuple[str, ...]:
     return tuple(f"{place}/{name}".lstrip("/") for place in PLACES for name in names)
 
 
+MAX_INSIDE = 50  # folders in a folder that may be one around a set
+
 LAYOUTS = {
     "esc50": Layout("audio", read_esc50, ("meta/esc50.csv",), ("audio/[1-5]-*-[A-Z]-*.wav",)),
     "urbansound8k": Layout("audio", read_urbansound8k, ("metadata/UrbanSound8K.csv",), ("audio/fold10",)),
@@ -57,7 +68,7 @@ LAYOUTS = {
     "audioset_balanced": Layout("audio", partial(read_audioset, lists=BALANCED), ()),
     "fsd50k": Layout("audio", read_fsd50k, ("FSD50K.ground_truth",), ("FSD50K.dev_audio", "FSD50K.eval_audio")),
     "imagenet": Layout("image", read_imagenet, (SYNSETS,), ("ILSVRC",)),
-    "kinetics": Layout("video", read_kinetics, _in_places("*.csv"), tells=is_kinetics_csv),
+    "kinetics": Layout("video", read_kinetics, KINETICS_LISTS, tells=is_kinetics_csv),
     "ssv2": Layout(
         "video", read_ssv2, ("labels/labels.json", *_in_places(f"{SSV2}*.json")), ("20bn-something-something-v2",)
     ),
@@ -73,14 +84,14 @@ def find_layout(folder: Path, modality: str) -> tuple[str, Path] | None:
     Raises:
         ValueError: several readings fit: names them.
     """
-    names = sorted(os.listdir(folder))
+    names = set(os.listdir(folder))
     found = [(name, place) for name, layout in LAYOUTS.items() if layout.modality == modality
              for place in _places(layout, folder, names)]  # fmt: skip
     at_top = [reading for reading in found if reading[1] == folder]
     found = at_top or found
     if not found and (lists := split_lists(folder, names)):
         found = [("lists", folder)]
-        if folders := [name for name in names if split_of(name) and (folder / name).is_dir()]:
+        if folders := [name for name in sorted(names) if split_of(name) and (folder / name).is_dir()]:
             raise ValueError(
                 f"{folder}: can be read by its list files ({', '.join(path.name for path in lists)}) or by its split "
                 f"folders ({', '.join(folders)}): give --layout lists, or --layout folder"
@@ -95,7 +106,7 @@ def find_layout(folder: Path, modality: str) -> tuple[str, Path] | None:
 
 def half_there(folder: Path, modality: str) -> str:
     """What a folder lacks that has the media of a set, but not its lists; empty where it has no such media."""
-    names = os.listdir(folder)
+    names = set(os.listdir(folder))
     for layout in LAYOUTS.values():
         if layout.modality == modality and any(_fits(layout, folder, sign, names) for sign in layout.media):
             try:
@@ -105,28 +116,30 @@ def half_there(folder: Path, modality: str) -> str:
     return ""
 
 
-def _places(layout: Layout, folder: Path, names: Sequence[str]) -> list[Path]:
-    """The folder, if it has a sign of the layout; else the folders directly inside that have one. Of these, which may
-    be thousands with thousands of files each, none is listed."""
+def _places(layout: Layout, folder: Path, names: Collection[str]) -> list[Path]:
+    """The folder, if it has a sign of the layout; else the folders directly inside that have one, if these are few.
+    None of them is listed: they may hold many files."""
     if any(_fits(layout, folder, sign, names) for sign in layout.signs):
         return [folder]
+    with os.scandir(folder) as entries:
+        inside = sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    if len(inside) > MAX_INSIDE:
+        return []
     firsts = {sign: sign.split("/")[0] for sign in layout.signs}
-    plain = {sign: first for sign, first in firsts.items() if not set(first) & set("*?")}
+    plain = {sign: first for sign, first in firsts.items() if not has_magic(first)}
     return [
         place
-        for place in (folder / name for name in names if not name.startswith("."))
-        if any((place / first).exists() and _fits(layout, place, sign, [first]) for sign, first in plain.items())
+        for place in inside
+        if any((place / first).exists() and _fits(layout, place, sign, (first,)) for sign, first in plain.items())
     ]
 
 
-def _fits(layout: Layout, folder: Path, sign: str, names: Sequence[str]) -> bool:
-    first, slash, rest = sign.partition("/")
-    for name in names:
-        if fnmatch(name, first):
-            paths = (folder / name).glob(rest) if slash else (folder / name,)
-            if any(path.exists() and layout.tells(path) for path in paths):
-                return True
-    return False
+def _fits(layout: Layout, folder: Path, sign: str, names: Collection[str]) -> bool:
+    """Whether a folder that has these names directly inside has what fits the sign."""
+    first, _, rest = sign.partition("/")
+    found = fnmatch.filter(names, first) if has_magic(first) else [first] if first in names else []
+    paths = (path for name in found for path in ((folder / name).glob(rest) if rest else (folder / name,)))
+    return any(path.exists() and layout.tells(path) for path in paths)
 
 
 def read_layout(name: str, folder: Path, modality: str) -> list[Sample]:
@@ -140,7 +153,7 @@ def read_layout(name: str, folder: Path, modality: str) -> list[Sample]:
         raise ValueError(f"--layout {name} is of {layout.modality}, not of {modality}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder: --layout {name} is for the set as downloaded and unpacked")
-    places = _places(layout, folder, os.listdir(folder))
+    places = _places(layout, folder, set(os.listdir(folder)))
     folder = places[0] if len(places) == 1 else folder
     files = [path for path in walk(folder) if path.lower().endswith(MODALITIES[modality].extensions)]
     refuse_other_encodings(folder, files)

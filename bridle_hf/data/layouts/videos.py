@@ -7,11 +7,12 @@ from pathlib import Path
 from bridle_hf.common.files import read_json
 from bridle_hf.common.tables import read_table
 from bridle_hf.data.folds import NEVER_HELD_OUT, canonical_split
-from bridle_hf.data.layouts.files import PLACES, Reading, by_tail, find, lines_of, ordered, require_files
+from bridle_hf.data.layouts.files import Reading, by_tail, find, lines_of, ordered, require_files
 
 
 # --- Kinetics ---
 
+KINETICS_LISTS = ("*.csv", "annotations/*.csv", "annotations/*/*.csv", "kinetics*/*.csv", "csv/*.csv", "labels/*.csv")
 _CLIP_COLUMNS = {"youtube_id", "time_start", "time_end"}
 
 
@@ -25,7 +26,7 @@ def read_kinetics(folder: Path, files: list[str]) -> Reading:
     """Every csv with `youtube_id`, `time_start`, `time_end`, `split` and mostly `label`; clips named
     `ID_000001_000011.mp4` (or `ID.mp4`), in any folders. The set numbers no classes: they are in the order of the
     alphabet."""
-    tables = [path for place in PLACES for path in sorted((folder / place).glob("*.csv")) if is_kinetics_csv(path)]
+    tables = [path for pattern in KINETICS_LISTS for path in sorted(folder.glob(pattern)) if is_kinetics_csv(path)]
     if not tables:
         require_files(folder, "kinetics", ("a csv with label, youtube_id, time_start, time_end, split",))
     reading, clips = Reading(gone=True), {}
