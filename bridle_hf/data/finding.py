@@ -3,9 +3,9 @@
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bridle_hf.common.errors import one_line
 from bridle_hf.common.tables import clean
@@ -18,11 +18,17 @@ from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, s
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.sample import HubRow, Sample
 from bridle_hf.data.shards.entries import read_entries
-from bridle_hf.data.shards.listing import holds_shards, names_shards
+from bridle_hf.data.shards.listing import holds_shards, is_file_name, names_shards
 from bridle_hf.data.shards.parquets import class_names, class_order, column_names, media_column
 
 
 logger = logging.getLogger(__name__)
+
+# Arguments of commands, to those of `find_samples`.
+_OPTIONS = {
+    "split": "split", "label_column": "label_column", "group_column": "group_column", "data_config": "config",
+    "data_revision": "revision", "data_streaming": "streaming", "media_column": "media_column", "layout": "layout",
+}  # fmt: skip
 
 
 def find_samples(
@@ -34,6 +40,8 @@ def find_samples(
     *,
     config: str | None = None,
     revision: str | None = None,
+    streaming: bool = False,
+    media_column: str | None = None,
     layout: str = "auto",
     need_labels: bool = False,
 ) -> list[Sample]:
@@ -74,6 +82,8 @@ def find_samples(
         group_column: column that holds the group, where there are columns.
         config: configuration of a Hub set.
         revision: branch, tag or commit of a Hub set.
+        streaming: read the files of a Hub set as remote shards, part by part, in place of downloading it first.
+        media_column: column that holds the media, where there are several that could.
         layout: `auto`, as above; `folder`, without the sets and lists; or a key of `LAYOUTS`, or `lists`.
         need_labels: leave out splits without any label; refuse what has columns but none of labels, and class folders
             that surely are none, of which there is but a warning otherwise.
@@ -86,8 +96,10 @@ def find_samples(
     if modality not in MODALITIES:
         raise ValueError(f"modality {modality!r}: expected one of {sorted(MODALITIES)}")
     columns, folder = Columns(label_column, group_column, need_labels), Path(data)
-    if (config or revision) and (names_shards(data) or (revision and folder.is_dir())):
-        raise ValueError(f"{data}: a configuration or revision is for Hub ids; leave it out")
+    hub = _HubSet(data, config, revision, streaming, media_column)
+    is_hub = not names_shards(data) and (bool(config) or not folder.is_dir())
+    if (config or revision or streaming) and (not is_hub or layout != "auto" or (revision and folder.is_dir())):
+        raise ValueError(f"{data}: a configuration, revision or streaming is for Hub ids; leave it out")
     if layout == "folder" and not folder.is_dir():
         raise ValueError(f"{data}: is no folder, as --layout folder says")
     if layout in LAYOUTS:
@@ -95,25 +107,31 @@ def find_samples(
     elif layout == "lists" or (not names_shards(data) and names_lists(data)):
         samples = read_lists(data, modality, columns)
     elif names_shards(data):
-        samples = _shard_samples(data, modality, columns)
-    elif config or not folder.is_dir():
-        samples = _hub_samples(data, modality, split, columns, config, revision)
-        return _without_unlabelled_splits(samples, data) if need_labels else samples
+        samples = _shard_samples(data, data, modality, columns, media_column)
+    elif is_hub:
+        samples, split = _hub_samples(hub, modality, split, columns), None
     elif found := [name for name in METADATA_NAMES if (folder / name).is_file()]:
         samples = metadata_samples(folder, found, columns)
     elif layout == "auto" and (own := find_layout(folder, modality)):
         samples = _layout_samples(*own, modality, columns)
     elif not (samples := _folder_samples(folder, modality, columns)):
         if holds_shards(data):
-            samples = _shard_samples(data, modality, columns)
+            samples = _shard_samples(data, data, modality, columns, media_column)
         elif any(folder.rglob("*.parquet")):
-            samples = _hub_samples(data, modality, split, columns)
-            return _without_unlabelled_splits(samples, data) if need_labels else samples
+            samples, split = _hub_samples(hub, modality, split, columns), None
         else:
             wanted = " ".join(("metadata.jsonl, metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
             raise ValueError(f"{data}: no {modality} files found; looked for {wanted}")
+    if media_column and samples[0].source is None:
+        raise ValueError(f"{data}: --media_column is for Hub sets and parquet; leave it out")
     samples = _without_unlabelled_splits(samples, data) if need_labels else samples
     return samples if split is None else _of_split(samples, split, data)
+
+
+def find_asked(args: Any, modality: str, need_labels: bool = False) -> list[Sample]:
+    """[`find_samples`] with the options that the arguments of commands share, as far as these have them."""
+    options = {name: getattr(args, option) for option, name in _OPTIONS.items() if hasattr(args, option)}
+    return find_samples(args.data, modality, need_labels=need_labels, **options)
 
 
 def _layout_samples(layout: str, folder: Path, modality: str, columns: Columns) -> list[Sample]:
@@ -193,9 +211,16 @@ def _prefix(folder: Path) -> str:
 # --- Shards ---
 
 
-def _shard_samples(data: str, modality: str, columns: Columns) -> list[Sample]:
+def _shard_samples(
+    shards: str | Sequence[str],
+    data: str,
+    modality: str,
+    columns: Columns,
+    media: str | None = None,
+    split: str | None = None,
+) -> list[Sample]:
     wanted = dict.fromkeys((columns.label, "label", "labels", "split", "fold", columns.group))
-    entries = read_entries(data, modality, MODALITIES[modality].extensions, tuple(wanted))
+    entries = read_entries(shards, modality, MODALITIES[modality].extensions, tuple(wanted), media)
     if not entries:
         raise ValueError(f"{data}: holds no {modality}")
     found = dict.fromkeys(column for entry in entries for column in entry.row)
@@ -204,7 +229,7 @@ def _shard_samples(data: str, modality: str, columns: Columns) -> list[Sample]:
     columns = columns.among(found, data)
     samples = []
     for entry in entries:
-        row = entry.row if entry.row.get("split") else entry.row | {"split": _split_of_name(entry.shard)}
+        row = entry.row if entry.row.get("split") else entry.row | {"split": split or _split_of_name(entry.shard)}
         path = f"{entry.shard}/{entry.name}"
         samples.append(sample_of_row(path, row, columns, entry.source, entry.class_order))
     return samples
@@ -217,37 +242,68 @@ def _split_of_name(shard: str) -> str | None:
 # --- Rows of a Hub set ---
 
 
-def _hub_samples(
-    data: str,
-    modality: str,
-    split: str | None,
-    columns: Columns,
-    config: str | None = None,
-    revision: str | None = None,
-) -> list[Sample]:
+class _HubSet(NamedTuple):
+    """A set for `datasets`: a Hub id, or a folder, and what is asked for of it."""
+
+    data: str
+    config: str | None
+    revision: str | None
+    streaming: bool
+    media_column: str | None
+
+    def load(self, load: Callable[..., Any], **options: Any) -> Any:
+        """What a function of `datasets` makes of it. ValueError if it cannot."""
+        try:
+            return load(self.data, self.config, revision=self.revision, **options)
+        except Exception as error:  # whatever its network, its builders and its file systems raise
+            asked = {"name": self.config, "revision": self.revision, **options}
+            given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
+            is_folder = os.path.isdir(self.data)
+            what = f"{self.data}:" if is_folder else f"{self.data!r} is not a folder, and"
+            hint = "" if self.config or "config name" not in str(error).lower() else "; give --data_config"
+            called = f"datasets.{load.__name__}(..., {given})"
+            raise ValueError(f"{what} {called} failed: {one_line(error)}{hint}") from error
+
+
+def _hub_samples(hub: _HubSet, modality: str, split: str | None, columns: Columns) -> list[Sample]:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(data, config, revision=revision, split=split)
-    except Exception as error:  # whatever its network, its builders and its file systems raise
-        asked = {"name": config, "revision": revision, "split": split}
-        given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-        what = f"{data}:" if os.path.isdir(data) else f"{data!r} is not a folder, and"
-        hint = "" if config or "config name" not in str(error).lower() else "; give --data_config"
-        raise ValueError(f"{what} datasets.load_dataset(..., {given}) failed: {one_line(error)}{hint}") from error
+    if hub.streaming:
+        return _streamed_samples(hub, modality, split, columns)
+    loaded = hub.load(datasets.load_dataset, split=split)
     by_split = loaded if isinstance(loaded, dict) else {split: loaded}
     samples = []
     for name, dataset in by_split.items():
-        samples += _dataset_samples(dataset, f"{data}/{name}", name, modality, columns)
+        samples += _dataset_samples(dataset, f"{hub.data}/{name}", name, modality, columns, hub.media_column)
     if not samples:
-        raise ValueError(f"{data}: holds no rows")
+        raise ValueError(f"{hub.data}: holds no rows")
     return samples
 
 
-def _dataset_samples(dataset: Any, name: str, split: str, modality: str, columns: Columns) -> list[Sample]:
+def _streamed_samples(hub: _HubSet, modality: str, split: str | None, columns: Columns) -> list[Sample]:
+    """The rows of the set's own files, read where they lie."""
     import datasets
 
-    media = media_column(dataset.features, name, modality)
+    files = hub.load(datasets.load_dataset_builder).config.data_files or {}
+    files = {name: list(map(str, paths)) for name, paths in files.items()}
+    if others := [path for paths in files.values() for path in paths if not is_file_name(path)]:
+        raise ValueError(f"{hub.data}: streaming reads parquet and tar, not {others[0]}: leave --streaming out")
+    if split is not None and split not in files:
+        raise ValueError(f"{hub.data}: no samples of split {split!r}; the splits are {sorted(files)}")
+    samples = []
+    for name in files if split is None else [split]:
+        samples += _shard_samples(files[name], hub.data, modality, columns, hub.media_column, name)
+    if not samples:
+        raise ValueError(f"{hub.data}: holds no files")
+    return samples
+
+
+def _dataset_samples(
+    dataset: Any, name: str, split: str, modality: str, columns: Columns, media: str | None
+) -> list[Sample]:
+    import datasets
+
+    media = media_column(dataset.features, name, modality, media)
     feature = getattr(datasets, modality.capitalize())
     media_only = dataset.select_columns([media]).cast_column(media, feature(decode=False))
     columns = columns.among(dataset.column_names, name)

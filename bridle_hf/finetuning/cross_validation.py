@@ -20,11 +20,12 @@ from filelock import FileLock
 
 from bridle_hf.common.files import read_json, write_json
 from bridle_hf.common.output_folder import CROSS_VALIDATION, prepare, release, run_record
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.folds import canonical_split, fold_names
 from bridle_hf.data.modalities import load_config
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.resume import check_unchanged, global_batch_size
-from bridle_hf.finetuning.task import describe_samples, find_labelled
+from bridle_hf.finetuning.task import describe_samples
 from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 
 
@@ -109,7 +110,7 @@ def find_folds(args: FinetuneArguments) -> tuple[list[str], dict[str, int | str]
         if getattr(args, name):
             raise ValueError(f"--folds and --{name} both say what to evaluate on: give one")
     train_split = canonical_split(args.train_split)
-    samples = find_labelled(args, load_config(args.model))
+    samples = find_asked(args, load_config(args.model).modality, need_labels=True)
     samples = [sample for sample in samples if sample.split in (train_split, None)]
     if all(sample.fold is None for sample in samples):
         raise ValueError(

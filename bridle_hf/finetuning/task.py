@@ -8,7 +8,7 @@ from accelerate import PartialState
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 
 from bridle_hf.common.output_folder import hash_of_names
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.folds import canonical_split, split_by_groups
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
@@ -54,7 +54,7 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     Raises:
         ValueError: nothing to evaluate on, a sample without label, or a label seen in evaluation only.
     """
-    samples = find_labelled(args, config)
+    samples = find_asked(args, config.modality, need_labels=True)
     train, evaluation, test, held_out = split_samples(samples, args, seed)
     labels = Labels(train, args.label_order)
     labels.check_several(f"{args.data}: the training samples")
@@ -64,21 +64,6 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     for part in (train, evaluation, test):
         task.targets |= {sample.path: target for sample, target in zip(part, labels.encode(part))}
     return task
-
-
-def find_labelled(args: FinetuneArguments, config: Any) -> list[Sample]:
-    """The samples of the data, of a model's modality. ValueError: see `find_samples`."""
-    return find_samples(
-        args.data,
-        config.modality,
-        None,
-        args.label_column,
-        args.group_column,
-        config=args.data_config,
-        revision=args.data_revision,
-        layout=args.layout,
-        need_labels=True,
-    )
 
 
 def split_samples(

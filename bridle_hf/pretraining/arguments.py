@@ -21,6 +21,12 @@ class PretrainArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
     layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})

@@ -17,6 +17,12 @@ class ProbeArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
     layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     folds: str | None = field(
         default=None,

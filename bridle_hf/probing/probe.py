@@ -19,7 +19,7 @@ import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
@@ -50,17 +50,7 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
     """[`probe`], with its arguments."""
     try:
         config = load_config(args.model)
-        samples = find_samples(
-            args.data,
-            config.modality,
-            args.split,
-            args.label_column,
-            args.group_column,
-            config=args.data_config,
-            revision=args.data_revision,
-            layout=args.layout,
-            need_labels=True,
-        )
+        samples = find_asked(args, config.modality, need_labels=True)
         labels = Labels(samples)
         labels.check_several(f"{args.data}: the samples")
         labels.log({"probes": samples})
