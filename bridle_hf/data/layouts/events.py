@@ -43,10 +43,9 @@ def read_audioset(folder: Path, files: list[str], lists: Sequence[str] = tuple(S
 
 def _segments(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """(where, id of the video, mids) of each row; what begins with # are the set's own headers."""
-    for number, line in lines_of(path):
-        cells = next(csv.reader([line], skipinitialspace=True))
-        if line.startswith("#") or cells[0] == "YTID":
-            continue
+    lines = [(number, line) for number, line in lines_of(path) if not line.startswith(("#", "YTID"))]
+    rows = csv.reader((line for _, line in lines), skipinitialspace=True)
+    for (number, _), cells in zip(lines, rows, strict=True):
         if len(cells) != 4:
             raise ValueError(f"{path}, line {number}: {len(cells)} cells, expected YTID, start, end and labels")
         yield f"{path}, line {number}", cells[0].strip(), [mid.strip() for mid in cells[3].split(",") if mid.strip()]

@@ -115,10 +115,8 @@ def samples_of(reading: Reading, folder: Path, layout: str) -> list[Sample]:
     unlisted = [path for name, path in reading.files.items() if name not in reading.listed]
     _report(where, missing, len(present) + len(missing), "rows of its lists have no file", reading.gone)
     _report(where, unlisted, len(reading.files), "files are in none of its lists", False)
-    order = reading.classes or None
-    found = [
-        Sample(str(folder / reading.files[name]), class_order=order, **fields) for name, fields in present.items()
-    ]
+    order, prefix = reading.classes or None, str(folder / "_")[:-1]  # "" for "."
+    found = [Sample(prefix + reading.files[name], class_order=order, **fields) for name, fields in present.items()]
     return sorted(found, key=lambda sample: sample.path)
 
 

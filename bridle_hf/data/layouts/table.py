@@ -2,7 +2,7 @@
 
 import fnmatch
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import has_magic
@@ -84,9 +84,9 @@ def find_layout(folder: Path, modality: str) -> tuple[str, Path] | None:
     Raises:
         ValueError: several readings fit: names them.
     """
-    names = set(os.listdir(folder))
+    names, inside = _listed(folder)
     found = [(name, place) for name, layout in LAYOUTS.items() if layout.modality == modality
-             for place in _places(layout, folder, names)]  # fmt: skip
+             for place in _places(layout, folder, names, inside)]  # fmt: skip
     at_top = [reading for reading in found if reading[1] == folder]
     found = at_top or found
     if not found and (lists := split_lists(folder, names)):
@@ -116,15 +116,19 @@ def half_there(folder: Path, modality: str) -> str:
     return ""
 
 
-def _places(layout: Layout, folder: Path, names: Collection[str]) -> list[Path]:
-    """The folder, if it has a sign of the layout; else the folders directly inside that have one, if these are few.
-    None of them is listed: they may hold many files."""
+def _listed(folder: Path) -> tuple[set[str], list[Path]]:
+    """Names of what is directly in a folder, and the folders among these, if they are few."""
+    with os.scandir(folder) as found:
+        entries = [(entry.name, entry.is_dir()) for entry in found]
+    inside = sorted(folder / name for name, is_folder in entries if is_folder and not name.startswith("."))
+    return {name for name, _ in entries}, inside if len(inside) <= MAX_INSIDE else []
+
+
+def _places(layout: Layout, folder: Path, names: Collection[str], inside: Sequence[Path]) -> list[Path]:
+    """The folder, if it has a sign of the layout; else those inside that have one. None of these is listed: they may
+    hold many files."""
     if any(_fits(layout, folder, sign, names) for sign in layout.signs):
         return [folder]
-    with os.scandir(folder) as entries:
-        inside = sorted(Path(entry.path) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
-    if len(inside) > MAX_INSIDE:
-        return []
     firsts = {sign: sign.split("/")[0] for sign in layout.signs}
     plain = {sign: first for sign, first in firsts.items() if not has_magic(first)}
     return [
@@ -153,7 +157,7 @@ def read_layout(name: str, folder: Path, modality: str) -> list[Sample]:
         raise ValueError(f"--layout {name} is of {layout.modality}, not of {modality}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: is no folder: --layout {name} is for the set as downloaded and unpacked")
-    places = _places(layout, folder, set(os.listdir(folder)))
+    places = _places(layout, folder, *_listed(folder))
     folder = places[0] if len(places) == 1 else folder
     files = [path for path in walk(folder) if path.lower().endswith(MODALITIES[modality].extensions)]
     refuse_other_encodings(folder, files)
