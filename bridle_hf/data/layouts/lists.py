@@ -2,9 +2,9 @@
 
 import csv
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from bridle_hf.data.shards.listing import expand_braces
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".tsv", ".txt")
 PATH_COLUMNS = ("file_name", "path", "filepath", "file_path", "file", "filename", "wav", "audio", "image", "video")
+MOST_NUMBERED = 10**5  # a larger number is a name
 _VOCABULARY = "*class_labels_indices*.csv"
 Row = dict[str, Any]
 
@@ -31,10 +32,10 @@ def names_lists(data: str) -> bool:
     return data.lower().endswith(SUFFIXES) and not Path(data).is_dir()
 
 
-def split_lists(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The files directly in a folder that are named as splits are, and hold paths."""
+def split_lists(folder: Path, names: Iterable[str], modality: str) -> list[Path]:
+    """The files directly in a folder that are named as splits are, and list files of the modality."""
     paths = [folder / name for name in sorted(names) if name.lower().endswith(SUFFIXES)]
-    return [path for path in paths if split_of(path.stem) and path.is_file() and _holds_paths(path)]
+    return [path for path in paths if split_of(path.stem) and path.is_file() and _holds_paths(path, modality)]
 
 
 def read_lists(data: str, modality: str, columns: Columns) -> list[Sample]:
@@ -48,7 +49,7 @@ def read_lists(data: str, modality: str, columns: Columns) -> list[Sample]:
     Raises:
         ValueError: no such file, or one that is no list; a line without path or label; most files are not there.
     """
-    paths = _paths(data)
+    paths = _paths(data, modality)
     splits = [_split_of_name(path) for path in paths]
     if len(paths) > 1 and (None in splits or len(set(splits)) < len(paths)):
         raise ValueError(f"{data}: {named([path.name for path in paths])}: their names do not tell a split for each")
@@ -77,13 +78,16 @@ def read_lists(data: str, modality: str, columns: Columns) -> list[Sample]:
     return sorted(samples, key=lambda sample: sample.path)
 
 
-def _paths(data: str) -> list[Path]:
+def _paths(data: str, modality: str) -> list[Path]:
     if Path(data).is_dir():
-        found = split_lists(Path(data), [path.name for path in Path(data).iterdir()])
+        found = split_lists(Path(data), [path.name for path in Path(data).iterdir()], modality)
     else:
         found = [Path(path) for pattern in expand_braces(data) for path in sorted(glob.glob(pattern)) or [pattern]]
     if not found:
-        raise ValueError(f"{data}: holds no list files: looked for train, val and test with {' '.join(SUFFIXES)}")
+        raise ValueError(
+            f"{data}: holds no list of {modality} files that are there: looked for train, val and test with "
+            f"{' '.join(SUFFIXES)}; a list of another name is given itself"
+        )
     for path in found:
         if not path.is_file():
             raise ValueError(f"{path}: no such list file")
@@ -164,18 +168,15 @@ def _lines(path: Path, modality: str) -> Iterator[tuple[int, Row]]:
         yield number, {"path": match["path"]} | ({} if label in (None, "-1", "0 -1") else {"label": label})
 
 
-def _holds_paths(path: Path) -> bool:
+def _holds_paths(path: Path, modality: str) -> bool:
+    """Whether a file lists files of the modality, one of the first of which is there."""
     try:
-        if path.suffix.lower() in (".json", ".jsonl"):
-            rows = _json_rows(path) if path.suffix.lower() == ".json" else [row for _, row in read_table(path)[1]]
-            return bool(rows) and isinstance(rows[0], dict) and any(rows[0].get(name) for name in PATH_COLUMNS)
-        if _has_header(path):
-            return True
-        endings = tuple(end for modality in MODALITIES.values() for end in modality.extensions)
-        first = lines_of(path)[0][1].lower()
-        return any(re.search(rf"{re.escape(end)}\W", f"{first} ") for end in endings)
-    except (ValueError, OSError, IndexError, json.JSONDecodeError):
+        first = [row["path"] for _, row in islice(_rows(path, modality), 10)]
+    except (ValueError, OSError):
         return False
+    endings = MODALITIES[modality].extensions
+    found = [name for name in first if name.lower().endswith(endings)]
+    return any((_base(path, found) / name).exists() for name in found)
 
 
 # --- Labels ---
@@ -188,8 +189,8 @@ def _name_classes(rows: Sequence[Row], paths: Sequence[Path], column: str) -> tu
     above, names and numbers the classes. Else numbers stand for themselves: 2 is class 2, whether or not there is a 1.
     """
     for row in rows:
-        if isinstance(row.get("labels"), str):
-            row["labels"] = [label for label in map(clean, row["labels"].split(";")) if label]
+        if "labels" in row and not isinstance(row["labels"], list):
+            row["labels"] = [label for label in map(clean, str(row["labels"] or "").split(";")) if label]
     if all(len(row.get("labels") or ()) <= 1 for row in rows):
         for row in rows:
             if "labels" in row:
@@ -206,10 +207,15 @@ def _name_classes(rows: Sequence[Row], paths: Sequence[Path], column: str) -> tu
                     known = [names[numbers[label]] for label in _several(row[name])]
                     row[name] = known if isinstance(row[name], list) else next(iter(known), None)
             return tuple(names)
-    if labels and all(label.isdecimal() for label in labels):
+    if (
+        labels
+        and all(label.isdecimal() and str(int(label)) == label for label in labels)
+        and (max(map(int, labels)) < MOST_NUMBERED)
+    ):
         return tuple(map(str, range(max(map(int, labels)) + 1)))
     return None
 
 
 def _several(value: Any) -> list[str]:
-    return [clean(label) for label in value] if isinstance(value, list) else [clean(value)] if value else []
+    values = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    return [clean(label) for label in values]

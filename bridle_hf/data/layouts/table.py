@@ -89,7 +89,7 @@ def find_layout(folder: Path, modality: str) -> tuple[str, Path] | None:
              for place in _places(layout, folder, names, inside)]  # fmt: skip
     at_top = [reading for reading in found if reading[1] == folder]
     found = at_top or found
-    if not found and (lists := split_lists(folder, names)):
+    if not found and (lists := split_lists(folder, names, modality)):
         found = [("lists", folder)]
         if folders := [name for name in sorted(names) if split_of(name) and (folder / name).is_dir()]:
             raise ValueError(

@@ -157,8 +157,25 @@ def test_lists_whose_splits_do_not_show_are_refused(sounds):
         find_samples(str(sounds / "{one,two}.txt"), "audio")
     with pytest.raises(ValueError, match=r"nowhere\.json: no such list file"):
         find_samples(str(sounds / "nowhere.json"), "audio")
-    with pytest.raises(ValueError, match="holds no list files"):
+    with pytest.raises(ValueError, match="holds no list of audio files that are there"):
         find_samples(str(sounds), "audio", layout="lists")
     write_text(sounds / "odd.json", '{"images": []}')
     with pytest.raises(ValueError, match=r"expected a list of objects, or \{\"data\""):
         find_samples(str(sounds / "odd.json"), "audio")
+
+
+def test_numbers_in_json_are_class_numbers(sounds):
+    rows = [{"path": "audio/a.wav", "label": 0}, {"path": "audio/b.wav", "label": 2}]
+    write_text(sounds / "list.json", json.dumps(rows))
+    samples = find_samples(str(sounds / "list.json"), "audio", need_labels=True)
+    assert Labels(samples).names == ["0", "1", "2"] and Labels(samples).encode(samples).tolist() == [0, 2]
+    rows = [{"path": "audio/a.wav", "label": 20230101}, {"path": "audio/b.wav", "label": 2}]
+    write_text(sounds / "list.json", json.dumps(rows))
+    assert Labels(find_samples(str(sounds / "list.json"), "audio")).names == ["2", "20230101"]  # names, not numbers
+
+
+def test_tables_beside_class_folders_that_list_other_files_change_nothing(sounds):
+    write_text(sounds / "train.csv", "image,label\n0001.wav,1\n")  # where these are, nothing tells
+    write_text(sounds / "test.txt", "audio/a.mp4 1\n")  # of another modality
+    write_text(sounds / "val.json", "[]")
+    assert len(find_samples(str(sounds), "audio")) == 4
