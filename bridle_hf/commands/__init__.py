@@ -76,6 +76,12 @@ COMMANDS = {
         ("embedding.arguments:SearchArguments",),
         positionals=("table", "file"),
     ),
+    "prepare": Command(
+        "write the metadata.csv of a data set as downloaded, or of list files",
+        "LAYOUT DIR_OR_LIST [--output_dir OUT] [--overwrite]",
+        ("data.layouts.arguments:PrepareArguments",),
+        positionals=("layout", "data"),
+    ),
     "shard": Command(
         "write shards (tar or parquet) of a folder or data set",
         "--data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",

@@ -43,6 +43,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.adapters import add_adapters
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
+from bridle_hf.finetuning.cross_validation import begin_folds, run_folds
 from bridle_hf.finetuning.resume import global_batch_size, prepare_folder
 from bridle_hf.finetuning.task import Task, make_task
 from bridle_hf.finetuning.trainer import (
@@ -77,7 +78,8 @@ OPTIONS_OF = {
 class FinetuneResult:
     """What fine-tuning has made: a `from_pretrained` folder, and what results.json holds.
 
-    `results` is `None` where a signal ended the run before its last step: `resume=True` goes on.
+    Of all folds, `output_dir` holds a folder for each. `results` is `None` where a signal ended the run before its
+    last step: `resume=True` goes on.
     """
 
     output_dir: Path
@@ -102,6 +104,8 @@ def finetune(recipe: str | None = None, **options: Any) -> FinetuneResult:
 
 def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
     """[`finetune`], with its arguments."""
+    if args.folds:
+        return _run_all_folds(args, training_args)
     transformers.set_seed(training_args.seed)
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
     warn_of_slow_precision(precision, training_args.device)
@@ -139,6 +143,18 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     release(lock)
     return FinetuneResult(out, results)
+
+
+def _run_all_folds(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
+    out = Path(training_args.output_dir)
+    try:
+        folds = begin_folds(args, training_args, resolved_arguments(args, training_args))
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
+    try:
+        return FinetuneResult(out, run_folds(args, training_args, folds, lambda *own: run_finetuning(*own).results))
+    except OSError as error:
+        raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
 
 
 # --- What is asked for ---
@@ -411,5 +427,8 @@ def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[s
 
 
 def result_line(results: dict[str, Any]) -> str:
-    """The final model's metric, of what results.json holds."""
+    """The final model's metric, of what results.json holds; of several folds its mean and deviation."""
+    if deviation := results.get("deviation"):
+        value = f"{results['evaluation'][results['metric']]:.4f} (deviation {deviation[results['metric']]:.4f})"
+        return f"{results['metric']} {value} on {results['evaluated_on']}"
     return f"{results['metric']} {results['evaluation'][results['metric']]:.4f} on {results['evaluated_on']}"
