@@ -20,8 +20,8 @@ from transformers.image_utils import load_image
 from transformers.pipelines.video_classification import read_video_pyav
 
 from bridle_hf import BridleConfig, BridleForImageClassification, make_image_processor
+from bridle_hf import pixel_decoding_bridle as reading
 from bridle_hf.common.errors import MediaError
-from bridle_hf.data import decoding as reading
 from bridle_hf.data.batches import DrawDataset
 from bridle_hf.data.decoding import read_image, read_video
 from bridle_hf.data.finding import find_samples
