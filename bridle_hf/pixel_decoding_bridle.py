@@ -146,8 +146,13 @@ class _Video:
         """
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.total:
             raise IndexError(f"frames {chosen.min()} .. {chosen.max()} were chosen out of {self.total}")
-        indices, inverse = np.unique(chosen, return_inverse=True)
-        return self._convert(self._nearest(indices), view)[inverse.reshape(chosen.shape)]
+        indices, places = np.unique(chosen, return_inverse=True)
+        found = None
+        for index, pixels in enumerate(self._convert(self._nearest(indices), view)):
+            if found is None:
+                found = np.empty((*chosen.shape, *pixels.shape), pixels.dtype)
+            found[places.reshape(chosen.shape) == index] = pixels
+        return found
 
     def _check_size(self, height: int, width: int) -> None:
         check_size(height, width, MAX_FRAME_PIXELS)
@@ -225,9 +230,9 @@ class _Video:
         if self.has_own_duration and missing > max(TRUNCATION_SECONDS, 2 / self.rate):
             raise ValueError(f"is truncated: it ends {missing:.1f} s before a frame that it should have")
 
-    def _convert(self, frames: Iterator[Any], view: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
-        """Decoded frames as (frames, height, width, 3) uint8 RGB, upright and of one size, or their views."""
-        arrays, last, size = [], None, None
+    def _convert(self, frames: Iterator[Any], view: Callable[[np.ndarray], np.ndarray] | None) -> Iterator[np.ndarray]:
+        """Decoded frames as (height, width, 3) uint8 RGB, upright and of one size, or their views."""
+        last, size = None, None
         for frame in frames:
             if frame is not last:
                 if frame.is_corrupt:
@@ -240,8 +245,7 @@ class _Video:
                 rgb = self._reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
                 last, array = frame, np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
                 array = array if view is None else view(array)
-            arrays.append(array)
-        return np.stack(arrays)
+            yield array
 
 
 def _source(media: str | bytes) -> str | io.BytesIO:

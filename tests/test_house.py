@@ -105,7 +105,7 @@ def test_model_files_import_siblings_and_four_libraries(path):
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_remote_code_asks_for_no_other_library(path):
-    """Those that stand outside of a `try`, in functions too, transformers wants before it loads a model of any kind."""
+    """Those that stand outside of a `try`, in functions too, transformers wants before it loads any model."""
     assert {name.split(".")[0] for name in get_imports(path)} <= AT_THE_TOP
 
 

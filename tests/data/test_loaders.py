@@ -557,6 +557,14 @@ def test_views(video):
     assert load.views(video, num_clips=1, num_crops=1).shape == (1, 4, 3, 32, 32)
 
 
+def test_views_of_a_video_with_one_key_frame_decode_it_once(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4", 60, options={"g": "60", "sc_threshold": "0"})
+    decoded, following = [], reading._Video._next
+    monkeypatch.setattr(reading._Video, "_next", lambda video: decoded.append(1) or following(video))
+    views = VideoLoader(processor("video"), num_frames=4, stride=2).views(Sample(path), num_clips=5, num_crops=3)
+    assert len(views) == 15 and len(decoded) <= 61  # its frames, and the end
+
+
 # --- what scripts use: any modality ---
 
 
