@@ -41,11 +41,11 @@ BLIND_SEEK_SECONDS = 5.0
 # --- Images ---
 
 
-def read_image(media: str | bytes, num_channels: int = 3) -> np.ndarray:
+def read_image(media: Any, num_channels: int = 3) -> np.ndarray:
     """Decode a still with Pillow, upright.
 
     Args:
-        media: path of the file, or its bytes.
+        media: path of the file, its bytes, or a Pillow image, whose current picture is taken.
         num_channels: 3 for colour, 1 for grey; see `image_to_array` for what is converted, and how.
 
     Returns:
@@ -60,13 +60,12 @@ def read_image(media: str | bytes, num_channels: int = 3) -> np.ndarray:
     if isinstance(media, str) and not os.path.isfile(media):
         raise ValueError("no such file")
     try:
-        with Image.open(_source(media)) as image:
-            check_size(image.height, image.width)  # before the pictures are counted
-            frames = getattr(image, "n_frames", 1)
-            # The further pictures of an MPO, a camera's JPEG, are previews of the first.
-            if frames > 1 and image.format != "MPO":
-                raise ValueError(f"holds {frames} pictures where one is expected: save the one that is meant")
-            pixels = image_to_array(image, num_channels)
+        if isinstance(media, Image.Image):
+            pixels = image_to_array(media, num_channels)
+        else:
+            with Image.open(_source(media)) as image:
+                _check_is_one(image)
+                pixels = image_to_array(image, num_channels)
     except ValueError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, TypeError, ...
@@ -74,6 +73,14 @@ def read_image(media: str | bytes, num_channels: int = 3) -> np.ndarray:
     if pixels.size == 0:
         raise ValueError("holds no pixels")
     return pixels
+
+
+def _check_is_one(image: Any) -> None:
+    check_size(image.height, image.width)  # before the pictures are counted
+    frames = getattr(image, "n_frames", 1)
+    # The further pictures of an MPO, a camera's JPEG, are previews of the first.
+    if frames > 1 and image.format != "MPO":
+        raise ValueError(f"holds {frames} pictures where one is expected: save the one that is meant")
 
 
 # --- Video ---
