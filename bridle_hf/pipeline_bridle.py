@@ -25,7 +25,8 @@ from transformers.image_utils import is_pil_image
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks, read_blocks
+from .audio_decoding_bridle import read_blocks
+from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks
 from .pixel_decoding_bridle import open_video, read_image
 
 

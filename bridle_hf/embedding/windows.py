@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridle_hf.audio_decoding_bridle import read_blocks
 from bridle_hf.audio_windows_bridle import (
     array_blocks,
     cut_windows,
@@ -22,7 +23,6 @@ from bridle_hf.audio_windows_bridle import (
     media_of_mapping,
     mono_blocks,
     patch_times,
-    read_blocks,
 )
 from bridle_hf.common.errors import MediaError, reason_of
 from bridle_hf.configuration_bridle import BridleConfig

@@ -18,7 +18,7 @@ MOST_MEMORY = 500  # MB above the process that reads
 READ = {
     "image": "rgb.png rgba.webp key.png deep_rgb.png as_thin_and_as_large_as_may_be.png rgba_half.jp2 turned.png",
     "video": "plain.mp4 large.mp4 many_references.mp4 one_key_frame.mp4 small.mkv nan_tag.mkv infinite_tag.mkv",
-    "audio": "hour.flac hour_of_unknown_length.flac telephone.wav overstated.mp3 understated.mp3 many_channels.flac",
+    "audio": "hour.flac hour_of_unknown_length.flac telephone.wav long.m4a understated.mp3 many_channels.flac",
 }
 SKIPPED = {
     "image": "high.png wide.png vast.png lying.png deep_grey.png float_absurd.tif lying_width.tif rgba.jp2",

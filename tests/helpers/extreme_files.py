@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+from helpers.sound_files import write_m4a
 from helpers.videos import picture, write_video
 from PIL import Image
 
@@ -277,6 +278,7 @@ SOUNDS: dict[str, Callable[[Path], object]] = {
     "understated.mp3": patched(silence(60, 16000), b"Xing", struct.pack(">I", 1), 4),
     "far_end.ogg": patched(silence(60, 16000, format="OGG"), b"OggS\0\4", struct.pack("<q", 2**62), 0),
     "long.ogg": silence(600, 16000),
+    "long.m4a": lambda path: write_m4a(path, np.zeros((1, 1200 * 16000), np.float32), 16000),
     "channels.ogg": silence(3, 48000, 100, format="OGG"),
     **{f"value_{value:g}.wav": with_value(value) for value in (1e5, 1e10, 1e19, 1e38, 1e300, np.inf, np.nan)},
 }
