@@ -134,6 +134,7 @@ class _Video:
             raise ValueError("says nothing about its frame rate: remux it into a container that does, as mp4")
         self.rate = float(rate)
         self._decoder = self._before = self._after = None
+        self._reached = 0  # the last time that was asked for, in ticks
         # One for all frames, and one thread: a frame's own would be set up anew each time, at many times the cost.
         self._reformatter = av.video.reformatter.VideoReformatter()
         self.has_own_duration = True
@@ -189,10 +190,11 @@ class _Video:
         """For each of the sorted `indices`, the frame whose timestamp is nearest to index / rate."""
         for index in indices:
             tick = self.start + round(int(index) / self.rate / self.stream.time_base)
-            if self._decoder is None or self._key_frame_between(tick):
+            if self._decoder is None or tick < self._reached or self._key_frame_between(tick):
                 self._seek(tick, self.stream)
                 if self._after is None or self._after.pts > tick:
                     self._seek(0)  # it landed behind, as it may without an index: from the beginning, then
+            self._reached = tick
             decoded = 0
             while self._after is not None and self._after.pts < tick:
                 self._before, self._after = self._after, self._next()

@@ -227,6 +227,12 @@ def test_frames_of_any_container(tmp_path, extension):
         assert numbers(read_video(file.read(), choose=lambda total, rate: np.array([total - 1]))) == [19]
 
 
+def test_an_open_video_is_read_in_any_order(tmp_path):
+    with reading.open_video(write_video(tmp_path / "video.mp4")) as video:
+        for indices in ([13, 14], [2, 3], [3, 19], [18], [0]):
+            assert numbers(video.read(np.array(indices))) == indices
+
+
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     decoded = []
     following = reading._Video._next
