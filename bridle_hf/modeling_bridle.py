@@ -609,6 +609,12 @@ class BridleForImageClassification(BridleForClassification):
     modality = "image"
     output_class = ImageClassifierOutput
 
+    def pipeline(self, image_processor: Any, **options: Any) -> Any:
+        """What `pipeline("image-classification")` gives for this model: see [`BridleImageClassificationPipeline`]."""
+        from .pipeline_bridle import BridleImageClassificationPipeline
+
+        return BridleImageClassificationPipeline(model=self, image_processor=image_processor, **options)
+
 
 class BridleForVideoClassification(BridleForClassification):
     """Classifier of video clips: see [`BridleForClassification`]."""
@@ -616,6 +622,12 @@ class BridleForVideoClassification(BridleForClassification):
     _auto_class = "AutoModelForVideoClassification"
     modality = "video"
     output_class = ImageClassifierOutput
+
+    def pipeline(self, image_processor: Any, **options: Any) -> Any:
+        """What `pipeline("video-classification")` gives for this model: see [`BridleVideoClassificationPipeline`]."""
+        from .pipeline_bridle import BridleVideoClassificationPipeline
+
+        return BridleVideoClassificationPipeline(model=self, image_processor=image_processor, **options)
 
 
 __all__ = [

@@ -8,6 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +101,12 @@ def test_model_files_import_siblings_and_four_libraries(path):
             assert name.split(".")[0] != PACKAGE.name, f"line {node.lineno}: {name}"
             # What stands under an `if` or in a function may be missing where the model runs.
             assert node not in tree.body or name.split(".")[0] in AT_THE_TOP, f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
+def test_remote_code_asks_for_no_other_library(path):
+    """Those that stand outside of a `try`, in functions too, transformers wants before it loads any model."""
+    assert {name.split(".")[0] for name in get_imports(path)} <= AT_THE_TOP
 
 
 def test_rooms_import_only_what_is_below_them():
