@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .finetuning.finetune import finetune
     from .image_processing_bridle import BridleImageProcessor, make_image_processor
     from .modeling_bridle import (
+        BridleBackbone,
         BridleForAudioClassification,
         BridleForAudioFrameClassification,
         BridleForImageClassification,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BridleAudioClassificationPipeline",
+    "BridleBackbone",
     "BridleConfig",
     "BridleFeatureExtractor",
     "BridleForAudioClassification",
@@ -72,6 +74,7 @@ _FUNCTIONS = {
 def load() -> None:
     """Import the models and register them with the Auto classes; called again, it changes nothing."""
     from transformers import (
+        AutoBackbone,
         AutoConfig,
         AutoFeatureExtractor,
         AutoImageProcessor,
@@ -90,6 +93,7 @@ def load() -> None:
     from .feature_extraction_bridle import BridleFeatureExtractor
     from .image_processing_bridle import BridleImageProcessor, make_image_processor  # noqa: F401 (a public name)
     from .modeling_bridle import (
+        BridleBackbone,
         BridleForAudioClassification,
         BridleForAudioFrameClassification,
         BridleForImageClassification,
@@ -102,6 +106,7 @@ def load() -> None:
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)
+    AutoBackbone.register(BridleConfig, BridleBackbone, exist_ok=True)
     AutoModel.register(BridleConfig, BridleModel, exist_ok=True)
     AutoModel.register(BridleTokenizerConfig, BridleTokenizerModel, exist_ok=True)
     AutoModelForPreTraining.register(BridleConfig, BridleForPreTraining, exist_ok=True)

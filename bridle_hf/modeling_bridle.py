@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
+    BackboneOutput,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
     SequenceClassifierOutput,
@@ -193,7 +195,8 @@ class BridleModel(BridlePreTrainedModel):
             bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
                 every output has batch * masks rows, those of a sample in a row.
             interpolate_pos_encoding: of an input of another size than the config's, take the positions between those
-                of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
+                of the config's grid (bicubic, of videos trilinear), as ViT's models do, and not those computed for its
+                own. A recording that is shorter than the config's has the first of them.
             num_visible: how many patches each mask leaves visible, where all leave as many; then they need not be
                 counted, for which a host would wait for its GPU.
 
@@ -618,8 +621,64 @@ class BridleForVideoClassification(BridleForClassification):
     output_class = ImageClassifierOutput
 
 
+class BridleBackbone(BackboneMixin, BridlePreTrainedModel):
+    """The encoder as the backbone of dense tasks, as segmentation, detection and depth; of images and audio.
+
+    `config.out_features` or `config.out_indices` say which stages it returns the feature maps of. A folder is opened
+    by this class: transformers' `AutoBackbone.from_pretrained` takes ids of the Hub alone.
+    """
+
+    _auto_class = "AutoBackbone"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier", r"^fc_norm\."]
+
+    def __init__(self, config: BridleConfig):
+        if len(config.patch_grid) != 2:
+            raise ValueError(f"{type(self).__name__} is for images and audio, got a config of {config.modality}")
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.bridle = BridleModel(config)
+        self.post_init()
+
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        return self.bridle.parameters_by_part()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """Encode an input of any size that patches divide; positions of another grid are interpolated.
+
+        Args:
+            inputs, attention_mask, input_values, pixel_values: as in [`BridleModel.forward`].
+
+        Returns:
+            `feature_maps`, one for each stage of `config.out_features`: (batch, hidden, height, width), in patches;
+            of audio (batch, hidden, time, mel). All go through the encoder's final norm, so that the last layer's is
+            `last_hidden_state` of [`BridleModel`].
+
+        Raises:
+            ValueError: as [`BridleModel.forward`].
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values)
+        outputs = self.bridle(values, attention_mask, **{"interpolate_pos_encoding": True, **kwargs})
+        grid, first = patch_grid_of(values, self.config), int(self.config.use_class_token)
+        maps = tuple(
+            self.bridle.layernorm(state)[:, first:].transpose(1, 2).unflatten(2, grid)
+            for stage, state in zip(self.stage_names, outputs.hidden_states)
+            if stage in self.out_features
+        )
+        return BackboneOutput(feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
 __all__ = [
     "PARTS",
+    "BridleBackbone",
     "BridleForAudioClassification",
     "BridleForAudioFrameClassification",
     "BridleForImageClassification",

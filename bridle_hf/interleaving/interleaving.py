@@ -419,13 +419,10 @@ class Interleaving:
 
 
 def start_from(encoder: BridleModel, source: BridleModel) -> None:
-    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid: cut where it
-    has fewer steps of time, else interpolated."""
-    weights, table, grid = source.state_dict(), "embeddings.positions.table", encoder.config.patch_grid
+    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid."""
+    weights, table = source.state_dict(), "embeddings.positions.table"
     if table in weights:
-        own = source.config.patch_grid
-        cut = encoder.config.modality == "audio" and grid[1:] == own[1:] and grid[0] <= own[0]
-        weights[table] = source.embeddings.positions(grid, interpolate=not cut)[0]
+        weights[table] = source.embeddings.positions(encoder.config.patch_grid, interpolate=True)[0]
     encoder.load_state_dict(weights)
 
 
