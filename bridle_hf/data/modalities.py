@@ -114,16 +114,17 @@ def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None
     return BridleFeatureExtractor(**{**sizes, **fields})
 
 
-def load_config(model: str, argument: str = "--model") -> Any:
-    """Configuration of a saved BRIDLE encoder or classifier; errors call it by the `argument` that named it.
+def load_config(model: str, argument: str = "--model", kind: str = "encoder") -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier, or, if that is the `kind`, of a tokenizer; errors call it
+    by the `argument` that named it.
 
     Raises:
         ValueError: none is there, none that can be read, or one of another kind of model.
     """
     config = read_config(model, argument)
-    if config.model_type != "bridle":
+    if config.model_type != {"encoder": "bridle", "tokenizer": "bridle_tokenizer"}[kind]:
         raise ValueError(
-            f"{argument} {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder"
+            f"{argument} {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE {kind}"
         )
     return config
 

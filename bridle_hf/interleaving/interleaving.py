@@ -25,11 +25,14 @@ from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.modeling_bridle import BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
-from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
+# What a tokenizer that the run did not train may have of its own.
+OF_FIRST_TOKENIZER = ("tokenizer_type", "teacher_hidden_size")
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
 
@@ -47,6 +50,8 @@ class Interleaving:
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
             given.
+        tokenizer_from: a tokenizer of the same sizes but for its `teacher_hidden_size`, whose codes are predicted
+            until a phase trains a fresh one; a random projection if not given.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -68,6 +73,7 @@ class Interleaving:
         shard: bool = False,
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
+        tokenizer_from: BridleTokenizerModel | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -80,6 +86,10 @@ class Interleaving:
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
+        if tokenizer_from is not None:
+            config = first_tokenizer_config(tokenizer_config, tokenizer_from.config)
+            self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+            start_from(self.tokenizer, tokenizer_from)
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -390,7 +400,7 @@ class Interleaving:
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
             "target": self.unwrapped_encoder.config.target,
-            "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
+            **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -398,8 +408,8 @@ class Interleaving:
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
-        distilled = state["tokenizer_type"] == "self_distilled"
-        config = self.tokenizer_config if distilled else self.random_projection_config()
+        fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
+        config = BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
@@ -418,12 +428,20 @@ class Interleaving:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
 
-def start_from(encoder: BridleModel, source: BridleModel) -> None:
-    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid."""
-    weights, table = source.state_dict(), "embeddings.positions.table"
-    if table in weights:
-        weights[table] = source.embeddings.positions(encoder.config.patch_grid, interpolate=True)[0]
-    encoder.load_state_dict(weights)
+def first_tokenizer_config(config: BridleTokenizerConfig, given: BridleTokenizerConfig) -> BridleTokenizerConfig:
+    """That of a `given` tokenizer on the grid of the run, whose own tokenizers are of `config`."""
+    return BridleTokenizerConfig.from_dict(
+        config.to_dict() | {name: getattr(given, name) for name in OF_FIRST_TOKENIZER}
+    )
+
+
+def start_from(model: BridlePreTrainedModel, source: BridlePreTrainedModel) -> None:
+    """Give `model` the weights of one of the same sizes; tables of positions go to its grid."""
+    weights = source.state_dict()
+    for name, positions in source.named_modules():
+        if isinstance(positions, BridlePositions) and positions.stored:
+            weights[f"{name}.table"] = positions(model.config.patch_grid, interpolate=True)[0]
+    model.load_state_dict(weights)
 
 
 def _mix(*numbers: int) -> int:
