@@ -139,11 +139,14 @@ def read_config(model: str | Path, argument: str = "") -> Any:
         return AutoConfig.from_pretrained(model)
 
 
-def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
+def load_weights(
+    auto_class: Any, model: str, unneeded: tuple[str, ...] = ("classifier.", "fc_norm."), **options: Any
+) -> Any:
     """A saved model, all of whose weights are there but perhaps those of a classifier's head.
 
     Args:
         auto_class: of transformers, that opens it.
+        unneeded: how the names of weights begin that may be missing.
         options: of its `from_pretrained`.
 
     Raises:
@@ -151,7 +154,7 @@ def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
     """
     with _refused(f"{model}: its weights cannot be loaded"):
         loaded, found = auto_class.from_pretrained(model, output_loading_info=True, **options)
-    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(("classifier.", "fc_norm."))):
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(unneeded)):
         raise ValueError(f"{model}: {len(missing)} weights are missing, as {missing[0]}: it is not whole")
     return loaded
 

@@ -1,5 +1,6 @@
 """The configs of both models of a run, from its recipe."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -8,8 +9,9 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
 from bridle_hf.data.modalities import load_config
-from bridle_hf.interleaving.interleaving import first_tokenizer_config
+from bridle_hf.interleaving.interleaving import first_tokenizer_config, taught_tokenizer_config
 from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.interleaving.teacher import Teacher
 from bridle_hf.pretraining.arguments import PretrainArguments
 
 
@@ -53,12 +55,13 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         raise ValueError(f"encoder.modality is {encoder.modality}, but modality is {args.modality}: they must agree")
     if given is not None:
         _check_agree("encoder", encoder, "--encoder_from", given, ("modality", *_SIZES))
-    own = set(PreTrainedConfig().to_dict())
-    shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - own
+    common = set(PreTrainedConfig().to_dict())
+    shared = (set(BridleEncoderConfig().to_dict()) | {"num_codebooks", "codebook_size"}) - common
     fields = {name: value for name, value in encoder.to_dict().items() if name in shared}
     if coded is not None:
         fields |= {name: getattr(coded, name) for name in _OF_TOKENIZER}
-    fields |= {"teacher_hidden_size": encoder.hidden_size, **args.tokenizer}
+    own = {name: value for name, value in args.tokenizer.items() if name != "teacher"}
+    fields |= {"teacher_hidden_size": encoder.hidden_size, **own}
     tokenizer = _make_config(BridleTokenizerConfig, "tokenizer", fields)
     if coded is not None:
         _check_agree("tokenizer", tokenizer, "--tokenizer_from", coded, ("modality", *_OF_TOKENIZER))
@@ -78,16 +81,18 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
 
 
 def make_first_tokenizer_config(
-    args: PretrainArguments, schedule: Schedule, tokenizer: BridleTokenizerConfig
+    args: PretrainArguments, schedule: Schedule, tokenizer: BridleTokenizerConfig, teacher: Teacher | None
 ) -> BridleTokenizerConfig | None:
-    """That of `--tokenizer_from`, on the run's grid, if one is given.
+    """That of `--tokenizer_from`, on the run's grid, or of the tokenizer that a given teacher teaches; else `None`.
 
     Args:
-        tokenizer: of the tokenizers that the run trains.
+        tokenizer: of the tokenizers that learn from the run's encoder.
 
     Raises:
         ValueError: no phase would use it, or one would go on with it for an encoder of another width.
     """
+    if teacher is not None:
+        return _taught(schedule, tokenizer, teacher)
     if not args.tokenizer_from:
         return None
     first = first_tokenizer_config(tokenizer, load_config(args.tokenizer_from, "--tokenizer_from", kind="tokenizer"))
@@ -97,16 +102,59 @@ def make_first_tokenizer_config(
             "--tokenizer_from: the first phase trains a fresh tokenizer, and the given one would not be used: "
             + ("give that phase start: continue" if distilled else "begin with a phase that trains the encoder alone")
         )
-    number, phase = next(
-        ((number, phase) for number, phase in enumerate(schedule.phases) if phase.trains_tokenizer), (0, None)
-    )
-    widths = first.teacher_hidden_size, tokenizer.teacher_hidden_size
-    if phase is not None and phase.start == "continue" and distilled and widths[0] != widths[1]:
-        raise ValueError(
-            f"phases[{number}] goes on with --tokenizer_from, which estimates features {widths[0]} wide, and the "
-            f"encoder's are {widths[1]} wide: give it start: fresh"
-        )
+    _check_continued(schedule, [tokenizer] * len(schedule.phases), first if distilled else None)
     return first
+
+
+def load_teacher(args: PretrainArguments, encoder: BridleConfig, processor: Any) -> Teacher | None:
+    """`tokenizer.teacher`, if one is given.
+
+    Raises:
+        ValueError: as [`Teacher`]; or it lacks `tokenizer.teacher_layers`.
+    """
+    name = args.tokenizer.get("teacher")
+    if name is None:
+        return None
+    if args.tokenizer_from:
+        raise ValueError("--tokenizer_from and tokenizer.teacher both make the first tokenizer: give one of them")
+    if not isinstance(name, str):
+        raise ValueError(f"tokenizer.teacher is {name!r}: give a folder or Hub id")
+    teacher = Teacher(name, encoder, processor)
+    teacher.check_layers(args.tokenizer.get("teacher_layers"))
+    return teacher
+
+
+def _taught(schedule: Schedule, tokenizer: BridleTokenizerConfig, teacher: Teacher) -> BridleTokenizerConfig:
+    if not schedule.before_encoder:
+        raise ValueError(
+            "tokenizer.teacher teaches before an encoder is trained, and the first phase trains one: begin with "
+            "{train: tokenizer, ...}"
+        )
+    first = taught_tokenizer_config(tokenizer, teacher)
+    learned = [first if number < schedule.before_encoder else tokenizer for number in range(len(schedule.phases))]
+    _check_continued(schedule, learned, None)
+    return first
+
+
+def _check_continued(
+    schedule: Schedule, configs: Sequence[BridleTokenizerConfig], current: BridleTokenizerConfig | None
+) -> None:
+    """Raise a `ValueError` where a phase would train a tokenizer on to features of another width.
+
+    Args:
+        configs: of the tokenizer that each phase would train anew.
+        current: of the one before the first phase; `None`: none that can be trained on.
+    """
+    for number, (phase, config) in enumerate(zip(schedule.phases, configs)):
+        if not phase.trains_tokenizer:
+            continue
+        if phase.start == "fresh" or current is None:
+            current = config
+        elif current.teacher_hidden_size != config.teacher_hidden_size:
+            raise ValueError(
+                f"phases[{number}] goes on with a tokenizer that estimates features {current.teacher_hidden_size} "
+                f"wide, and its teacher's are {config.teacher_hidden_size} wide: give it start: fresh"
+            )
 
 
 def _check_agree(section: str, config: Any, argument: str, given: Any, names: tuple[str, ...]) -> None:

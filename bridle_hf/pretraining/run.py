@@ -44,7 +44,7 @@ from bridle_hf.monitoring.report import write_report
 from bridle_hf.monitoring.trackers import start_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import save_checkpoint
-from bridle_hf.pretraining.configs import make_configs, make_first_tokenizer_config
+from bridle_hf.pretraining.configs import load_teacher, make_configs, make_first_tokenizer_config
 from bridle_hf.pretraining.evaluation import (
     check_probes,
     draw_example,
@@ -88,16 +88,21 @@ class Run:
         if args.encoder_from:
             self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
         self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
-        self.first_tokenizer = make_first_tokenizer_config(args, self.schedule, self.tokenizer_config)
         self.tokenizer_from = None
         if args.tokenizer_from:
             self.tokenizer_from = load_weights(BridleTokenizerModel, args.tokenizer_from, dtype=torch.float32)
         self.processor = make_processor(self.encoder_config, self._processor_fields())
+        teacher = load_teacher(args, self.encoder_config, self.processor)
+        self.first_tokenizer = make_first_tokenizer_config(args, self.schedule, self.tokenizer_config, teacher)
+        # Not the teacher itself: its memory is freed when it has taught.
+        self.teacher = {} if teacher is None else {"name": teacher.name, "model_type": teacher.model_type}
+        self.teacher_flops = None if teacher is None else teacher.flops
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self.lock = None
         inputs = {name: getattr(args, name) for name in ("data", "encoder_from", "tokenizer_from")}
+        inputs["tokenizer.teacher"] = args.tokenizer.get("teacher")
         if accelerator.is_main_process:
             self.lock = prepare(self.out, PRETRAINING, inputs, args.resume, args.overwrite)
         self.rank_0.wait()
@@ -124,6 +129,7 @@ class Run:
             encoder_from=self.encoder_from,
             bucket_by_length=args.bucket_by_length,
             tokenizer_from=self.tokenizer_from,
+            teacher=teacher,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)
@@ -361,7 +367,7 @@ class Run:
         examples = spread(self.samples, EVALUATED_CLIPS)
         found = iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers)
         batches = ({**batch, "files": [examples[index].path for index in indices]} for indices, batch in found)
-        return evaluate_tokenizer(tokenizer, encoder, batches)
+        return evaluate_tokenizer(tokenizer, self.interleaving.teach(encoder), batches)
 
     def _probe(self, done: int) -> None:
         """Probe the encoder, on labels if there are any; rank 0 does it."""
@@ -414,9 +420,11 @@ class Run:
 
     def _write_run_json(self) -> None:
         args = self.args
-        changes = {"data_changes": self.data_changes} if self.data_changes else {}
+        more = {"data_changes": self.data_changes} if self.data_changes else {}
+        if self.teacher:
+            more["teacher"] = self.teacher
         write_json(self.out / "run.json", run_record(
             PRETRAINING, plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
             phases=self.schedule.describe(), processes=self.accelerator.num_processes, peak=self.peak,
-            seconds=round(self.seconds, 1), **changes,
+            seconds=round(self.seconds, 1), **more,
         ))  # fmt: skip
