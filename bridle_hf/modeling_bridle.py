@@ -1,5 +1,6 @@
 """Models: the BRIDLE encoder, its pretraining head and the classifiers (audio, image, video; arXiv 2502.02118)."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,12 @@ class BridleForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+# Fields of a config that say how large an input is; and those arguments of `from_pretrained` that say where a file is.
+SIZES = ("image_size", "num_frames", "max_length", "num_mel_bins")
+_HUB_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+
 # The parts of the models, in the order in which they are told of.
 PARTS = ("layers", "embeddings", "decoder", "projection", "estimator")
 
@@ -95,6 +102,52 @@ class BridlePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.main_input_name = INPUT_NAMES[config.modality]
         self.input_modalities = (config.modality,)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers; and a stored table of positions goes to the sizes that are asked for.
+
+        `image_size`, `num_frames`, `max_length` and `num_mel_bins` may be others than the checkpoint's, by name or in
+        `config`: see [`~BridlePreTrainedModel.resize`].
+        """
+        sizes = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
+        if isinstance(config, BridleEncoderConfig):
+            sizes = {name: getattr(config, name) for name in SIZES} | sizes
+        if not sizes or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **where)
+        if isinstance(config, BridleEncoderConfig):
+            config = copy.deepcopy(config)
+            for name in SIZES:
+                setattr(config, name, getattr(saved, name))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).resize(**sizes)
+        return loaded
+
+    def resize(self, **sizes: int | list[int] | tuple[int, int]) -> None:
+        """Take inputs of other sizes from now on; tables of positions go to their grid.
+
+        A table that is computed is computed anew. A stored one is interpolated (bicubic, of videos trilinear), or, for
+        recordings that are shorter, cut.
+
+        Args:
+            sizes: `image_size`, `num_frames`, `max_length` or `num_mel_bins`, as in the config.
+
+        Raises:
+            ValueError: a name or a size that cannot be.
+        """
+        if unknown := set(sizes) - set(SIZES):
+            raise ValueError(f"{sorted(unknown)} are not sizes of an input; give some of {', '.join(SIZES)}")
+        tried = copy.deepcopy(self.config)
+        for name, size in sizes.items():
+            setattr(tried, name, size)
+        tried.validate_architecture()
+        for name, size in sizes.items():
+            setattr(self.config, name, size)
+        for module in self.modules():
+            if isinstance(module, BridlePositions):
+                module.resize(self.config.patch_grid)
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by the part of the model that they belong to, of those of `PARTS` that it has."""

@@ -195,6 +195,12 @@ class BridlePositions(nn.Module):
     def reset(self) -> None:
         init.copy_(self.table, sincos_positions(self.grid, self.dim))
 
+    def resize(self, grid: tuple[int, ...]) -> None:
+        """Take `grid` for the full-size one: a stored table goes to it, and any other is that which is computed."""
+        if tuple(grid) != tuple(self.grid):
+            table = self(grid, interpolate=True)[0] if self.stored else sincos_positions(grid, self.dim)
+            self.grid, self.table = grid, table.to(self.table)
+
     def forward(self, grid: tuple[int, ...], interpolate: bool = False) -> torch.Tensor:
         """(1, patches of `grid`, dim) float32; with `interpolate`, of another grid than the table's, between its.
 
