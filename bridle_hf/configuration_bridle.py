@@ -127,9 +127,9 @@ class BridleEncoderConfig(PreTrainedConfig):
     # Where a folder's own copy of this code (`trust_remote_code=True`) has the class behind each Auto class.
     # transformers would note the saved class alone, and take one named "...Tokenizer..." for a text tokenizer.
     _auto_map = {}
-    # The same of pipelines, for folders of this class of model.
+    # The same of pipelines, for folders of these classes of models.
     _custom_pipelines = {}
-    _pipeline_class = None
+    _pipeline_classes = ()
 
     modality: Literal["audio", "image", "video"] = "audio"
     hidden_size: int = 768
@@ -205,7 +205,7 @@ class BridleEncoderConfig(PreTrainedConfig):
         `custom_pipelines` our pipeline, where there is one for it."""
         fields = {**super().to_dict(), "auto_map": dict(self._auto_map)}
         fields.pop("custom_pipelines", None)
-        if self._pipeline_class in (self.architectures or ()):
+        if set(self._pipeline_classes) & set(self.architectures or ()):
             fields["custom_pipelines"] = {task: dict(entry) for task, entry in self._custom_pipelines.items()}
         return fields
 
@@ -343,7 +343,7 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
             "type": "audio",
         }
     }
-    _pipeline_class = "BridleForAudioClassification"
+    _pipeline_classes = ("BridleForAudioClassification", "BridleForAudioFrameClassification")
 
     mask_ratio: float | None = None
     mask_type: str | None = None

@@ -587,10 +587,16 @@ class BridleForAudioClassification(BridleForClassification):
 
     def pipeline(self, feature_extractor: Any, **options: Any) -> Any:
         """What `pipeline("audio-classification")` gives for this model: see [`BridleAudioClassificationPipeline`]."""
-        # The import has transformers save the pipeline's file with the model, and find it there.
+        # The import has transformers save the pipeline's file with any model of this file, and find it there.
         from .pipeline_bridle import BridleAudioClassificationPipeline
 
         return BridleAudioClassificationPipeline(model=self, feature_extractor=feature_extractor, **options)
+
+    def of_steps(self) -> "BridleForAudioFrameClassification":
+        """A classifier of every time step with the same weights, as what both kinds of folders hold has one form."""
+        model = BridleForAudioFrameClassification(self.config).to(self.device, self.dtype)
+        model.load_state_dict(self.state_dict())
+        return model.train(self.training)
 
 
 class BridleForAudioFrameClassification(BridleForClassification):

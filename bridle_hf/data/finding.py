@@ -42,7 +42,9 @@ def find_samples(
       `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see data/shards/entries.py;
     * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
       `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
-      it is not known. Without a column `split`, files in folders that are all named like splits are of these;
+      it is not known. With columns `onset` and `offset` (seconds), a row is an event (strong labels), and a recording
+      in which nothing sounds has a row without. Without a column `split`, files in folders that are all named like
+      splits are of these;
     * a folder with such a file in each of its split folders;
     * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
       read as splits where every folder on it is called train (training), validation (valid, val, dev, development)
