@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .embedding.embedder import Embedder
     from .feature_extraction_bridle import BridleFeatureExtractor
     from .finetuning.finetune import finetune
-    from .image_processing_bridle import BridleImageProcessor, make_image_processor
+    from .image_processing_bridle import BridleImageProcessor, BridleVideoProcessor, make_image_processor
     from .modeling_bridle import (
         BridleBackbone,
         BridleForAudioClassification,
@@ -51,6 +51,7 @@ __all__ = [
     "BridleModel",
     "BridleTokenizerConfig",
     "BridleTokenizerModel",
+    "BridleVideoProcessor",
     "Embedder",
     "embed",
     "finetune",
@@ -91,7 +92,11 @@ def load() -> None:
 
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
     from .feature_extraction_bridle import BridleFeatureExtractor
-    from .image_processing_bridle import BridleImageProcessor, make_image_processor  # noqa: F401 (a public name)
+    from .image_processing_bridle import (  # noqa: F401 (a public name)
+        BridleImageProcessor,
+        BridleVideoProcessor,
+        make_image_processor,
+    )
     from .modeling_bridle import (
         BridleBackbone,
         BridleForAudioClassification,
@@ -122,6 +127,9 @@ def load() -> None:
         # One class for both backends: a working torchvision changes nothing for it.
         backends = {"torchvision": BridleImageProcessor, "pil": BridleImageProcessor}
         AutoImageProcessor.register(BridleConfig, image_processor_classes=backends, exist_ok=True)
+        # A config has one class, whatever its modality; that of a tokenizer is free. Folders name theirs.
+        backends = {"torchvision": BridleVideoProcessor, "pil": BridleVideoProcessor}
+        AutoImageProcessor.register(BridleTokenizerConfig, image_processor_classes=backends, exist_ok=True)
         # Every pipeline also looks for a video processor, and would ask to run remote code where it knows of no entry.
         VIDEO_PROCESSOR_MAPPING.register(BridleConfig, {"torchvision": None}, exist_ok=True)
     globals().update({name: value for name, value in locals().items() if name in __all__})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
-from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
+from bridle_hf import BridleConfig, BridleFeatureExtractor, BridleVideoProcessor, make_image_processor
 from bridle_hf.common.arguments import check_name
 from bridle_hf.common.errors import one_line
 from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader
@@ -50,7 +50,7 @@ MODALITIES = {
         ),
         VideoLoader,
         lambda config: {"num_frames": config.num_frames},
-        AutoImageProcessor,
+        BridleVideoProcessor,  # of older folders, too, which name VideoMAE's
     ),
 }  # fmt: skip
 
