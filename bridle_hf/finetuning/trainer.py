@@ -229,7 +229,8 @@ class FinetuneTrainer(Trainer):
         return loss, scores, labels
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        if "attention_mask" in inputs:
+        # Labels of time steps are for all of them.
+        if "attention_mask" in inputs and inputs["labels"].dim() < 3:
             return self._predict_by_length(model, inputs, *args, **kwargs)
         if "views" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)

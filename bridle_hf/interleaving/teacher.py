@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bridle_hf import BridleConfig
 from bridle_hf.common.errors import one_line
 from bridle_hf.configuration_bridle import check_layers
 from bridle_hf.data.modalities import load_weights, read_config
+from bridle_hf.patching_bridle import patch_grid_of
 
 
 # Extractors of log-mel spectrograms that are ours but for mean and deviation.
@@ -63,12 +65,19 @@ class Teacher(nn.Module):
         """Features of every patch, standardised token by token: (batch, patches, hidden).
 
         Args:
-            inputs, attention_mask: of the run, as those of [`BridleModel`].
+            inputs, attention_mask: of the run, as those of [`BridleModel`]; recordings may be cut to fewer steps.
             layers: indices into the teacher's `hidden_states`, averaged; `None`: its output.
         """
+        tokens = self.tokens[: math.prod(patch_grid_of(inputs, self.config))]
+        if self.config.modality == "audio" and inputs.shape[1] < self.config.max_length:
+            # It knows full-length inputs; their first steps are a prefix of the patches.
+            missing = self.config.max_length - inputs.shape[1]
+            if attention_mask is None:
+                attention_mask = torch.ones(inputs.shape[:2], device=inputs.device)
+            inputs, attention_mask = F.pad(inputs, (0, 0, 0, missing)), F.pad(attention_mask, (0, missing))
         outputs = self._run(self._renormalized(inputs, attention_mask), attention_mask, layers is not None)
         states = [outputs.last_hidden_state] if layers is None else [outputs.hidden_states[layer] for layer in layers]
-        states = [state[:, self.tokens].float() for state in states]
+        states = [state[:, tokens].float() for state in states]
         return sum(F.layer_norm(state, state.shape[-1:]) for state in states) / len(states)
 
     def check_layers(self, layers: list[int] | None) -> None:

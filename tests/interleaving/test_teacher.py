@@ -111,6 +111,10 @@ def test_features_of_spectrograms(tiny_config, tmp_path):
     tokens = AutoModel.from_pretrained(tmp_path).eval()((log_mel + 4.0) / 9.0).last_hidden_state[:, 2:]
     wanted = standardized(tokens.unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2))
     torch.testing.assert_close(teacher(inputs, mask), wanted, atol=2e-5, rtol=0)
+    # Cut to the longest of a part of a batch, with and without a mask.
+    torch.testing.assert_close(teacher(inputs[1:, :64], mask[1:, :64]), wanted[1:, : 4 * 4], atol=2e-5, rtol=0)
+    alone = teacher(inputs[1:, :48].clone())
+    torch.testing.assert_close(alone, teacher(inputs[1:], (torch.arange(96) < 48)[None])[:, : 3 * 4])
 
 
 @torch.no_grad()
