@@ -53,7 +53,9 @@ def find_samples(
       `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see data/shards/entries.py;
     * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
       `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
-      it is not known. Without a column `split`, files in folders that are all named like splits are of these;
+      it is not known. With columns `onset` and `offset` (seconds), a row is an event (strong labels), and a recording
+      in which nothing sounds has a row without. Without a column `split`, files in folders that are all named like
+      splits are of these;
     * a folder that is laid out as one of the sets of data/layouts/table.py is downloaded, or that holds one: its own
       lists give labels, the order of the classes, splits, folds and groups;
     * list files (`.csv`, `.json`, `.txt` of paths and labels): one, a pattern of them, or a folder with one for each

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from bridle_hf.data.sample import Sample, Source
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+_EVENTS = "\0events"  # where a row holds those of a file: no column has this name
 _LIKE_LABEL = {
     "class", "classes", "classname", "class_name", "category", "categories", "target", "targets", "tag", "tags",
 }  # fmt: skip
@@ -66,13 +68,16 @@ def sample_of_row(
         return None if value is None else clean(value) or None
 
     label, labels, found = cell(columns.label), None, row.get(columns.label)
-    if columns.label == "labels" or isinstance(found, list | tuple):
+    events = row.get(_EVENTS)
+    if events is not None:
+        label, labels = None, tuple(sorted({name for _, _, name in events}))
+    elif columns.label == "labels" or isinstance(found, list | tuple):
         names = (found or "").split(";") if isinstance(found, str | None) else found
         names = names if isinstance(names, list | tuple) else [names]
         label, labels = None, tuple(name for name in map(clean, names) if name) or None
     split = cell("split")
     split = None if split is None else canonical_split(split)
-    return Sample(path, label, labels, split, cell("fold"), cell(columns.group), source, class_order)
+    return Sample(path, label, labels, split, cell("fold"), cell(columns.group), source, class_order, events)
 
 
 # --- metadata.csv, metadata.jsonl ---
@@ -95,6 +100,9 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
         place, found = os.path.dirname(table), list(dict.fromkeys(name for _, row in rows for name in row))
         own = columns.among(found, folder / table)
         splits = {} if "split" in found else _splits_by_folder(place, rows)
+        if {"onset", "offset"} <= set(found):
+            logger.info("%s: strong labels, by its columns onset and offset", folder / table)
+            rows = _with_events(folder / table, rows, own)
         for line, row in rows:
             where, name = f"{folder / table}, line {line}", row["file_name"]
             path = _path_of_name(folder / place, name)
@@ -113,6 +121,39 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
             f"{folder}: {used[0][0]} lists files, but {len(missing)} others, such as {missing[0]}, are in no table"
         )
     return sorted(samples, key=lambda sample: sample.path)
+
+
+def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
+    """Of a table with a row for each event (onset, offset, label), a row for each file, with its `events`.
+
+    Raises:
+        ValueError: times or labels that are none; rows of a file that differ in its other columns.
+    """
+    files: dict[str, tuple[int, dict[str, Any]]] = {}
+    events: dict[str, list[tuple[float, float, str]]] = {}
+    of_event = ("onset", "offset", columns.label)
+    for line, row in rows:
+        own = {name: value for name, value in row.items() if name not in of_event}
+        first, kept = files.setdefault(row["file_name"], (line, own))
+        if own != kept:
+            raise ValueError(f"{table}, line {line}: split, fold or group is not that of line {first}, the same file")
+        cells = [row.get(name) for name in of_event]
+        found = events.setdefault(row["file_name"], [])
+        if any(cell not in (None, "") for cell in cells):  # else nothing sounds in the recording
+            found.append(_event(f"{table}, line {line}", *cells))
+    return [(line, row | {_EVENTS: tuple(sorted(events[name]))}) for name, (line, row) in files.items()]
+
+
+def _event(where: str, onset: Any, offset: Any, label: Any) -> tuple[float, float, str]:
+    try:
+        onset, offset = float(onset), float(offset)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: onset {onset!r} and offset {offset!r} must be numbers, in seconds") from None
+    if not 0 <= onset < offset < math.inf:
+        raise ValueError(f"{where}: the event lasts from {onset} to {offset} s: expected 0 <= onset < offset")
+    if label is None or not clean(label):
+        raise ValueError(f"{where}: the event has no label")
+    return onset, offset, clean(label)
 
 
 def _path_of_name(folder: Path, name: str) -> str:

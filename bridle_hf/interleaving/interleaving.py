@@ -1,5 +1,6 @@
 """Interleaving: encoder and tokenizer trained in turns, what each phase of a schedule sets up and its steps do."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +26,15 @@ from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.interleaving.teacher import Teacher
+from bridle_hf.modeling_bridle import BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
-from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
+# What a tokenizer that the run did not train may have of its own.
+OF_FIRST_TOKENIZER = ("tokenizer_type", "teacher_hidden_size")
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
 
@@ -47,6 +52,10 @@ class Interleaving:
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
             given.
+        tokenizer_from: a tokenizer of the same sizes but for its `teacher_hidden_size`, whose codes are predicted
+            until a phase trains a fresh one; a random projection if not given.
+        teacher: of the phases before the first that trains an encoder; from then on, and if it is not given, that is
+            the encoder.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -68,6 +77,8 @@ class Interleaving:
         shard: bool = False,
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
+        tokenizer_from: BridleTokenizerModel | None = None,
+        teacher: Teacher | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -77,9 +88,14 @@ class Interleaving:
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
         self.encoder_from = encoder_from
+        self.teacher = None if teacher is None else teacher.to(accelerator.device)
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
+        if tokenizer_from is not None:
+            config = first_tokenizer_config(tokenizer_config, tokenizer_from.config)
+            self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+            start_from(self.tokenizer, tokenizer_from)
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -94,6 +110,7 @@ class Interleaving:
         """
         phase = self.schedule.phases[number]
         fresh = phase.start == "fresh"
+        self._dismiss_teacher(number)
         self.seed_step(self.schedule.starts[number])
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
@@ -101,7 +118,7 @@ class Interleaving:
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
         if phase.trains_tokenizer and (fresh or not self._is_distilled()):
-            self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
+            self.tokenizer = self._build(BridleTokenizerModel, self._new_tokenizer_config(), phase=number)
             self._initialize_codebooks(peek())
         if phase.trains_tokenizer and self.tokenizer_config.center_teacher:
             self.teacher_mean = self._measure_teacher_mean(peek())
@@ -125,6 +142,17 @@ class Interleaving:
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
         if phase.trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def _dismiss_teacher(self, number: int) -> None:
+        """Free the memory of a given teacher from the first phase on that trains an encoder."""
+        if number >= self.schedule.before_encoder:
+            self.teacher = None
+
+    def _new_tokenizer_config(self) -> BridleTokenizerConfig:
+        """That of a fresh tokenizer, as wide at its end as its teacher."""
+        if self.teacher is None:
+            return self.tokenizer_config
+        return taught_tokenizer_config(self.tokenizer_config, self.teacher)
 
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
@@ -290,12 +318,16 @@ class Interleaving:
         return tokenizer.encode(inputs, attention_mask, soft=True)
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        encoder = self.unwrapped_encoder.bridle.eval()
-        teacher = teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+        teacher = self.teach(self.unwrapped_encoder)(inputs, attention_mask, self.tokenizer_config.teacher_layers)
         if self.teacher_mean is None:
             return teacher
         # Row-major order: fewer steps along the first axis are a prefix.
         return teacher - self.teacher_mean[: teacher.shape[1]].to(teacher)
+
+    def teach(self, encoder: BridleForPreTraining) -> Callable[..., torch.Tensor]:
+        """What makes the features that the tokenizer learns, of inputs, attention mask and layers: a given teacher, or
+        `encoder`."""
+        return self.teacher or functools.partial(teacher_features, encoder.bridle.eval())
 
     def _measure_teacher_mean(self, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
         """(patches, hidden) float64: the teacher's mean at each position over the batches that the phase begins with.
@@ -303,7 +335,7 @@ class Interleaving:
         The same for any number of processes and micro batches.
         """
         self.teacher_mean, self.encoder = None, self.whole_models()[0]
-        shape = math.prod(self.encoder_config.patch_grid), self.encoder_config.hidden_size
+        shape = math.prod(self.encoder_config.patch_grid), self.unwrapped_tokenizer.config.teacher_hidden_size
         total = torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
         count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
         for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
@@ -390,7 +422,7 @@ class Interleaving:
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
             "target": self.unwrapped_encoder.config.target,
-            "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
+            **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -398,8 +430,8 @@ class Interleaving:
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
-        distilled = state["tokenizer_type"] == "self_distilled"
-        config = self.tokenizer_config if distilled else self.random_projection_config()
+        fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
+        config = BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
@@ -410,6 +442,7 @@ class Interleaving:
         self.tokenizer.load_state_dict(weights)
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:
+            self._dismiss_teacher(self.schedule.phase_number(step))
             self.prepare(self.schedule.phase_number(step))
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
@@ -418,15 +451,25 @@ class Interleaving:
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
 
-def start_from(encoder: BridleModel, source: BridleModel) -> None:
-    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid: cut where it
-    has fewer steps of time, else interpolated."""
-    weights, table, grid = source.state_dict(), "embeddings.positions.table", encoder.config.patch_grid
-    if table in weights:
-        own = source.config.patch_grid
-        cut = encoder.config.modality == "audio" and grid[1:] == own[1:] and grid[0] <= own[0]
-        weights[table] = source.embeddings.positions(grid, interpolate=not cut)[0]
-    encoder.load_state_dict(weights)
+def first_tokenizer_config(config: BridleTokenizerConfig, given: BridleTokenizerConfig) -> BridleTokenizerConfig:
+    """That of a `given` tokenizer on the grid of the run, whose own tokenizers are of `config`."""
+    return BridleTokenizerConfig.from_dict(
+        config.to_dict() | {name: getattr(given, name) for name in OF_FIRST_TOKENIZER}
+    )
+
+
+def taught_tokenizer_config(config: BridleTokenizerConfig, teacher: Teacher) -> BridleTokenizerConfig:
+    """That of a tokenizer which estimates the features of a given teacher."""
+    return BridleTokenizerConfig.from_dict(config.to_dict() | {"teacher_hidden_size": teacher.hidden_size})
+
+
+def start_from(model: BridlePreTrainedModel, source: BridlePreTrainedModel) -> None:
+    """Give `model` the weights of one of the same sizes; tables of positions go to its grid."""
+    weights = source.state_dict()
+    for name, positions in source.named_modules():
+        if isinstance(positions, BridlePositions) and positions.stored:
+            weights[f"{name}.table"] = positions(model.config.patch_grid, interpolate=True)[0]
+    model.load_state_dict(weights)
 
 
 def _mix(*numbers: int) -> int:

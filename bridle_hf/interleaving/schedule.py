@@ -124,6 +124,11 @@ class Schedule:
             raise ValueError(f"step {step} lies outside of the schedule's {self.total_steps} steps")
         return max(number for number, start in enumerate(self.starts) if start <= step)
 
+    @property
+    def before_encoder(self) -> int:
+        """How many phases come before the first that trains an encoder: a given teacher teaches in these."""
+        return next((number for number, phase in enumerate(self.phases) if phase.trains_encoder), len(self.phases))
+
     def iteration(self, number: int) -> int:
         """How many tokenizers have been distilled up to and with phase `number`."""
         return sum(phase.trains_tokenizer for phase in self.phases[: number + 1])

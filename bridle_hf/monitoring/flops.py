@@ -163,6 +163,9 @@ class ScheduleFlops:
 
     Args:
         masks, masks_per_sample: as in a recipe.
+        first_tokenizer: that of the phases before one trains another; the random projection if not given.
+        teacher_flops: of one sample, by a teacher of the phases before the first that trains an encoder, which
+            `first_tokenizer` then learns from; that is the encoder if not given.
     """
 
     def __init__(
@@ -172,8 +175,11 @@ class ScheduleFlops:
         tokenizer: BridleTokenizerConfig,
         masks: dict[str, float],
         masks_per_sample: int = 1,
+        first_tokenizer: BridleTokenizerConfig | None = None,
+        teacher_flops: int | None = None,
     ):
-        self.masks_per_sample = masks_per_sample
+        self.masks_per_sample, self.first_tokenizer = masks_per_sample, first_tokenizer
+        self.teacher_flops = teacher_flops
         self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), num_visible_patches(encoder, masks)
         self.patches = math.prod(encoder.patch_grid)
         self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
@@ -184,8 +190,12 @@ class ScheduleFlops:
 
     def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:
         """[`sample_flops`] of a step of phase `number` that trains `sides`."""
-        distilled = self.schedule.iteration(number) > 0
-        return sample_flops(*self.configs, sides, self.visible, distilled, self.masks_per_sample)
+        (encoder, tokenizer), distilled = self.configs, self.schedule.iteration(number) > 0
+        taught = self.teacher_flops is not None and number < self.schedule.before_encoder
+        if self.first_tokenizer is not None and (taught or not distilled):
+            tokenizer, distilled = self.first_tokenizer, self.first_tokenizer.tokenizer_type == "self_distilled"
+        parts = sample_flops(encoder, tokenizer, sides, self.visible, distilled, self.masks_per_sample)
+        return parts | {"teacher": self.teacher_flops} if taught else parts
 
     def of_step(self, step: int) -> int:
         """FLOPs of one sample at optimizer step `step` (from 0)."""

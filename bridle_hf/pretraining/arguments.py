@@ -40,6 +40,12 @@ class PretrainArguments:
             "help": "folder or Hub id of an encoder: a fresh encoder has its sizes, and starts from its weights"
         },
     )
+    tokenizer_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or Hub id of a tokenizer: its codes are predicted until a phase trains a fresh tokenizer"
+        },
+    )
     processor: YamlMapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}

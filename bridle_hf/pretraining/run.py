@@ -44,7 +44,7 @@ from bridle_hf.monitoring.report import write_report
 from bridle_hf.monitoring.trackers import start_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import save_checkpoint
-from bridle_hf.pretraining.configs import make_configs
+from bridle_hf.pretraining.configs import load_teacher, make_configs, make_first_tokenizer_config
 from bridle_hf.pretraining.evaluation import (
     check_probes,
     draw_example,
@@ -88,12 +88,21 @@ class Run:
         if args.encoder_from:
             self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
         self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
+        self.tokenizer_from = None
+        if args.tokenizer_from:
+            self.tokenizer_from = load_weights(BridleTokenizerModel, args.tokenizer_from, dtype=torch.float32)
         self.processor = make_processor(self.encoder_config, self._processor_fields())
+        teacher = load_teacher(args, self.encoder_config, self.processor)
+        self.first_tokenizer = make_first_tokenizer_config(args, self.schedule, self.tokenizer_config, teacher)
+        # Not the teacher itself: its memory is freed when it has taught.
+        self.teacher = {} if teacher is None else {"name": teacher.name, "model_type": teacher.model_type}
+        self.teacher_flops = None if teacher is None else teacher.flops
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self.lock = None
-        inputs = {"data": args.data, "encoder_from": args.encoder_from}
+        inputs = {name: getattr(args, name) for name in ("data", "encoder_from", "tokenizer_from")}
+        inputs["tokenizer.teacher"] = args.tokenizer.get("teacher")
         if accelerator.is_main_process:
             self.lock = prepare(self.out, PRETRAINING, inputs, args.resume, args.overwrite)
         self.rank_0.wait()
@@ -119,6 +128,8 @@ class Run:
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
             bucket_by_length=args.bucket_by_length,
+            tokenizer_from=self.tokenizer_from,
+            teacher=teacher,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)
@@ -140,15 +151,34 @@ class Run:
         return kept
 
     def _processor_fields(self) -> dict[str, Any]:
-        """Those of the recipe; statistics that it does not name are what the encoder to start from has seen."""
-        if not self.args.encoder_from:
-            return self.args.processor
-        known = load_processor(self.args.encoder_from, self.encoder_config)
+        """Those of the recipe; statistics that it does not name are what the models to start from have seen.
+
+        Raises:
+            ValueError: the tokenizer to start from would see inputs of other statistics.
+        """
+        args, fields = self.args, dict(self.args.processor)
+        if args.encoder_from:
+            fields = {**self._statistics(args.encoder_from), **fields}
+        if args.tokenizer_from:
+            for name, value in self._statistics(args.tokenizer_from).items():
+                if fields.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"processor.{name} is {fields[name]}, but the codes of --tokenizer_from are those of inputs "
+                        f"with {value}: give --processor.{name} {value}"
+                    )
+            if args.measure_normalization:
+                raise ValueError(
+                    "--tokenizer_from: its codes are those of inputs with its own statistics: give "
+                    "--measure_normalization false"
+                )
+        return fields
+
+    def _statistics(self, model: str) -> dict[str, Any]:
+        """Fields of a processor: what the inputs of a saved model were normalised with."""
+        known = load_processor(model, self.encoder_config)
         if self.args.modality == "audio":
-            own = {"mean": known.mean, "std": known.std}
-        else:
-            own = {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
-        return {**own, **self.args.processor}
+            return {"mean": known.mean, "std": known.std}
+        return {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
 
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
@@ -201,7 +231,7 @@ class Run:
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
         configs = self.encoder_config, self.tokenizer_config
-        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample)
+        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample, self.first_tokenizer)
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
             self._write_run_json()  # first: it says whose folder it is
@@ -334,7 +364,7 @@ class Run:
         examples = spread(self.samples, EVALUATED_CLIPS)
         found = iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers)
         batches = ({**batch, "files": [examples[index].path for index in indices]} for indices, batch in found)
-        return evaluate_tokenizer(tokenizer, encoder, batches)
+        return evaluate_tokenizer(tokenizer, self.interleaving.teach(encoder), batches)
 
     def _probe(self, done: int) -> None:
         """Probe the encoder, on labels if there are any; rank 0 does it."""
@@ -387,9 +417,11 @@ class Run:
 
     def _write_run_json(self) -> None:
         args = self.args
-        changes = {"data_changes": self.data_changes} if self.data_changes else {}
+        more = {"data_changes": self.data_changes} if self.data_changes else {}
+        if self.teacher:
+            more["teacher"] = self.teacher
         write_json(self.out / "run.json", run_record(
             PRETRAINING, plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
             phases=self.schedule.describe(), processes=self.accelerator.num_processes, peak=self.peak,
-            seconds=round(self.seconds, 1), **changes,
+            seconds=round(self.seconds, 1), **more,
         ))  # fmt: skip

@@ -397,11 +397,11 @@ def test_one_recording_is_too_few(tmp_path, quick):
 
 
 def test_features_that_are_not_finite_end_the_phase_and_name_the_files(data, tmp_path, quick, monkeypatch):
-    import bridle_hf.pretraining.evaluation as evaluation
+    from bridle_hf.interleaving.interleaving import Interleaving
 
-    features = evaluation.teacher_features
-    monkeypatch.setattr(evaluation, "teacher_features", lambda *args: features(*args) / torch.zeros(1))
-    with pytest.raises(NonFiniteError, match=r"the encoder's features are not finite for .*wav"):
+    teach = Interleaving.teach
+    monkeypatch.setattr(Interleaving, "teach", lambda *models: lambda *args: teach(*models)(*args) / torch.zeros(1))
+    with pytest.raises(NonFiniteError, match=r"the teacher's features are not finite for .*wav"):
         pretrain(write_recipe(tmp_path / "recipe.yaml"), data, tmp_path / "out")
 
 
