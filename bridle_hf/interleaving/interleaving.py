@@ -23,6 +23,7 @@ from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
+from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
 from bridle_hf.modeling_bridle_tokenizer import target_patches
@@ -83,6 +84,7 @@ class Interleaving:
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.plateau: Plateau | None = None
 
     # --- Phases ---
 
@@ -117,6 +119,7 @@ class Interleaving:
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
+        self.plateau = Plateau(self.accelerator, self.schedule, number) if phase.until else None
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
@@ -237,6 +240,13 @@ class Interleaving:
             self.seed_step(step)
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
         return sums | norms
+
+    def is_over(self, step: int, metrics: dict[str, torch.Tensor]) -> bool:
+        """Whether the phase ends with step `step`, which gave `metrics`; by evidence, the schedule then has it so."""
+        number = self.schedule.phase_number(step)
+        if self.plateau is not None and self.plateau.update(step + 1, metrics):
+            self.schedule.end_phase(number, step + 1)
+        return step + 1 == self.schedule.starts[number] + self.schedule.lengths[number]
 
     def _losses(
         self,
@@ -392,12 +402,15 @@ class Interleaving:
             "target": self.unwrapped_encoder.config.target,
             "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
+            "lengths": list(self.schedule.lengths),
+            "plateau": self.plateau and self.plateau.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
+        self.schedule.lengths = list(state.get("lengths", self.schedule.lengths))
         distilled = state["tokenizer_type"] == "self_distilled"
         config = self.tokenizer_config if distilled else self.random_projection_config()
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
@@ -413,6 +426,8 @@ class Interleaving:
             self.prepare(self.schedule.phase_number(step))
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
+            if self.plateau is not None:
+                self.plateau.load_state_dict(state["plateau"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]

@@ -115,6 +115,7 @@ class Monitor:
         row |= means | {f"{side}/lr": rate for side, rate in rates.items() if side in sides}
         if self.log is not None:
             self.log.write(row)
+            self.bar.total = self.flops.schedule.total_steps  # fewer, where a phase has ended early
             self.bar.set_description(f"{position['kind']} {position['iteration']}", refresh=False)
             self.bar.set_postfix_str(_shown(row, self.seconds_left()), refresh=False)
         if self.accelerator.trackers:

@@ -56,6 +56,11 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         raise ValueError(
             "tokenizer.center_teacher is for phases that train the tokenizer alone, not alternate or joint"
         )
+    for number, phase in enumerate(args.phases):
+        if phase.get("until") and (phase.get("target") or encoder.target) != "codes":
+            raise ValueError(
+                f"phases[{number}]: until is for phases with target: codes; encoder.target is {encoder.target}"
+            )
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer

@@ -222,18 +222,17 @@ class Run:
         batches, done = self.batches(self.first_step), self.first_step
         started = time.monotonic()
         stops = stop.is_made(self.accelerator)
-        for step in range(self.first_step, schedule.total_steps):
-            if stops:
-                break
-            number = schedule.phase_number(step)
+        while done < schedule.total_steps and not stops:
+            step, number = done, schedule.phase_number(done)
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             asked = time.monotonic()
             batch = self._next(batches, done)
             waited = time.monotonic() - asked
-            self.monitor.update(self._step(step, batch), asked, waited)
+            metrics = self._step(step, batch)
+            self.monitor.update(metrics, asked, waited)
             done = step + 1
-            ends = done == schedule.starts[number] + schedule.lengths[number]
+            ends = self.interleaving.is_over(step, metrics)
             stops = stop.is_made(self.accelerator)
             saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
             if saves or done % args.log_every == 0:
@@ -322,7 +321,9 @@ class Run:
         if self.accelerator.is_main_process:
             position = self._position(number)
             name = f"phase {number} ({position['kind']} {position['iteration']})"
-            self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
+            lengths = {"steps": self.schedule.lengths[number], "full_steps": self.schedule.full_lengths[number]}
+            evaluated = {"tokenizer": self._evaluate(*models)}
+            self.monitor.event({"event": "phase_end", "step": done, **position, **lengths, **evaluated})
             loaded = self.dataset[self.schedule.starts[number]]
             draw_example(*models, self.processor, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)

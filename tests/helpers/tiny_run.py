@@ -58,6 +58,14 @@ PHASES = {
 }
 # Several masks of a sample, of which a cross decoder decodes a share.
 VIEWS = {"masks_per_sample": 4, "encoder": {"decoder_type": "cross", "decoded_ratio": 0.5}}
+# Encoder phases that evidence ends after two windows: 6 of their 10 steps.
+SHORTCUTS = {
+    "phases": [
+        {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
+        {"train": "tokenizer", "steps": 6, "learning_rate": 1e-3},
+        {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
+    ],
+}
 
 
 def write_recordings(folder: Path, count: int = 24, labels: bool = False) -> str:
