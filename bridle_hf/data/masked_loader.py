@@ -1,5 +1,6 @@
 """Masked samples: a loader that draws a mask with each sample."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -24,13 +25,22 @@ class MaskedLoader:
         config: `BridleConfig` of the encoder; gives patches and `mask_ratio`.
         masks: weight by kind of mask, such as {"random": 1, "mel_band": 3}; empty: the config's `mask_type` alone.
         masks_per_sample: masks drawn for each sample, one after the other.
+        fingerprint: add `fingerprint` (), int64: a hash of what `load` gave, by which one sees that a crop repeats.
 
     Raises:
         ValueError: a kind of mask that is unknown or does not fit the grid, or weights that are not.
     """
 
-    def __init__(self, load: Load, config: BridleConfig, masks: dict[str, float], masks_per_sample: int = 1):
+    def __init__(
+        self,
+        load: Load,
+        config: BridleConfig,
+        masks: dict[str, float],
+        masks_per_sample: int = 1,
+        fingerprint: bool = False,
+    ):
         self.load, self.config, self.masks_per_sample = load, config, masks_per_sample
+        self.fingerprint = fingerprint
         masks = masks or {config.mask_type: 1.0}
         for kind, weight in masks.items():
             make_mask(kind, config.patch_grid, config.mask_ratio)
@@ -43,6 +53,8 @@ class MaskedLoader:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         loaded = self.load(sample, rng)
+        if self.fingerprint:
+            loaded = {**loaded, "fingerprint": _fingerprint(loaded)}
         values = loaded[INPUT_NAMES[self.config.modality]][None]
         grid = patch_grid_of(values, self.config)
         steps = grid[0]
@@ -63,3 +75,10 @@ class MaskedLoader:
             return {"bool_masked_pos": mask}
         decoded = draw_share(mask[None], self.config.decoded_ratio, generator)[0]
         return {"bool_masked_pos": mask, "bool_decoded_pos": decoded}
+
+
+def _fingerprint(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    hashes = hashlib.blake2b(digest_size=8)
+    for name in sorted(tensors):
+        hashes.update(tensors[name].contiguous().numpy())
+    return torch.tensor(int.from_bytes(hashes.digest(), "little", signed=True))

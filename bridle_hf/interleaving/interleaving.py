@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from bridle_hf import (
     teacher_features,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+from bridle_hf.interleaving.code_cache import CodeCache
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
@@ -48,6 +50,8 @@ class Interleaving:
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
             given.
+        code_cache: folder of a [`CodeCache`], which phases with a frozen tokenizer take codes from; its batches have
+            the samples' `fingerprint`.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -69,6 +73,7 @@ class Interleaving:
         shard: bool = False,
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
+        code_cache: Path | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -78,6 +83,7 @@ class Interleaving:
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
         self.encoder_from = encoder_from
+        self.code_cache_folder, self.code_cache = code_cache, None
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
@@ -120,6 +126,7 @@ class Interleaving:
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
         self.plateau = Plateau(self.accelerator, self.schedule, number) if phase.until else None
+        self.code_cache = self._open_code_cache() if phase.train == "encoder" else None
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
@@ -128,6 +135,11 @@ class Interleaving:
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
         if phase.trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def _open_code_cache(self) -> CodeCache | None:
+        if self.code_cache_folder is None or self.encoder.config.target != "codes":
+            return None
+        return CodeCache(self.code_cache_folder, self.tokenizer, self.accelerator.mixed_precision)
 
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
@@ -225,7 +237,7 @@ class Interleaving:
             self.seed_step(step)
             self._place(sides, batch, part)
             with self.sharding.synchronized(trained, last=part is parts[-1]):
-                loss, metrics = self._losses(step, part, weight, sides, statistics)
+                loss, metrics = self._losses(step, batch, part, weight, sides, statistics)
                 self.accelerator.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
@@ -251,6 +263,7 @@ class Interleaving:
     def _losses(
         self,
         step: int,
+        batch: dict[str, Any],
         part: MicroBatch,
         weights: torch.Tensor,
         sides: tuple[bool, bool],
@@ -264,13 +277,15 @@ class Interleaving:
             # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
             teacher = self._teacher(inputs, attention_mask) if sides[1] else None
             if sides[0]:
-                labels = self._labels(inputs, attention_mask)
+                labels, cached = self._labels(batch, part)
                 self.encoder.train()
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
                 numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
                 output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
                 loss = loss + output.loss * weights[0]
                 metrics |= {"encoder/loss": output.loss * weights[0]}
+                if cached is not None:
+                    metrics |= {"codes/cached": torch.tensor(cached, device=inputs.device)}
                 if output.accuracy is not None:
                     metrics |= {"encoder/accuracy": output.accuracy * weights[0]}
                     counts = self._count(labels, part)
@@ -290,14 +305,27 @@ class Interleaving:
         return loss, metrics if counts is None else metrics | {"counts": counts}
 
     @torch.no_grad()
-    def _labels(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the encoder is to predict of each patch."""
+    def _labels(self, batch: dict[str, Any], part: MicroBatch) -> tuple[torch.Tensor, float | None]:
+        """What the encoder is to predict of each patch; with a code cache, also the share of the batch's samples that
+        are of this part and whose codes were in it."""
+        inputs, attention_mask = part.inputs, part.attention_mask
         tokenizer, target = self.unwrapped_tokenizer, self.unwrapped_encoder.config.target
         if target == "patches":
-            return target_patches(inputs, attention_mask, self.tokenizer_config)
+            return target_patches(inputs, attention_mask, self.tokenizer_config), None
         if target == "features":
-            return tokenizer.eval().latents(inputs, attention_mask)
-        return tokenizer.encode(inputs, attention_mask, soft=True)
+            return tokenizer.eval().latents(inputs, attention_mask), None
+        if self.code_cache is None:
+            return tokenizer.encode(inputs, attention_mask, soft=True), None
+        indices, fingerprints = (batch[name][part.samples].tolist() for name in ("index", "fingerprint"))
+        codes = self.code_cache.read(indices, fingerprints)
+        if codes is not None:
+            # Of a part that is cut, the grid's first patches.
+            codes = codes[:, : part.bool_masked_pos.shape[-1]]
+            return codes.to(inputs.device, non_blocking=True), len(indices) / len(batch["index"])
+        # One that is missing: all are made, so that the tokenizer sees the same batches as without a cache.
+        codes = tokenizer.encode(inputs, attention_mask, soft=True)
+        self.code_cache.write(indices, fingerprints, codes)
+        return codes, 0.0
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         encoder = self.unwrapped_encoder.bridle.eval()

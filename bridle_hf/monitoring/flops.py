@@ -187,6 +187,10 @@ class ScheduleFlops:
         distilled = self.schedule.iteration(number) > 0
         return sample_flops(*self.configs, sides, self.visible, distilled, self.masks_per_sample)
 
+    def codes(self, number: int) -> int:
+        """FLOPs that a sample of phase `number`, which trains an encoder, does not take if its codes are cached."""
+        return self.parts(number, (True, False))["codes"]
+
     def of_step(self, step: int) -> int:
         """FLOPs of one sample at optimizer step `step` (from 0)."""
         return sum(self.parts(self.schedule.phase_number(step), self.schedule.sides(step)).values())

@@ -53,6 +53,10 @@ class PretrainArguments:
     masks_per_sample: int = field(
         default=1, metadata={"help": "masks of each sample that is read and tokenized, each a row of the encoder"}
     )
+    code_cache: bool = field(
+        default=False,
+        metadata={"help": "keep a frozen tokenizer's codes in OUT/codes, and take them from there where crops repeat"},
+    )
     compile: bool = field(
         default=False, metadata={"help": "compile the layers: minutes at the start of each phase, then faster steps"}
     )
@@ -132,6 +136,8 @@ class PretrainArguments:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.code_cache and self.augment:
+            raise ValueError("--code_cache is for crops that repeat: with --augment none does; leave one of them out")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
 

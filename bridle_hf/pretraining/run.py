@@ -118,6 +118,7 @@ class Run:
             compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
+            code_cache=self.out / "codes" if args.code_cache else None,
             bucket_by_length=args.bucket_by_length,
         )
         self.seconds = 0.0
@@ -162,7 +163,9 @@ class Run:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         return DrawDataset(
-            self.samples, MaskedLoader(self.load, config, args.masks, args.masks_per_sample), seed=args.seed
+            self.samples,
+            MaskedLoader(self.load, config, args.masks, args.masks_per_sample, args.code_cache),
+            seed=args.seed,
         )
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:

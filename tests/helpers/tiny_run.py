@@ -58,8 +58,10 @@ PHASES = {
 }
 # Several masks of a sample, of which a cross decoder decodes a share.
 VIEWS = {"masks_per_sample": 4, "encoder": {"decoder_type": "cross", "decoded_ratio": 0.5}}
-# Encoder phases that evidence ends after two windows: 6 of their 10 steps.
+# Encoder phases that evidence ends after two windows: 6 of their 10 steps; codes are read anew in the second epoch.
 SHORTCUTS = {
+    "augment": False,
+    "code_cache": True,
     "phases": [
         {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
         {"train": "tokenizer", "steps": 6, "learning_rate": 1e-3},
@@ -128,7 +130,7 @@ def weights(out: Path) -> dict:
 
 
 def rows(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the memory."""
-    clocks = ("time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
+    """metrics.jsonl without what depends on the clock, the memory, and on what was cached before a kill."""
+    clocks = ("codes/cached", "time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]

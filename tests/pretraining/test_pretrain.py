@@ -176,6 +176,38 @@ def test_phases_end_by_evidence(data, tmp_path, quick):
         assert "phases[0]: until is for phases with target: codes; encoder.target" in message
 
 
+def test_codes_from_the_cache_are_those_without_it(data, tmp_path, quick):
+    """Where clips are no longer than the input; of those that are cropped, codes are made each time."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, log_every=1)
+    options = ("--micro_batch_size", "1", "--bucket_by_length", "false")
+    for name in ("on", "off"):
+        pretrain(recipe, data, tmp_path / name, *options, "--code_cache", str(name == "on"))
+    ours, theirs = weights(tmp_path / "on"), weights(tmp_path / "off")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rows(tmp_path / "on") == rows(tmp_path / "off")
+    assert not (tmp_path / "off" / "codes").exists()
+    (codes,) = (tmp_path / "on" / "codes").iterdir()
+    assert codes.stat().st_size <= 24 * (12 + 24 * 2)
+    lines = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    cached = {line["step"]: line["codes/cached"] for line in lines if "codes/cached" in line}
+    samples = [soundfile.info(path).frames for path in Path(data).glob("*.wav")]
+    whole = sum(1 + (count - 400) // 160 <= 48 for count in samples)
+    # Three steps make an epoch, and every clip comes once in it; each of the two phases has a tokenizer of its own.
+    assert list(cached) == [*range(1, 7), *range(13, 19)]
+    for first in (1, 13):
+        assert not any(cached[step] for step in range(first, first + 3))
+        assert sum(8 * cached[step] for step in range(first + 3, first + 6)) == whole
+    pretrain(recipe, data, tmp_path / "on", "--overwrite", *options, "--code_cache", "false", "--phases.0.steps", "1")
+    assert not list((tmp_path / "on").glob("codes/*"))
+
+
+def test_a_code_cache_that_could_do_nothing_is_refused(data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS)
+    assert "with --augment none does" in refusal(recipe, data, tmp_path / "out", "--augment", "true")
+    joint = write_recipe(tmp_path / "joint.yaml", "joint", augment=False)
+    assert "there is none" in refusal(joint, data, tmp_path / "out", "--code_cache", "true")
+
+
 def test_regressions_run(data, tmp_path, quick):
     """The controls of the codes, as targets of the same run; they draw, log and report no codes."""
     phases = [{"train": "encoder", "steps": 2, "target": target} for target in ("patches", "features")]
