@@ -26,6 +26,8 @@ class MaskedLoader:
         masks: weight by kind of mask, such as {"random": 1, "mel_band": 3}; empty: the config's `mask_type` alone.
         masks_per_sample: masks drawn for each sample, one after the other.
         fingerprint: add `fingerprint` (), int64: a hash of what `load` gave, by which one sees that a crop repeats.
+        patch_dropout: add `bool_dropped_pos` (patches,): this share of the real patches, which the training of a
+            tokenizer leaves out. It is drawn after the masks, which are those without it.
 
     Raises:
         ValueError: a kind of mask that is unknown or does not fit the grid, or weights that are not.
@@ -38,9 +40,10 @@ class MaskedLoader:
         masks: dict[str, float],
         masks_per_sample: int = 1,
         fingerprint: bool = False,
+        patch_dropout: float = 0.0,
     ):
         self.load, self.config, self.masks_per_sample = load, config, masks_per_sample
-        self.fingerprint = fingerprint
+        self.fingerprint, self.patch_dropout = fingerprint, patch_dropout
         masks = masks or {config.mask_type: 1.0}
         for kind, weight in masks.items():
             make_mask(kind, config.patch_grid, config.mask_ratio)
@@ -63,8 +66,17 @@ class MaskedLoader:
             steps = int(real.sum()) // math.prod(grid[1:])
         drawn = [self._draw(steps, grid, rng) for _ in range(self.masks_per_sample)]
         if self.masks_per_sample == 1:
-            return {**loaded, **drawn[0]}
-        return {**loaded, **{name: torch.stack([masks[name] for masks in drawn]) for name in drawn[0]}}
+            masks = drawn[0]
+        else:
+            masks = {name: torch.stack([masks[name] for masks in drawn]) for name in drawn[0]}
+        if self.patch_dropout:
+            masks["bool_dropped_pos"] = self._draw_dropped(steps, grid, rng)
+        return {**loaded, **masks}
+
+    def _draw_dropped(self, steps: int, grid: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        real = torch.arange(math.prod(grid)) < steps * math.prod(grid[1:])
+        return real & ~draw_share(real[None], 1 - self.patch_dropout, generator)[0]
 
     def _draw(self, steps: int, grid: tuple[int, ...], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """A mask over the first `steps` of the grid, and what of it is decoded."""

@@ -28,8 +28,9 @@ from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, samp
 from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.masking_bridle import visible_patches
 from bridle_hf.modeling_bridle_tokenizer import target_patches
-from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.patching_bridle import INPUT_NAMES, mask_rows
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
@@ -250,7 +251,9 @@ class Interleaving:
             return {}
         if statistics:
             self.seed_step(step)
-            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(
+                statistics, sample_order(parts, kept=True)
+            )
         return sums | norms
 
     def is_over(self, step: int, metrics: dict[str, torch.Tensor]) -> bool:
@@ -275,7 +278,7 @@ class Interleaving:
         phase = self.schedule.phases[self.schedule.phase_number(step)]
         with self.accelerator.autocast():
             # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
-            teacher = self._teacher(inputs, attention_mask) if sides[1] else None
+            teacher = self._teacher(part, **part.dropout) if sides[1] else None
             if sides[0]:
                 labels, cached = self._labels(batch, part)
                 self.encoder.train()
@@ -291,7 +294,7 @@ class Interleaving:
                     counts = self._count(labels, part)
             if sides[1]:
                 self.tokenizer.train()
-                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
+                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher, **part.dropout)
                 weight = phase.tokenizer_loss_weight if phase.train == "joint" else 1.0
                 loss = loss + output.loss * weights[1] * weight
                 metrics |= {
@@ -327,13 +330,18 @@ class Interleaving:
         self.code_cache.write(indices, fingerprints, codes)
         return codes, 0.0
 
-    def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        encoder = self.unwrapped_encoder.bridle.eval()
-        teacher = teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+    def _teacher(self, part: MicroBatch, **dropout: Any) -> torch.Tensor:
+        """(samples, patches, hidden); with [`MicroBatch.dropout`], of the patches that are kept."""
+        encoder, layers = self.unwrapped_encoder.bridle.eval(), self.tokenizer_config.teacher_layers
+        teacher = teacher_features(encoder, part.inputs, part.attention_mask, layers, **dropout)
         if self.teacher_mean is None:
             return teacher
         # Row-major order: fewer steps along the first axis are a prefix.
-        return teacher - self.teacher_mean[: teacher.shape[1]].to(teacher)
+        patches = slice(0, teacher.shape[1])
+        if dropout:
+            kept = mask_rows(~part.bool_dropped_pos, part.real(self.encoder_config))
+            patches, _ = visible_patches(kept, dropout["num_visible"])
+        return teacher - self.teacher_mean[patches].to(teacher)
 
     def _measure_teacher_mean(self, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
         """(patches, hidden) float64: the teacher's mean at each position over the batches that the phase begins with.
@@ -346,7 +354,7 @@ class Interleaving:
         count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
         for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
             for part in self._micro_batches(batch):
-                teacher, real = self._teacher(part.inputs, part.attention_mask), part.real(self.encoder_config)
+                teacher, real = self._teacher(part), part.real(self.encoder_config)
                 weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
                 patches = teacher.shape[1]
                 total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)

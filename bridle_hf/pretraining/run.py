@@ -164,7 +164,9 @@ class Run:
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         return DrawDataset(
             self.samples,
-            MaskedLoader(self.load, config, args.masks, args.masks_per_sample, args.code_cache),
+            MaskedLoader(
+                self.load, config, args.masks, args.masks_per_sample, args.code_cache, args.tokenizer_patch_dropout
+            ),
             seed=args.seed,
         )
 
@@ -204,7 +206,9 @@ class Run:
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
         configs = self.encoder_config, self.tokenizer_config
-        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample)
+        self.flops = ScheduleFlops(
+            self.schedule, *configs, args.masks, args.masks_per_sample, args.tokenizer_patch_dropout
+        )
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
             self._write_run_json()  # first: it says whose folder it is

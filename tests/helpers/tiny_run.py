@@ -58,10 +58,12 @@ PHASES = {
 }
 # Several masks of a sample, of which a cross decoder decodes a share.
 VIEWS = {"masks_per_sample": 4, "encoder": {"decoder_type": "cross", "decoded_ratio": 0.5}}
-# Encoder phases that evidence ends after two windows: 6 of their 10 steps; codes are read anew in the second epoch.
+# Encoder phases that evidence ends after two windows: 6 of their 10 steps; codes are kept,
+# patches of the tokenizer dropped.
 SHORTCUTS = {
     "augment": False,
     "code_cache": True,
+    "tokenizer_patch_dropout": 0.5,
     "phases": [
         {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
         {"train": "tokenizer", "steps": 6, "learning_rate": 1e-3},
