@@ -379,6 +379,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         "interleaving.interleaving:Interleaving._update",
         "interleaving.interleaving:Interleaving._losses",
     )
+    write = "interleaving.code_cache:CodeCache.write"
     kills = [
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
         ("phases", [[step, 2], [forward, 14], ["common.manifest:sha256", 2]]),
@@ -390,9 +391,11 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         ("joint", [[step, 7]]),
         ("alternate", [[forward, 16]]),
         ("views", [[forward, 14], ["pretraining.run:Run._save", 2], [step, 5]]),
-        # In the second window; between the end by evidence and its checkpoint; after that; in the last phase.
-        ("shortcuts", [[step, 6], ["pretraining.run:Run._end_phase", 1], ["pretraining.checkpointing:sync", 1],
-                       ["interleaving.interleaving:Interleaving.enter_phase", 1], [step, 11],
+        # As codes are kept; in the second window; between the end by evidence and its checkpoint; after that; in the
+        # tokenizer's phase and as the last one keeps codes.
+        ("shortcuts", [[write, 3], [step, 6], ["pretraining.run:Run._end_phase", 1],
+                       ["pretraining.checkpointing:sync", 1],
+                       ["interleaving.interleaving:Interleaving.enter_phase", 1], [step, 3], [write, 2],
                        ["pretraining.run:Run.finish", 1]]),
     ]  # fmt: skip
     run_killed(tmp_path, [{"schedule": schedule, "kills": entry} for schedule, entry in kills])
