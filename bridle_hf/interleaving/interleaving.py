@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,15 +22,18 @@ from bridle_hf import (
     teacher_features,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+from bridle_hf.interleaving.code_cache import CodeCache
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
+from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
 from bridle_hf.interleaving.teacher import Teacher
+from bridle_hf.masking_bridle import visible_patches
 from bridle_hf.modeling_bridle import BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
-from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions
+from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions, mask_rows, take_patches
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
@@ -56,6 +60,8 @@ class Interleaving:
             until a phase trains a fresh one; a random projection if not given.
         teacher: of the phases before the first that trains an encoder; from then on, and if it is not given, that is
             the encoder.
+        code_cache: folder of a [`CodeCache`], which phases with a frozen tokenizer take codes from; its batches have
+            the samples' `fingerprint`.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -79,6 +85,7 @@ class Interleaving:
         bucket_by_length: bool = True,
         tokenizer_from: BridleTokenizerModel | None = None,
         teacher: Teacher | None = None,
+        code_cache: Path | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -89,6 +96,7 @@ class Interleaving:
         self.sharding = Sharding(accelerator, shard)
         self.encoder_from = encoder_from
         self.teacher = None if teacher is None else teacher.to(accelerator.device)
+        self.code_cache_folder, self.code_cache = code_cache, None
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.tokenizer: nn.Module | None = None
@@ -99,6 +107,7 @@ class Interleaving:
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.plateau: Plateau | None = None
 
     # --- Phases ---
 
@@ -134,6 +143,8 @@ class Interleaving:
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
+        self.plateau = Plateau(self.accelerator, self.schedule, number) if phase.until else None
+        self.code_cache = self._open_code_cache() if phase.train == "encoder" else None
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
@@ -153,6 +164,11 @@ class Interleaving:
         if self.teacher is None:
             return self.tokenizer_config
         return taught_tokenizer_config(self.tokenizer_config, self.teacher)
+
+    def _open_code_cache(self) -> CodeCache | None:
+        if self.code_cache_folder is None or self.encoder.config.target != "codes":
+            return None
+        return CodeCache(self.code_cache_folder, self.tokenizer, self.accelerator.mixed_precision)
 
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
@@ -250,7 +266,7 @@ class Interleaving:
             self.seed_step(step)
             self._place(sides, batch, part)
             with self.sharding.synchronized(trained, last=part is parts[-1]):
-                loss, metrics = self._losses(step, part, weight, sides, statistics)
+                loss, metrics = self._losses(step, batch, part, weight, sides, statistics)
                 self.accelerator.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
@@ -263,12 +279,22 @@ class Interleaving:
             return {}
         if statistics:
             self.seed_step(step)
-            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(
+                statistics, sample_order(parts, kept=True)
+            )
         return sums | norms
+
+    def is_over(self, step: int, metrics: dict[str, torch.Tensor]) -> bool:
+        """Whether the phase ends with step `step`, which gave `metrics`; by evidence, the schedule then has it so."""
+        number = self.schedule.phase_number(step)
+        if self.plateau is not None and self.plateau.update(step + 1, metrics):
+            self.schedule.end_phase(number, step + 1)
+        return step + 1 == self.schedule.starts[number] + self.schedule.lengths[number]
 
     def _losses(
         self,
         step: int,
+        batch: dict[str, Any],
         part: MicroBatch,
         weights: torch.Tensor,
         sides: tuple[bool, bool],
@@ -280,21 +306,23 @@ class Interleaving:
         phase = self.schedule.phases[self.schedule.phase_number(step)]
         with self.accelerator.autocast():
             # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
-            teacher = self._teacher(inputs, attention_mask) if sides[1] else None
+            teacher = self._teacher(part, **part.dropout) if sides[1] else None
             if sides[0]:
-                labels = self._labels(inputs, attention_mask)
+                labels, cached = self._labels(batch, part)
                 self.encoder.train()
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
                 numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
                 output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
                 loss = loss + output.loss * weights[0]
                 metrics |= {"encoder/loss": output.loss * weights[0]}
+                if cached is not None:
+                    metrics |= {"codes/cached": torch.tensor(cached, device=inputs.device)}
                 if output.accuracy is not None:
                     metrics |= {"encoder/accuracy": output.accuracy * weights[0]}
                     counts = self._count(labels, part)
             if sides[1]:
                 self.tokenizer.train()
-                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
+                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher, **part.dropout)
                 weight = phase.tokenizer_loss_weight if phase.train == "joint" else 1.0
                 loss = loss + output.loss * weights[1] * weight
                 metrics |= {
@@ -308,21 +336,44 @@ class Interleaving:
         return loss, metrics if counts is None else metrics | {"counts": counts}
 
     @torch.no_grad()
-    def _labels(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the encoder is to predict of each patch."""
+    def _labels(self, batch: dict[str, Any], part: MicroBatch) -> tuple[torch.Tensor, float | None]:
+        """What the encoder is to predict of each patch; with a code cache, also the share of the batch's samples that
+        are of this part and whose codes were in it."""
+        inputs, attention_mask = part.inputs, part.attention_mask
         tokenizer, target = self.unwrapped_tokenizer, self.unwrapped_encoder.config.target
         if target == "patches":
-            return target_patches(inputs, attention_mask, self.tokenizer_config)
+            return target_patches(inputs, attention_mask, self.tokenizer_config), None
         if target == "features":
-            return tokenizer.eval().latents(inputs, attention_mask)
-        return tokenizer.encode(inputs, attention_mask, soft=True)
+            return tokenizer.eval().latents(inputs, attention_mask), None
+        if self.code_cache is None:
+            return tokenizer.encode(inputs, attention_mask, soft=True), None
+        indices, fingerprints = (batch[name][part.samples].tolist() for name in ("index", "fingerprint"))
+        codes = self.code_cache.read(indices, fingerprints)
+        if codes is not None:
+            # Of a part that is cut, the grid's first patches.
+            codes = codes[:, : part.bool_masked_pos.shape[-1]]
+            return codes.to(inputs.device, non_blocking=True), len(indices) / len(batch["index"])
+        # One that is missing: all are made, so that the tokenizer sees the same batches as without a cache.
+        codes = tokenizer.encode(inputs, attention_mask, soft=True)
+        self.code_cache.write(indices, fingerprints, codes)
+        return codes, 0.0
 
-    def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        teacher = self.teach(self.unwrapped_encoder)(inputs, attention_mask, self.tokenizer_config.teacher_layers)
+    def _teacher(self, part: MicroBatch, **dropout: Any) -> torch.Tensor:
+        """(samples, patches, hidden); with [`MicroBatch.dropout`], of the patches that are kept."""
+        layers, inputs = self.tokenizer_config.teacher_layers, (part.inputs, part.attention_mask)
+        patches = None
+        if dropout:
+            kept = mask_rows(~part.bool_dropped_pos, part.real(self.encoder_config))
+            patches, _ = visible_patches(kept, dropout["num_visible"])
+        if self.teacher is None:
+            teacher = teacher_features(self.unwrapped_encoder.bridle.eval(), *inputs, layers, **dropout)
+        else:
+            teacher = self.teacher(*inputs, layers)
+            teacher = teacher if patches is None else take_patches(teacher, patches)
         if self.teacher_mean is None:
             return teacher
         # Row-major order: fewer steps along the first axis are a prefix.
-        return teacher - self.teacher_mean[: teacher.shape[1]].to(teacher)
+        return teacher - self.teacher_mean[slice(0, teacher.shape[1]) if patches is None else patches].to(teacher)
 
     def teach(self, encoder: BridleForPreTraining) -> Callable[..., torch.Tensor]:
         """What makes the features that the tokenizer learns, of inputs, attention mask and layers: a given teacher, or
@@ -340,7 +391,7 @@ class Interleaving:
         count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
         for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
             for part in self._micro_batches(batch):
-                teacher, real = self._teacher(part.inputs, part.attention_mask), part.real(self.encoder_config)
+                teacher, real = self._teacher(part), part.real(self.encoder_config)
                 weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
                 patches = teacher.shape[1]
                 total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)
@@ -424,12 +475,15 @@ class Interleaving:
             "target": self.unwrapped_encoder.config.target,
             **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
+            "lengths": list(self.schedule.lengths),
+            "plateau": self.plateau and self.plateau.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
+        self.schedule.lengths = list(state.get("lengths", self.schedule.lengths))
         fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
         config = BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
         self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
@@ -446,6 +500,8 @@ class Interleaving:
             self.prepare(self.schedule.phase_number(step))
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
+            if self.plateau is not None:
+                self.plateau.load_state_dict(state["plateau"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]

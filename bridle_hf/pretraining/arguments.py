@@ -59,6 +59,14 @@ class PretrainArguments:
     masks_per_sample: int = field(
         default=1, metadata={"help": "masks of each sample that is read and tokenized, each a row of the encoder"}
     )
+    tokenizer_patch_dropout: float = field(
+        default=0.0,
+        metadata={"help": "share of a sample's patches that teacher, tokenizer and estimator leave out in training"},
+    )
+    code_cache: bool = field(
+        default=False,
+        metadata={"help": "keep a frozen tokenizer's codes in OUT/codes, and take them from there where crops repeat"},
+    )
     compile: bool = field(
         default=False, metadata={"help": "compile the layers: minutes at the start of each phase, then faster steps"}
     )
@@ -126,7 +134,7 @@ class PretrainArguments:
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
-            "masks_per_sample": (1, 1e4),
+            "masks_per_sample": (1, 1e4), "tokenizer_patch_dropout": (0, 0.99),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
@@ -138,6 +146,8 @@ class PretrainArguments:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.code_cache and self.augment:
+            raise ValueError("--code_cache is for crops that repeat: with --augment none does; leave one of them out")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
 

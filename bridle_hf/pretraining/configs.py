@@ -75,6 +75,17 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         raise ValueError(
             "tokenizer.center_teacher is for phases that train the tokenizer alone, not alternate or joint"
         )
+    for number, phase in enumerate(args.phases):
+        if phase.get("until") and (phase.get("target") or encoder.target) != "codes":
+            raise ValueError(
+                f"phases[{number}]: until is for phases with target: codes; encoder.target is {encoder.target}"
+            )
+    if args.code_cache and not any(
+        phase.get("train") == "encoder" and (phase.get("target") or encoder.target) == "codes" for phase in args.phases
+    ):
+        raise ValueError("code_cache is for phases of train: encoder, with target: codes; there is none")
+    if args.tokenizer_patch_dropout and all(phase.get("train") == "encoder" for phase in args.phases):
+        raise ValueError("tokenizer_patch_dropout is for phases that train the tokenizer; there is none")
     if tokenizer.tokenizer_type != "self_distilled":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
     return encoder, tokenizer

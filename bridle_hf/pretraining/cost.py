@@ -21,8 +21,10 @@ def cost_lines(args: FlopsArguments, recipe: PretrainArguments) -> list[str]:
     encoder, tokenizer = make_configs(recipe)
     teacher = load_teacher(recipe, encoder, make_processor(encoder, recipe.processor))
     first = make_first_tokenizer_config(recipe, schedule, tokenizer, teacher)
-    teacher_flops = None if teacher is None else teacher.flops
-    flops = ScheduleFlops(schedule, encoder, tokenizer, recipe.masks, recipe.masks_per_sample, first, teacher_flops)
+    flops = ScheduleFlops(
+        schedule, encoder, tokenizer, recipe.masks, recipe.masks_per_sample, recipe.tokenizer_patch_dropout,
+        first, None if teacher is None else teacher.flops,
+    )  # fmt: skip
     lines, total = flops.lines(recipe.global_batch_size), flops.left(0) * recipe.global_batch_size
     peak_tflops, mean = recipe.peak_tflops or ASSUMED_PEAK_TFLOPS, flops.left(0) / schedule.total_steps
     lines += ["", f"all phases: {total:.3g} FLOPs, {schedule.total_steps:,} steps"]

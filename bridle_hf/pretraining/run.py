@@ -127,6 +127,7 @@ class Run:
             compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
+            code_cache=self.out / "codes" if args.code_cache else None,
             bucket_by_length=args.bucket_by_length,
             tokenizer_from=self.tokenizer_from,
             teacher=teacher,
@@ -192,7 +193,11 @@ class Run:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         return DrawDataset(
-            self.samples, MaskedLoader(self.load, config, args.masks, args.masks_per_sample), seed=args.seed
+            self.samples,
+            MaskedLoader(
+                self.load, config, args.masks, args.masks_per_sample, args.code_cache, args.tokenizer_patch_dropout
+            ),
+            seed=args.seed,
         )
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:
@@ -231,7 +236,10 @@ class Run:
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
         configs = self.encoder_config, self.tokenizer_config
-        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample, self.first_tokenizer)
+        self.flops = ScheduleFlops(
+            self.schedule, *configs, args.masks, args.masks_per_sample, args.tokenizer_patch_dropout,
+            self.first_tokenizer,
+        )  # fmt: skip
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
             self._write_run_json()  # first: it says whose folder it is
@@ -252,18 +260,17 @@ class Run:
         batches, done = self.batches(self.first_step), self.first_step
         started = time.monotonic()
         stops = stop.is_made(self.accelerator)
-        for step in range(self.first_step, schedule.total_steps):
-            if stops:
-                break
-            number = schedule.phase_number(step)
+        while done < schedule.total_steps and not stops:
+            step, number = done, schedule.phase_number(done)
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             asked = time.monotonic()
             batch = self._next(batches, done)
             waited = time.monotonic() - asked
-            self.monitor.update(self._step(step, batch), asked, waited)
+            metrics = self._step(step, batch)
+            self.monitor.update(metrics, asked, waited)
             done = step + 1
-            ends = done == schedule.starts[number] + schedule.lengths[number]
+            ends = self.interleaving.is_over(step, metrics)
             stops = stop.is_made(self.accelerator)
             saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
             if saves or done % args.log_every == 0:
@@ -352,7 +359,9 @@ class Run:
         if self.accelerator.is_main_process:
             position = self._position(number)
             name = f"phase {number} ({position['kind']} {position['iteration']})"
-            self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
+            lengths = {"steps": self.schedule.lengths[number], "full_steps": self.schedule.full_lengths[number]}
+            evaluated = {"tokenizer": self._evaluate(*models)}
+            self.monitor.event({"event": "phase_end", "step": done, **position, **lengths, **evaluated})
             loaded = self.dataset[self.schedule.starts[number]]
             draw_example(*models, self.processor, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)

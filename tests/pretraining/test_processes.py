@@ -16,7 +16,7 @@ import torch
 import yaml
 from helpers import process_runs
 from helpers.forks import in_forks
-from helpers.tiny_run import PHASES, ROOT, VIEWS, rows, weights, write_recipe, write_recordings
+from helpers.tiny_run import PHASES, ROOT, SHORTCUTS, VIEWS, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
 
@@ -80,6 +80,7 @@ def folder(tmp_path) -> Path:
         write_recipe(tmp_path / f"{name}.yaml", name, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
     write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
+    write_recipe(tmp_path / "shortcuts.yaml", **SHORTCUTS, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     return tmp_path
 
 
@@ -158,7 +159,7 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, recipe
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks", recipes=[*PHASES, "views"])
+    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "shortcuts"])
 
 
 @pytest.mark.slow
