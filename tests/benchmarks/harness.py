@@ -1,6 +1,7 @@
 """
 What every benchmark does alike: contenders take their turns within one run, so that a busy machine slows all of them,
-and what is counted is the time of the CPU, not that spent waiting for it; a row is ours against one peer, with the median of the rounds' ratios and their quartiles.
+and what counts is the time of the CPU, without that spent waiting for one; a row is ours against one peer, with the
+median of the rounds' ratios and their quartiles.
 
 A benchmark is a file with `ROWS`, functions that yield rows, and ends with `run(__doc__, ROWS)`; `python
 tests/benchmarks` runs those that make one table.
