@@ -327,8 +327,8 @@ def log_mel_spectrogram(
     window = _hann_window(frame_length)
     # Each frame loses its own mean below, so a clip cut by truncation may as well lose the mean of what is left of it.
     waveform = waveform - waveform.mean()
-    # Of the whole clip at once: frames overlap. A frame's first sample is then another than Kaldi's, but the window is 0
-    # there. Kaldi rounds the product: `alpha=` would not, and doubles the difference in bins near the floor.
+    # Of the whole clip at once: frames overlap. A frame's first sample is then another than Kaldi's, but the window is
+    # 0 there. Kaldi rounds the product: `alpha=` would not, and doubles the difference in bins near the floor.
     emphasized = torch.zeros_like(waveform)
     torch.sub(waveform[1:], waveform[:-1] * PREEMPHASIS, out=emphasized[1:])
     means = waveform.unfold(0, frame_length, frame_shift).mean(dim=1, keepdim=True) * (1 - PREEMPHASIS)

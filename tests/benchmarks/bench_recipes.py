@@ -1,7 +1,8 @@
 """
-The fast recipe against the exact one, ViT-B audio, 8 masked views at a time, float32: peak memory of a process that does
-steps of encoder 1 (VmHWM of Linux, weights, optimizer and libraries included), and seconds per masked view. Each is a
-process of its own; the seconds are those of the CPU, on one thread. Once, without `--rounds`: it takes three minutes.
+The fast recipe against the exact one, ViT-B audio, 8 masked views at a time, float32: peak memory of a process that
+does steps of encoder 1 (VmHWM of Linux, weights, optimizer and libraries included), and seconds per masked view. Each
+is a process of its own; the seconds are those of the CPU, on one thread. Once, without `--rounds`: it takes three
+minutes.
 
     python tests/benchmarks/bench_recipes.py --step audio_base 2 8    # one process: phase 2 of a recipe, 8 samples
 """
