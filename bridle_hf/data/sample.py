@@ -1,5 +1,8 @@
 """Sample: one recording, image or clip before it is read, and where its bytes are."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -81,3 +84,15 @@ class Sample:
             return self.source.media()
         except MediaError as error:
             raise MediaError(self.path, error.reason) from error
+
+
+@contextmanager
+def garbage_left() -> Iterator[None]:
+    """While many samples are made: looking for garbage, Python would visit all of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
