@@ -126,7 +126,7 @@ def test_a_perfect_classifier_scores_1_in_recordings_of_any_length(tmp_path):
         (["0.wav,x,0.2,low,train"], "line 2: onset 'x' and offset 0.2 must be numbers, in seconds"),
         (["0.wav,0.1,0.2,,train"], "line 2: the event has no label"),
         (["0.wav,0.1,0.2,low,train", "0.wav,0.1,0.2,low,test"], "line 3: split, fold or group is not that of line 2"),
-        (["0.wav,,,,train", "1.wav,0.1,0.2,low,test"], "no training sample has an event"),
+        (["0.wav,,,,train", "1.wav,,,,test"], "no training sample has an event"),
         (["0.wav,0.1,0.2,low,train", "1.wav,0.1,0.2,high,test"], "label 'high' is not among the 1 classes"),
     ],
 )

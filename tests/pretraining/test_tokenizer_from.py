@@ -62,7 +62,7 @@ def test_the_first_encoder_learns_the_codes_of_the_given_tokenizer(fields, tmp_p
 
     monkeypatch.setattr(Interleaving, "_labels", noted)
     table = {name: fields[name] for name in fields if name == "position_embedding_type"}
-    run(tmp_path, encoder={"max_length": 64, **table})
+    run(tmp_path, encoder={"max_length": 64, **table}, bucket_by_length=False)
     encoder, tokenizer = (AutoModel.from_pretrained(tmp_path / "out" / name) for name in ("encoder", "tokenizer"))
     assert (encoder.config.num_codebooks, encoder.config.codebook_size) == (3, 8)
     assert tokenizer.config.max_length == 64 and tokenizer.config.tokenizer_type == source.config.tokenizer_type
@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, monkeypatch
     ("phases", "options", "reason"),
     [
         ([TOKENIZER, ENCODER], {}, "would not be used: give that phase start: continue"),
-        ([{**TOKENIZER, "start": "continue"}], {}, "features 40 wide, and the encoder's are 16 wide: give it start"),
+        ([{**TOKENIZER, "start": "continue"}], {}, "features 40 wide, and its teacher's are 16 wide: give it start"),
         ([], {"tokenizer": {"code_dim": 8}}, "tokenizer.code_dim is 8, but that of --tokenizer_from is 4: leave it"),
         ([], {"encoder": {"patch_size": 16}}, "tokenizer.patch_grid is .* they must agree"),
         ([], {"encoder": {"num_mel_bins": 64}}, "tokenizer.patch_grid is .* they must agree"),
