@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
 ROOMS = (
     "common", "data", "embedding", "interleaving", "monitoring", "probing", "cards", "finetuning", "pretraining",
-    "sets", "demos", "study", "commands",
+    "sets", "demos", "study", "release", "commands",
 )  # fmt: skip
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
