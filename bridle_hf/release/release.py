@@ -15,8 +15,10 @@ from bridle_hf.common.files import read_json, write_json
 from bridle_hf.data.modalities import load_processor, load_weights
 from bridle_hf.pretraining.pretrain import pretrain
 from bridle_hf.release.arguments import ReleaseArguments
-from bridle_hf.release.materials import FLITE, FLUID, GENERAL, RECORDINGS, Material
+from bridle_hf.release.drawings import make_drawings
+from bridle_hf.release.materials import DRAWINGS, FLITE, FLUID, GENERAL, RECORDINGS, Material
 from bridle_hf.release.measuring import MEASURED, measure
+from bridle_hf.release.motion import make_motion
 from bridle_hf.release.sounds import make_sounds
 
 
@@ -49,6 +51,22 @@ RELEASES = {
         (FLUID, GENERAL, RECORDINGS, FLITE),
         "For short sounds, a second or so at a time: instruments, drums, keywords in noise. Not for what none of its "
         "materials holds: the sounds of streets, homes and nature; conversations; mixed music.",
+    ),
+    "bridle-image-small": Release(
+        "image",
+        "image_release",
+        make_drawings,
+        (DRAWINGS,),
+        "For small pictures of single things: icons, drawings, signs, characters, in colour or grey. Not for "
+        "photographs, of which none was seen.",
+    ),
+    "bridle-video-small": Release(
+        "video",
+        "video_release",
+        make_motion,
+        (DRAWINGS,),
+        "For how drawn things move in a few frames: where they go, turn, grow, fall, bounce. Not for films of people, "
+        "nature or anything else that a camera sees.",
     ),
 }
 
