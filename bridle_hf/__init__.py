@@ -29,7 +29,11 @@ if TYPE_CHECKING:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features
-    from .pipeline_bridle import BridleAudioClassificationPipeline
+    from .pipeline_bridle import (
+        BridleAudioClassificationPipeline,
+        BridleImageClassificationPipeline,
+        BridleVideoClassificationPipeline,
+    )
     from .pretraining.pretrain import pretrain
     from .probing.probe import probe
 
@@ -45,10 +49,12 @@ __all__ = [
     "BridleForImageClassification",
     "BridleForPreTraining",
     "BridleForVideoClassification",
+    "BridleImageClassificationPipeline",
     "BridleImageProcessor",
     "BridleModel",
     "BridleTokenizerConfig",
     "BridleTokenizerModel",
+    "BridleVideoClassificationPipeline",
     "Embedder",
     "embed",
     "finetune",
@@ -98,7 +104,11 @@ def load() -> None:
         BridleModel,
     )
     from .modeling_bridle_tokenizer import BridleTokenizerModel, teacher_features  # noqa: F401 (a public name)
-    from .pipeline_bridle import BridleAudioClassificationPipeline
+    from .pipeline_bridle import (
+        BridleAudioClassificationPipeline,
+        BridleImageClassificationPipeline,
+        BridleVideoClassificationPipeline,
+    )
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)
@@ -113,6 +123,8 @@ def load() -> None:
     AutoFeatureExtractor.register(BridleConfig, BridleFeatureExtractor, exist_ok=True)
     # Of models of other kinds, it makes transformers' own.
     PIPELINE_REGISTRY.supported_tasks["audio-classification"]["impl"] = BridleAudioClassificationPipeline
+    PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = BridleImageClassificationPipeline
+    PIPELINE_REGISTRY.supported_tasks["video-classification"]["impl"] = BridleVideoClassificationPipeline
     if is_vision_available():  # audio needs no Pillow
         # One class for both backends: a working torchvision changes nothing for it.
         backends = {"torchvision": BridleImageProcessor, "pil": BridleImageProcessor}

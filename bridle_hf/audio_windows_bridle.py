@@ -6,98 +6,20 @@ However long a recording is, no more of it is held than a window and what it ove
 `ValueError` that says what is wrong with the recording, without its name.
 """
 
-import io
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from .audio_decoding_bridle import MIN_RATE
 from .configuration_bridle import BridleEncoderConfig
 from .feature_extraction_bridle import num_frames, num_samples, to_float
 
 
 BLOCK = 1 << 16  # samples
-MIN_RATE = 100  # Hz; a lower one is a broken header's
 
 
 # --- Reading ---
-
-
-def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
-    """Open a recording: by libsndfile (wav, flac, ogg, mp3 and more), or else by PyAV (m4a, aac, video and more).
-
-    Args:
-        media: path of the file, or its bytes.
-
-    Returns:
-        The sampling rate in Hz, and the blocks (samples, channels) float32, read as they are asked for.
-
-    Raises:
-        ValueError: missing or undecodable (also while blocks are read).
-        ImportError: neither soundfile nor av is installed.
-    """
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise ValueError("no such file")
-    try:
-        import soundfile
-    except ImportError:
-        return _read_with_av(media, "soundfile is not installed")
-    try:
-        return _read_with_soundfile(media, soundfile)
-    except soundfile.LibsndfileError as error:
-        reason = f"libsndfile: {error.error_string}"
-    try:
-        return _read_with_av(media, reason)
-    except ImportError as error:
-        raise ValueError(f"cannot be decoded ({reason}; more formats: pip install av)") from error
-
-
-def _read_with_soundfile(media: str | bytes, soundfile: Any) -> tuple[int, Iterator[np.ndarray]]:
-    # The module comes as an argument: remote code that imports it outside of a `try` would not load without it.
-    class SoundFile(soundfile.SoundFile):
-        def seekable(self) -> bool:
-            # Read to the end, wherever the header says that it is: soundfile would stop there, and seek each time.
-            return False
-
-    file = SoundFile(io.BytesIO(media) if isinstance(media, bytes) else media)
-
-    def blocks() -> Iterator[np.ndarray]:
-        with file:
-            try:
-                while len(block := file.read(BLOCK, dtype="float32", always_2d=True)):
-                    yield block
-            except soundfile.LibsndfileError as error:
-                raise ValueError(f"cannot be decoded: {error.error_string}") from error
-
-    return file.samplerate, blocks()
-
-
-def _read_with_av(media: str | bytes, why: str) -> tuple[int, Iterator[np.ndarray]]:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError(f"reading sound files needs soundfile or av ({why}): pip install soundfile av") from error
-    try:
-        container = av.open(io.BytesIO(media) if isinstance(media, bytes) else media, metadata_errors="replace")
-    except (av.error.FFmpegError, OSError) as error:
-        raise ValueError(f"cannot be decoded ({why}; libav: {error.strerror or error})") from error
-    if not container.streams.audio or container.streams.audio[0].codec_context is None:
-        container.close()
-        raise ValueError(f"holds no sound that can be decoded ({why})")
-    stream = container.streams.audio[0]
-
-    def blocks() -> Iterator[np.ndarray]:
-        resampler = av.AudioResampler(format="fltp")  # of the samples' type alone: rate and channels stay
-        with container:
-            try:
-                for frame in container.decode(stream):
-                    for part in resampler.resample(frame):
-                        yield part.to_ndarray().T
-            except (av.error.FFmpegError, OSError) as error:
-                raise ValueError(f"cannot be decoded: {error.strerror or error}") from error
-
-    return stream.rate, blocks()
 
 
 def media_of_mapping(item: Mapping[str, Any]) -> Any:
@@ -233,4 +155,4 @@ def patch_times(config: BridleEncoderConfig, num_steps: int | None = None, rate:
     return (steps * patch * frame_shift(rate) + num_samples(patch, rate) / 2) / rate
 
 
-__all__ = ["array_blocks", "cut_windows", "media_of_mapping", "mono_blocks", "patch_times", "read_blocks"]
+__all__ = ["array_blocks", "cut_windows", "media_of_mapping", "mono_blocks", "patch_times"]

@@ -126,9 +126,8 @@ class BridleEncoderConfig(PreTrainedConfig):
     # Where a folder's own copy of this code (`trust_remote_code=True`) has the class behind each Auto class.
     # transformers would note the saved class alone, and take one named "...Tokenizer..." for a text tokenizer.
     _auto_map = {}
-    # The same of pipelines, for folders of this class of model.
+    # The same of pipelines, by the class of model whose folders have one: its task, and our class for it.
     _custom_pipelines = {}
-    _pipeline_class = None
 
     modality: Literal["audio", "image", "video"] = "audio"
     hidden_size: int = 768
@@ -204,8 +203,10 @@ class BridleEncoderConfig(PreTrainedConfig):
         `custom_pipelines` our pipeline, where there is one for it."""
         fields = {**super().to_dict(), "auto_map": dict(self._auto_map)}
         fields.pop("custom_pipelines", None)
-        if self._pipeline_class in (self.architectures or ()):
-            fields["custom_pipelines"] = {task: dict(entry) for task, entry in self._custom_pipelines.items()}
+        for model_class in set(self._custom_pipelines).intersection(self.architectures or ()):
+            task, pipeline_class = self._custom_pipelines[model_class]
+            auto_class = model_class.replace("BridleFor", "AutoModelFor")
+            fields["custom_pipelines"] = {task: {"impl": pipeline_class, "pt": [auto_class], "type": self.modality}}
         return fields
 
     def _check_sizes(self, *names: str) -> None:
@@ -332,13 +333,12 @@ class BridleConfig(BridleEncoderConfig):
         "AutoModelForVideoClassification": "modeling_bridle.BridleForVideoClassification",
     }
     _custom_pipelines = {
-        "audio-classification": {
-            "impl": "pipeline_bridle.BridleAudioClassificationPipeline",
-            "pt": ["AutoModelForAudioClassification"],
-            "type": "audio",
-        }
+        f"BridleFor{name}Classification": (
+            f"{name.lower()}-classification",
+            f"pipeline_bridle.Bridle{name}ClassificationPipeline",
+        )
+        for name in ("Audio", "Image", "Video")
     }
-    _pipeline_class = "BridleForAudioClassification"
 
     mask_ratio: float | None = None
     mask_type: str | None = None

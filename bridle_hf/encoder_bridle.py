@@ -107,20 +107,20 @@ class BridleMLP(nn.Module):
 class BridleDropPath(nn.Module):
     """Drops a residual branch for a whole sample while training (stochastic depth).
 
-    `rows` (first, of): where the batch stands in a larger one that it is a part of. What is drawn is that of the
-    larger one, so that a sample's fate does not depend on how that is cut; `None`: the batch is the whole.
+    `rows` (indices, of): which rows of a larger batch the next one holds, and how many that has. What is drawn is that
+    of the larger one, so that a sample's fate does not depend on how it is cut; `None`: the batch is the whole.
     """
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.rows: tuple[int, int] | None = None
+        self.rows: tuple[torch.Tensor, int] | None = None
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         if self.rate == 0.0 or not self.training:
             return branch
-        first, of = self.rows or (0, branch.shape[0])
-        draws = torch.rand(of, device=branch.device)[first : first + branch.shape[0]]
+        rows, of = self.rows or (slice(None), branch.shape[0])
+        draws = torch.rand(of, device=branch.device)[rows]
         keep = (draws >= self.rate).view(-1, *[1] * (branch.dim() - 1))
         return branch * keep.to(branch.dtype) / (1.0 - self.rate)
 

@@ -1,8 +1,7 @@
 """Pictures of any kind into the image model's input, where transformers' own processors cannot do it.
 
-Colour images and videos are read by `ViTImageProcessor` and `VideoMAEImageProcessor`. They know 3 channels alone, and
-a path given to a pipeline always arrives as RGB, so that [`BridleImageProcessor`] serves models of any other number;
-[`make_image_processor`] chooses.
+Colour images and videos are read by `ViTImageProcessor` and `VideoMAEImageProcessor`. They know 3 channels alone;
+[`BridleImageProcessor`] serves models of any other number, and [`make_image_processor`] chooses.
 """
 
 import math
@@ -45,7 +44,7 @@ def check_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> None:
 def image_to_array(image: "Image.Image", num_channels: int = 3) -> np.ndarray:
     """A Pillow image, upright (EXIF), as (height, width, num_channels) uint8.
 
-    The pixels are those that pipelines see, which read by transformers' `load_image`: converted to RGB by Pillow,
+    The pixels are those that transformers' `load_image` gives, and so its pipelines: converted to RGB by Pillow,
     which drops an alpha channel, whatever colour lies under it. Grey is made of RGB as in [`fit_channels`]. Two and
     four channels are the image's own, alpha included.
 

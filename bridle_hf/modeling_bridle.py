@@ -107,14 +107,14 @@ class BridlePreTrainedModel(PreTrainedModel):
             if isinstance(module, BridleAttention | BridleSwinAttention) and module.unseen_bias is not None:
                 module.unseen_bias.requires_grad_(False)
 
-    def place_in_batch(self, first: int, of: int) -> None:
-        """Tell stochastic depth that the next inputs are samples `first`, `first + 1`, ... of a batch of `of`.
+    def place_in_batch(self, rows: torch.Tensor, of: int) -> None:
+        """Tell stochastic depth that the next inputs are these rows, (batch,) int64, of a batch of `of`.
 
         What is drawn for a sample then does not depend on how the batch is cut.
         """
         for module in self.modules():
             if isinstance(module, BridleDropPath):
-                module.rows = first, of
+                module.rows = rows, of
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -609,6 +609,12 @@ class BridleForImageClassification(BridleForClassification):
     modality = "image"
     output_class = ImageClassifierOutput
 
+    def pipeline(self, image_processor: Any, **options: Any) -> Any:
+        """What `pipeline("image-classification")` gives for this model: see [`BridleImageClassificationPipeline`]."""
+        from .pipeline_bridle import BridleImageClassificationPipeline
+
+        return BridleImageClassificationPipeline(model=self, image_processor=image_processor, **options)
+
 
 class BridleForVideoClassification(BridleForClassification):
     """Classifier of video clips: see [`BridleForClassification`]."""
@@ -616,6 +622,12 @@ class BridleForVideoClassification(BridleForClassification):
     _auto_class = "AutoModelForVideoClassification"
     modality = "video"
     output_class = ImageClassifierOutput
+
+    def pipeline(self, image_processor: Any, **options: Any) -> Any:
+        """What `pipeline("video-classification")` gives for this model: see [`BridleVideoClassificationPipeline`]."""
+        from .pipeline_bridle import BridleVideoClassificationPipeline
+
+        return BridleVideoClassificationPipeline(model=self, image_processor=image_processor, **options)
 
 
 __all__ = [

@@ -199,13 +199,17 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         modes = {module: module.training for module in self.modules()}
         try:
             self.eval()
-            quantized = self._quantize(values, attention_mask)[0]
+            latents = self.latents(values, attention_mask)
+            quantized = self.quantizer(latents.flatten(0, 1))
         finally:
             for module, training in modes.items():
                 module.training = training
-        if soft and self.config.num_soft_codes > 1:
-            return quantized.soft_codes
-        return quantized.codes[..., None] if soft else quantized.codes
+        codes = quantized.soft_codes if soft and self.config.num_soft_codes > 1 else quantized.codes
+        codes = codes.unflatten(0, latents.shape[:2])
+        if attention_mask is not None:
+            real = patch_attention_mask(attention_mask, self.config)
+            codes = codes * real.view(*real.shape, *[1] * (codes.dim() - 2))
+        return codes[..., None] if soft and self.config.num_soft_codes == 1 else codes
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
         """Quantized features of codes: (batch, patches, num_codebooks) int64 -> (batch, patches, code_dim)."""

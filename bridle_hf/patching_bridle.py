@@ -173,6 +173,9 @@ def sincos_positions(grid: tuple[int, ...], dim: int) -> torch.Tensor:
         rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
         rates = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
         angles = [axis.flatten()[:, None] * rates for axis in (columns, rows)]
+        if torch.compiler.is_exporting():
+            # Not every runtime has sines of float64.
+            angles = [(angle % (2 * math.pi)).float() for angle in angles]
         table = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
     # float64 up to here: an angle of thousands of radians is not exact enough in float32.
     return table.float()

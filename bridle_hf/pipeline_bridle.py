@@ -1,10 +1,13 @@
-"""Pipeline of audio classification: a sound file of any format, rate, channels and length in, labels and scores out.
+"""Pipelines of classification: a sound file, picture or video of any kind in, labels and scores out.
 
-transformers' own wants an ffmpeg binary for a path, torchaudio for another rate, and mono; and it hears the first
-seconds alone. This one reads with libsndfile or PyAV, resamples with soxr, and can go through a long recording window
-by window. It is what `pipeline("audio-classification")` gives for our models, by remote code too (`custom_pipelines`).
+They are what `pipeline("audio-classification")`, image and video give for our models, by remote code too
+(`custom_pipelines`), and read as loaders do, in bounded memory. transformers' own for audio wants an ffmpeg binary for
+a path, torchaudio for another rate, and mono, and hears the first seconds alone; ours reads with libsndfile or PyAV,
+resamples with soxr, and can go through a long recording window by window. Those for pictures and videos decode
+whatever they are given, be it gigabytes, and leave videos as they were filmed, not upright.
 """
 
+import base64
 import os
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -12,21 +15,49 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AudioClassificationPipeline
+from transformers import (
+    AudioClassificationPipeline,
+    BatchFeature,
+    ImageClassificationPipeline,
+    VideoClassificationPipeline,
+)
+from transformers.image_utils import is_pil_image
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks, read_blocks
+from .audio_decoding_bridle import read_blocks
+from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks
+from .pixel_decoding_bridle import open_video, read_image
 
 
 logger = logging.get_logger(__name__)
 
 URL_TIMEOUT = 60  # seconds
+MAX_NAME = 200  # characters of an input that an error tells: it may be a picture in base64
 
 _FUNCTIONS = {"softmax": lambda logits: logits.softmax(-1), "sigmoid": torch.sigmoid, "none": lambda logits: logits}
 
 
-class BridleAudioClassificationPipeline(ChunkPipeline, AudioClassificationPipeline):
+class _BridlePipeline:
+    """What our pipelines share. For a model of another kind, they make `stock`, transformers' own."""
+
+    stock: type
+
+    def __new__(cls, *args, **kwargs):
+        model = kwargs["model"] if "model" in kwargs else args[0]
+        if model.config.model_type != "bridle":
+            return cls.stock(*args, **kwargs)
+        return super().__new__(cls)
+
+    def check_model_type(self, supported_models) -> None:
+        """Ours do not stand in transformers' lists of names, and are no others than `__new__` lets pass."""
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        # Of iterators, transformers takes generators alone for several inputs.
+        return super().__call__((entry for entry in inputs) if isinstance(inputs, Iterator) else inputs, **kwargs)
+
+
+class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioClassificationPipeline):
     """
     Audio classification with `BridleForAudioClassification`.
 
@@ -35,14 +66,7 @@ class BridleAudioClassificationPipeline(ChunkPipeline, AudioClassificationPipeli
     time that is nearest to its middle. For a model of another kind, this makes transformers' own pipeline.
     """
 
-    def __new__(cls, *args, **kwargs):
-        model = kwargs["model"] if "model" in kwargs else args[0]
-        if model.config.model_type != "bridle":
-            return AudioClassificationPipeline(*args, **kwargs)
-        return super().__new__(cls)
-
-    def check_model_type(self, supported_models) -> None:
-        """Ours do not stand in transformers' lists of names, and are no others than `__new__` lets pass."""
+    stock = AudioClassificationPipeline
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
@@ -68,8 +92,7 @@ class BridleAudioClassificationPipeline(ChunkPipeline, AudioClassificationPipeli
         Raises:
             ValueError: a recording that cannot be read: names it and says why.
         """
-        # Of iterators, transformers takes generators alone for several inputs.
-        return super().__call__((entry for entry in inputs) if isinstance(inputs, Iterator) else inputs, **kwargs)
+        return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(self, return_timeline=None, overlap=None, function_to_apply=None, **kwargs):
         _, _, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
@@ -90,7 +113,7 @@ class BridleAudioClassificationPipeline(ChunkPipeline, AudioClassificationPipeli
         `whole`."""
         extractor = self.feature_extractor
         rate = extractor.sampling_rate
-        name, media = _named(inputs)
+        name, media = _named(inputs, "audio")
         try:
             source_rate, blocks = _open(media, rate)
             windows = cut_windows(
@@ -148,28 +171,153 @@ def _span(span: Any) -> tuple[float, float]:
     return tuple(float(part) for part in (span[0] if len(span) == 1 else span))
 
 
-def _named(inputs: Any) -> tuple[str, Any]:
+class BridleImageClassificationPipeline(_BridlePipeline, ImageClassificationPipeline):
+    """
+    Image classification with `BridleForImageClassification`, with the arguments and answers of transformers' own.
+
+    Pictures are read as loaders read them: see [`read_image`] for what is refused. For a model of another kind, this
+    makes transformers' own pipeline.
+    """
+
+    stock = ImageClassificationPipeline
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """
+        Classify one picture or several.
+
+        Args:
+            inputs: path, URL or bytes of a picture, or the same in base64; a Pillow image; an array or tensor, as the
+                image processor takes them; a mapping with `bytes` or `path` (a cell of `datasets` with
+                `decode=False`), also under the key `image`; or a list, generator or data set of these.
+            top_k (`int`, *optional*, defaults to 5): How many labels.
+            function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; what fits the model's
+                `problem_type` if not given.
+            timeout (`float`, *optional*, defaults to 60): Seconds that a URL may keep silent.
+            batch_size (`int`, *optional*): Pictures that are run together.
+
+        Returns:
+            A list of {"score", "label"}, the highest first; of several pictures, one list each.
+
+        Raises:
+            ValueError: a picture that cannot be read: names it and says why.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> BatchFeature:
+        """A picture as model input."""
+        if isinstance(image, np.ndarray | torch.Tensor):
+            return super().preprocess(image)
+        name, media = _named(image, "image")
+        try:
+            media = _fetched(media, timeout)
+            if isinstance(media, str) and not os.path.isfile(media):
+                media = _from_base64(media)
+            elif not isinstance(media, str | bytes) and not is_pil_image(media):
+                raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, Pillow image or array")
+            pixels = read_image(media, self.model.config.num_channels)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        inputs = self.image_processor([pixels], return_tensors="pt", input_data_format="channels_last")
+        return inputs.to(self.dtype)
+
+
+class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipeline):
+    """
+    Video classification with `BridleForVideoClassification`, with the arguments and answers of transformers' own.
+
+    Videos are read as loaders read them, upright and frame by frame: see [`open_video`] for what is refused; of one
+    that is too short, the last frame is repeated. For a model of another kind, this makes transformers' own pipeline.
+    """
+
+    stock = VideoClassificationPipeline
+
+    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+        """
+        Classify one video or several.
+
+        Args:
+            inputs: path, URL or bytes of a video; a mapping with `bytes` or `path` (a cell of `datasets` with
+                `decode=False`), also under the key `video`; or a list, generator or data set of these.
+            top_k (`int`, *optional*, defaults to 5): How many labels.
+            function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; what fits the model's
+                `problem_type` if not given.
+            num_frames (`int`, *optional*): Frames that the model sees; the config's if not given.
+            frame_sampling_rate (`int`, *optional*, defaults to 1): Every how many frames of the video one is taken.
+            batch_size (`int`, *optional*): Videos that are run together.
+
+        Returns:
+            A list of {"score", "label"}, the highest first; of several videos, one list each.
+
+        Raises:
+            ValueError: a video that cannot be read: names it and says why.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int = 1) -> BatchFeature:
+        """The frames from the beginning of a video as model input."""
+        if self.video_processor is not None:
+            return super().preprocess(video, num_frames, frame_sampling_rate)
+        num_frames = num_frames or self.model.config.num_frames
+        chosen = np.linspace(0, num_frames * frame_sampling_rate - 1, num=num_frames, dtype=np.int64)
+        name, media = _named(video, "video")
+        try:
+            media = _fetched(media)
+            if not isinstance(media, str | bytes):
+                raise ValueError(f"is a {type(media).__name__}: give a path, URL or bytes")
+            with open_video(media) as opened:
+                views = opened.read(np.minimum(chosen, opened.total - 1), self._view)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        return BatchFeature({"pixel_values": torch.from_numpy(views)[None]}).to(self.dtype)
+
+    def _view(self, frame: np.ndarray) -> np.ndarray:
+        """(height, width, 3) to (3, height, width) of the model's input."""
+        inputs = self.image_processor([frame], return_tensors="np", input_data_format="channels_last")
+        return inputs["pixel_values"].reshape(inputs["pixel_values"].shape[-3:])
+
+
+_NOUNS = {"audio": "the recording", "image": "the picture", "video": "the video"}
+
+
+def _named(inputs: Any, modality: str) -> tuple[str, Any]:
     """How errors call an input, and the input without its wrappings."""
-    if isinstance(inputs, Mapping) and isinstance(inputs.get("audio"), Mapping):
-        inputs = inputs["audio"]
+    noun = _NOUNS[modality]
+    if isinstance(inputs, Mapping) and inputs.get(modality) is not None:
+        inputs = inputs[modality]
     if isinstance(inputs, Mapping):
-        return inputs.get("path") or "the recording", media_of_mapping(inputs)
+        return inputs.get("path") or noun, media_of_mapping(inputs)
     if hasattr(inputs, "get_all_samples"):  # torchcodec's decoder
         samples = inputs.get_all_samples()
-        return "the recording", (samples.data, samples.sample_rate)
+        return noun, (samples.data, samples.sample_rate)
     if isinstance(inputs, os.PathLike):
         inputs = os.fspath(inputs)
-    return inputs if isinstance(inputs, str) else "the recording", inputs
+    if not isinstance(inputs, str):
+        return noun, inputs
+    return inputs if len(inputs) <= MAX_NAME else f"{inputs[:MAX_NAME]}...", inputs
+
+
+def _fetched(media: Any, timeout: float | None = None) -> Any:
+    """The bytes behind a URL; anything else as it is."""
+    if not isinstance(media, str) or not media.startswith(("http://", "https://")):
+        return media
+    try:
+        with urllib.request.urlopen(media, timeout=timeout or URL_TIMEOUT) as response:
+            return response.read()
+    except OSError as error:
+        raise ValueError(f"cannot be fetched: {error}") from error
+
+
+def _from_base64(text: str) -> bytes:
+    """The picture that a string holds, as transformers takes them, perhaps behind `data:image/png;base64,`."""
+    try:
+        return base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
+    except ValueError as error:
+        raise ValueError("no such file, nor a picture in base64") from error
 
 
 def _open(media: Any, rate: int) -> tuple[float, Iterator[np.ndarray]]:
     """The rate of a recording, and its blocks (samples, channels)."""
-    if isinstance(media, str) and media.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(media, timeout=URL_TIMEOUT) as response:
-                media = response.read()
-        except OSError as error:
-            raise ValueError(f"cannot be fetched: {error}") from error
+    media = _fetched(media)
     if isinstance(media, str | bytes):
         return read_blocks(media)
     if isinstance(media, tuple):
@@ -179,4 +327,8 @@ def _open(media: Any, rate: int) -> tuple[float, Iterator[np.ndarray]]:
     raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, array or mapping")
 
 
-__all__ = ["BridleAudioClassificationPipeline"]
+__all__ = [
+    "BridleAudioClassificationPipeline",
+    "BridleImageClassificationPipeline",
+    "BridleVideoClassificationPipeline",
+]

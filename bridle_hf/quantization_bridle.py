@@ -143,13 +143,16 @@ class BridleResidualQuantizer(nn.Module):
             return self._quantize(latents, move=self.training and self.update_in_forward)
 
     @torch.no_grad()
-    def update(self, statistics: list[CodebookStatistics]) -> torch.Tensor:
+    def update(self, statistics: list[CodebookStatistics], order: torch.Tensor | None = None) -> torch.Tensor:
         """Move the codebooks as a forward in training mode would; returns how many codes of each level it re-seeded.
 
         Args:
             statistics: those of all micro batches of this rank; the codebooks have not moved since.
+            order: (vectors,) int64, in which order one forward would have had their vectors, if in another: by their
+                places those are drawn that re-seed.
         """
-        latents = torch.cat([part.latents for part in statistics])
+        order = slice(None) if order is None else order
+        latents = torch.cat([part.latents for part in statistics])[order]
         with torch.autocast(device_type=latents.device.type, enabled=False):
             if self.config.moves_codes_within_chain:
                 # What a vector leaves over then depends on all vectors: they are quantized once more, together.
@@ -158,7 +161,7 @@ class BridleResidualQuantizer(nn.Module):
                 counts=sum(part.counts for part in statistics),
                 sums=sum(part.sums for part in statistics),
                 latents=latents,
-                codes=torch.cat([part.codes for part in statistics]),
+                codes=torch.cat([part.codes for part in statistics])[order],
             )
             return self._update(whole)
 
@@ -203,12 +206,8 @@ class BridleResidualQuantizer(nn.Module):
     @torch.no_grad()
     def _chain(self, start: torch.Tensor, sum_up: bool, gradient: bool, move: bool) -> "_Chain":
         """Quantize level after level; sum up what chose each code, and what the gradient is made of."""
+        nearest = []
         chain = _Chain(
-            nearest=torch.empty(
-                (len(start), self.config.num_codebooks, self.config.num_soft_codes),
-                dtype=torch.long,
-                device=start.device,
-            ),
             residual=start.clone(),
             left_sum=torch.zeros_like(start) if gradient else None,
             left_energy=start.new_zeros(self.config.num_codebooks),
@@ -217,8 +216,8 @@ class BridleResidualQuantizer(nn.Module):
         )
         for q in range(self.config.num_codebooks):
             vectors = self._lookup_vectors(self._own_part(q, chain.residual))
-            chain.nearest[:, q] = self._nearest(q, vectors, self.config.num_soft_codes)
-            codes = chain.nearest[:, q, 0]
+            nearest.append(self._nearest(q, vectors, self.config.num_soft_codes))
+            codes = nearest[q][:, 0]
             if sum_up:
                 chain.sums[q].index_add_(0, codes, vectors)
             if move:
@@ -229,6 +228,7 @@ class BridleResidualQuantizer(nn.Module):
             if gradient:
                 chain.left_sum += left
             chain.left_energy[q], chain.residual_energy[q] = _energy(left), _energy(chain.residual)
+        chain.nearest = torch.stack(nearest, dim=1)
         return chain
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
@@ -382,19 +382,19 @@ class _Chain:
     """What the residual chain makes of vectors, see [`BridleResidualQuantizer._chain`].
 
     Args:
-        nearest: (vectors, num_codebooks, num_soft_codes) int64.
         residual: (vectors, code_dim), what the last level left over.
         left_sum: (vectors, code_dim), sum over the levels of what each left over of what it quantized, or `None`.
         left_energy, residual_energy: (num_codebooks,), sum of the squares of that, and of the residual then.
         sums: (num_codebooks, codebook_size, code_dim), sum of what chose each code, or `None`.
+        nearest: (vectors, num_codebooks, num_soft_codes) int64, of a chain that is through.
     """
 
-    nearest: torch.Tensor
     residual: torch.Tensor
     left_sum: torch.Tensor | None
     left_energy: torch.Tensor
     residual_energy: torch.Tensor
     sums: torch.Tensor | None
+    nearest: torch.Tensor | None = None
 
 
 def _energy(tensor: torch.Tensor) -> torch.Tensor:

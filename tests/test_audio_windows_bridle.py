@@ -1,61 +1,19 @@
-"""Tests of audio_windows_bridle.py, against whole-file reading and resampling and slices of the whole."""
+"""Tests of audio_windows_bridle.py, against resampling and slices of the whole."""
 
 import numpy as np
 import pytest
-import soundfile
 import soxr
-from helpers.sound_files import write_m4a
 from helpers.sounds import RATE, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridle_hf.audio_windows_bridle import array_blocks, cut_windows, mono_blocks, patch_times, read_blocks
+from bridle_hf.audio_windows_bridle import array_blocks, cut_windows, mono_blocks, patch_times
 from bridle_hf.feature_extraction_bridle import num_frames
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-def read_whole(media) -> tuple[int, np.ndarray]:
-    rate, blocks = read_blocks(media)
-    return rate, np.concatenate(list(blocks))
-
-
-@pytest.mark.parametrize("form", ["path", "bytes"])
-@pytest.mark.parametrize(
-    ("name", "subtype", "channels"),
-    [("a.wav", "PCM_16", 6), ("a.flac", "PCM_24", 2), ("a.ogg", "VORBIS", 1), ("a.mp3", "MPEG_LAYER_III", 2)],
-)
-def test_blocks_are_the_whole_file(name, subtype, channels, form, tmp_path, rng):
-    path = tmp_path / name
-    soundfile.write(path, 0.1 * rng.normal(size=(200_000, channels)), 44100, subtype=subtype)
-    expected, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    found_rate, found = read_whole(str(path) if form == "path" else path.read_bytes())
-    assert found_rate == rate
-    np.testing.assert_array_equal(found, expected)
-
-
-def test_what_libsndfile_cannot_read_is_read_by_pyav(tmp_path, rng):
-    time = np.arange(48_000) / 48_000
-    sound = 0.3 * np.sin(2 * np.pi * np.array([[300], [500]]) * time)
-    path = write_m4a(tmp_path / "a.m4a", sound, 48_000)
-    rate, found = read_whole(str(path))
-    assert rate == 48_000 and found.shape[1] == 2 and found.dtype == np.float32
-    for channel, expected in zip(found.T, sound):  # a lossy format, but at the right place
-        assert np.corrcoef(channel[: len(expected)], expected)[0, 1] > 0.98
-    np.testing.assert_array_equal(read_whole(path.read_bytes())[1], found)
-
-
-def test_what_cannot_be_read_is_refused(tmp_path):
-    (tmp_path / "a.wav").write_text("not a sound")
-    with pytest.raises(ValueError, match=r"cannot be decoded .*libsndfile"):
-        read_blocks(str(tmp_path / "a.wav"))
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        read_blocks(b"")
-    with pytest.raises(ValueError, match="no such file"):
-        read_blocks(str(tmp_path / "b.wav"))
 
 
 @settings(max_examples=25, deadline=None)

@@ -8,14 +8,15 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
 ROOMS = (
-    "common", "data", "embedding", "interleaving", "monitoring", "probing", "cards", "finetuning", "pretraining",
-    "sets", "demos", "study", "release", "commands",
+    "common", "data", "embedding", "exporting", "interleaving", "monitoring", "probing", "cards", "finetuning",
+    "pretraining", "sets", "demos", "study", "release", "commands",
 )  # fmt: skip
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -100,6 +101,12 @@ def test_model_files_import_siblings_and_four_libraries(path):
             assert name.split(".")[0] != PACKAGE.name, f"line {node.lineno}: {name}"
             # What stands under an `if` or in a function may be missing where the model runs.
             assert node not in tree.body or name.split(".")[0] in AT_THE_TOP, f"line {node.lineno}: {name}"
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
+def test_remote_code_asks_for_no_other_library(path):
+    """Those that stand outside of a `try`, in functions too, transformers wants before it loads any model."""
+    assert {name.split(".")[0] for name in get_imports(path)} <= AT_THE_TOP
 
 
 def test_rooms_import_only_what_is_below_them():

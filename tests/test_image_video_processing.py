@@ -229,7 +229,13 @@ def test_by_remote_code(root):
             task, file = ("video", "video.mp4") if kind == "video" else ("image", "picture.png")
             if kind != "five":
                 classify = pipeline(f"{{task}}-classification", model=f"{{root}}/{{kind}}", trust_remote_code=True)
+                assert type(classify).__name__ == f"Bridle{{task.title()}}ClassificationPipeline", type(classify)
                 answers[kind] = classify(f"{{root}}/{{file}}")
+                classify.save_pretrained(f"whole/{{kind}}")
+                again = pipeline(model=f"whole/{{kind}}", trust_remote_code=True)  # its config tells the task
+                assert type(again).__name__ == type(classify).__name__
+                assert again(f"{{root}}/{{file}}") == answers[kind]
+        assert "bridle_hf" not in {{name for name, module in sys.modules.items() if module}}
         torch.save(answers, "answers.pt")
     """
     names = run_fresh(code, root / "remote", package=False).split()

@@ -1,21 +1,37 @@
-"""Tests of pipeline_bridle.py: files of every format, rate and number of channels, long ones, and remote code."""
+"""Tests of pipeline_bridle.py: files of every format and form, long or vast ones, transformers' own, remote code."""
 
+import base64
 import io
 import json
 import shutil
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import contextmanager
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import soxr
 import torch
+from helpers.extreme_files import png
 from helpers.fresh_process import run_fresh
 from helpers.sound_files import write_m4a
-from transformers import AudioClassificationPipeline, pipeline
+from helpers.videos import write_video
+from PIL import Image
+from transformers import (
+    AudioClassificationPipeline,
+    ImageClassificationPipeline,
+    VideoClassificationPipeline,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    pipeline,
+)
 
 import bridle_hf
 
@@ -110,29 +126,29 @@ def test_arrays_as_transformers_takes_them(classify, folder):
     assert type(classify) is bridle_hf.BridleAudioClassificationPipeline
 
 
-def test_a_url(classify, tmp_path):
-    path = write(tmp_path / "a.flac", 22_050, 1)
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            found = self.path == "/a.flac"
-            self.send_response(200 if found else 404)
-            self.end_headers()
-            self.wfile.write(Path(path).read_bytes() if found else b"")
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
+@contextmanager
+def served(folder: Path):
+    """The address of a server that gives the files of a folder."""
+    server = HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
     try:
-        assert_near(classify(f"{address}/a.flac"), classify(path), 1e-6)
-        with pytest.raises(ValueError, match=r"b\.flac: cannot be fetched: .*404"):
-            classify(f"{address}/b.flac")
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_a_url(classify, tmp_path):
+    path = write(tmp_path / "a.flac", 22_050, 1)
+    with served(tmp_path) as address:
+        assert_near(classify(f"{address}/a.flac"), classify(path), 1e-6)
+        with pytest.raises(ValueError, match=r"b\.flac: cannot be fetched: .*404"):
+            classify(f"{address}/b.flac")
 
 
 def test_rows_of_datasets(classify, tmp_path):
@@ -252,6 +268,151 @@ def test_an_encoder_names_no_pipeline(folder, tmp_path):
     encoder.save_pretrained(tmp_path)
     assert "custom_pipelines" not in (tmp_path / "config.json").read_text()
     assert "custom_pipelines" in (Path(folder) / "config.json").read_text()
+
+
+# --- pictures and videos ---
+
+STOCK = {"image": ImageClassificationPipeline, "video": VideoClassificationPipeline}
+
+
+@pytest.fixture(scope="module", params=STOCK)
+def pixels(request, tmp_path_factory):
+    """Modality, files of it, our pipeline for a model, and transformers' own for the same."""
+    modality, folder = request.param, tmp_path_factory.mktemp("pixels")
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "num_frames": 4, "num_labels": 7}
+    config = bridle_hf.BridleConfig(**{**SIZES, **sizes}, modality=modality)
+    model = getattr(bridle_hf, f"BridleFor{modality.title()}Classification")(config).eval()
+    for parameter in model.parameters():  # so that pictures tell, in a model that has learned nothing
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    process = bridle_hf.make_image_processor(config)
+    stock = STOCK[modality](model=model, image_processor=process, task=f"{modality}-classification")
+    classify = pipeline(f"{modality}-classification", model=model, image_processor=process)
+    files = []
+    for index, size in enumerate([(64, 48), (48, 80), (90, 90)]):
+        path = folder / f"{index}.{'png' if modality == 'image' else 'mp4'}"
+        if modality == "image":
+            noise = np.random.default_rng(index).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+        else:
+            write_video(path, 20 + index, size)
+        files.append(str(path))
+    return modality, files, classify, stock
+
+
+def test_pictures_and_videos_as_transformers_takes_them(pixels):
+    modality, files, classify, stock = pixels
+    assert type(classify) is getattr(bridle_hf, f"Bridle{modality.title()}ClassificationPipeline")
+    options = [
+        {},
+        {"top_k": 2},
+        {"top_k": 99},
+        *({"function_to_apply": name} for name in ("softmax", "sigmoid", "none")),
+    ]
+    if modality == "video":
+        options += [{"num_frames": 8}, {"frame_sampling_rate": 3}, {"num_frames": 2, "frame_sampling_rate": 5}]
+    for path in files:
+        for kwargs in options:
+            assert_near(classify(path, **kwargs), stock(path, **kwargs), 1e-5)
+    wanted = [stock(path) for path in files]
+    for together in (classify(files), classify(files, batch_size=2), list(classify(iter(files), batch_size=3)),
+                     list(classify(path for path in files))):  # fmt: skip
+        for found, expected in zip(together, wanted, strict=True):
+            assert_near(found, expected, 1e-5)
+    with served(Path(files[0]).parent) as address:
+        assert_near(classify(f"{address}/{Path(files[0]).name}"), wanted[0], 1e-5)
+        with pytest.raises(ValueError, match=r"9: cannot be fetched: .*404"):
+            classify(f"{address}/9")
+
+
+def test_pictures_and_videos_in_every_form(pixels):
+    modality, files, classify, stock = pixels
+    content = Path(files[0]).read_bytes()
+    forms = [Path(files[0]), content, {"path": files[0], "bytes": None}, {modality: {"bytes": content, "path": None}}]
+    if modality == "image":
+        image, text = Image.open(files[0]), base64.encodebytes(content).decode()
+        array = np.asarray(image)
+        forms += [
+            image,
+            array,
+            torch.from_numpy(array.copy()),
+            text,
+            f"data:image/png;base64,{text}",
+            {"image": image},
+        ]
+        for form in (image, array, text, f"data:image/png;base64,{text}"):
+            assert_near(stock(form), stock(files[0]), 1e-6)
+    for form in forms:
+        assert_near(classify(form), stock(files[0]), 1e-5)
+
+
+def test_pictures_and_videos_of_several_labels(pixels, monkeypatch):
+    _, files, classify, stock = pixels
+    monkeypatch.setattr(classify.model.config, "problem_type", "multi_label_classification")
+    found = classify(files[0])
+    assert_near(found, stock(files[0]), 1e-5)
+    assert_near(found, classify(files[0], function_to_apply="sigmoid"), 1e-6)
+
+
+def test_pictures_and_videos_that_cannot_be_read_are_named(pixels, tmp_path):
+    modality, files, classify, _ = pixels
+    noun = {"image": "the picture", "video": "the video"}[modality]
+    (tmp_path / "a.bin").write_text("nothing")
+    content = Path(files[0]).read_bytes()
+    for wrong, reason in [
+        (str(tmp_path / "a.bin"), r"a\.bin: cannot be decoded"),
+        (str(tmp_path / "b.bin"), r"b\.bin: no such file"),
+        (b"nothing", f"{noun}: cannot be decoded"),
+        (content[: len(content) // 2], f"{noun}: (cannot be decoded|is truncated)"),
+        ({"path": "c.bin", "bytes": b"nothing"}, r"c\.bin: cannot be decoded"),
+        ({"size": 3}, "give `raw` and `sampling_rate`, `bytes` or `path`"),
+        (5, f"{noun}: is a int"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            classify(wrong)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size, reason", [((13000, 13000), "more than 25.0 million"), ((1, 20000), "longer than 32")])
+@pytest.mark.parametrize("pixels", ["image"], indirect=True)
+def test_vast_pictures_are_refused_before_they_are_decoded(pixels, monkeypatch, tmp_path, size, reason):
+    _, _, classify, _ = pixels
+    (tmp_path / "a.png").write_bytes(png(*size))
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("was decoded"))
+    for form in (str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), Image.open(tmp_path / "a.png")):
+        with pytest.raises(ValueError, match=f"is {size[0]} x {size[1]} pixels, {reason}"):
+            classify(form)
+
+
+@pytest.mark.parametrize("pixels", ["video"], indirect=True)
+def test_videos_come_upright_and_short_ones_repeat_their_last_frame(pixels, tmp_path):
+    _, _, classify, _ = pixels
+
+    def frames_of(path: str) -> np.ndarray:
+        with av.open(path) as container:
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+    def answer(frames: np.ndarray) -> list[dict]:
+        with torch.no_grad():
+            logits = classify.model(**classify.image_processor(list(frames), return_tensors="pt")).logits
+        return classify.postprocess(type(classify.model).output_class(logits=logits))
+
+    upright, short = write_video(tmp_path / "upright.mp4", 8), write_video(tmp_path / "short.mp4", 3)
+    turned = write_video(tmp_path / "turned.mp4", 8, rotation=90)
+    assert_near(classify(upright), answer(frames_of(upright)[:4]), 1e-5)
+    assert_near(classify(turned), answer(np.rot90(frames_of(upright)[:4], axes=(1, 2))), 1e-5)
+    assert_near(classify(short), answer(frames_of(short)[[0, 1, 2, 2]]), 1e-5)
+
+
+@pytest.mark.parametrize("modality", STOCK)
+def test_other_models_of_pixels_keep_their_pipeline(modality):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if modality == "image":
+        model = ViTForImageClassification(ViTConfig(**sizes, image_size=32))
+    else:
+        model = VideoMAEForVideoClassification(VideoMAEConfig(**sizes, image_size=32, num_frames=4))
+    process = bridle_hf.make_image_processor(bridle_hf.BridleConfig(modality=modality, image_size=32))
+    assert type(pipeline(f"{modality}-classification", model=model, image_processor=process)) is STOCK[modality]
 
 
 def test_bytes_of_a_stream(classify):

@@ -28,6 +28,7 @@ class Command:
         positionals: options that are given without their names.
         fixed: options that it sets itself.
         loads_models: whether it needs torch and transformers.
+        extra: of the package, that brings what it needs.
     """
 
     summary: str
@@ -39,6 +40,7 @@ class Command:
     positionals: tuple[str, ...] = ()
     fixed: dict[str, Any] = field(default_factory=dict)
     loads_models: bool = True
+    extra: str = "train"
 
 
 COMMANDS = {
@@ -74,6 +76,12 @@ COMMANDS = {
         ("embedding.arguments:SearchArguments",),
         positionals=("table", "file"),
     ),
+    "prepare": Command(
+        "write the metadata.csv of a data set as downloaded, or of list files",
+        "LAYOUT DIR_OR_LIST [--output_dir OUT] [--overwrite]",
+        ("data.layouts.arguments:PrepareArguments",),
+        positionals=("layout", "data"),
+    ),
     "shard": Command(
         "write shards (tar or parquet) of a folder or data set",
         "--data DIR_OR_HUB_ID --output_dir OUT [--name value ...]",
@@ -90,6 +98,13 @@ COMMANDS = {
         "CHECKPOINT OUT [--modality audio|image|video] [--name value ...]",
         ("commands.arguments:ConvertArguments",),
         positionals=("checkpoint", "output_dir"),
+    ),
+    "export": Command(
+        "export an encoder, classifier or tokenizer to ONNX or torch.export, and check it",
+        "DIR_OR_HUB_ID X.onnx|.pt2 [--input waveform]",
+        ("exporting.arguments:ExportArguments",),
+        positionals=("model", "output"),
+        extra="export",
     ),
     "flops": Command(
         "tell what a recipe costs: FLOPs and GPU hours",
@@ -163,7 +178,8 @@ def run(name: str | None, words: list[str]) -> None:
         if (error.name or "bridle_hf").startswith("bridle_hf"):
             raise
         raise RunError(
-            f"`bridle {name}` needs {error.name}, which is not installed: pip install 'bridle_hf[train]'"
+            f"`bridle {name}` needs {error.name}, which is not installed: "
+            f"pip install 'bridle_hf[{COMMANDS[name].extra}]'"
         ) from error
 
 

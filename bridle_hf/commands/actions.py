@@ -30,7 +30,8 @@ def finetune(args: Any, training_args: Any) -> None:
     _log()
     made = run_finetuning(args, training_args)
     if made.results and PartialState().is_main_process:
-        print(f"{result_line(made.results)}; the classifier is in {made.output_dir}")
+        where = f"classifiers are in {made.output_dir}/fold_*" if args.folds else f"classifier is in {made.output_dir}"
+        print(f"{result_line(made.results)}; the {where}")
 
 
 def probe(args: Any) -> None:
@@ -56,9 +57,17 @@ def search(args: Any) -> None:
     print(*search_lines(search(args)), sep="\n")
 
 
+def prepare(args: Any) -> None:
+    from bridle_hf.data.layouts.prepare import run_preparing
+
+    _log()
+    print("{path}: {samples} rows, {classes} classes, {splits} splits, {folds} folds".format(**run_preparing(args)))
+
+
 def shard(args: Any) -> None:
     from bridle_hf.data.shards.writer import make_shards
 
+    _log()
     made = make_shards(args)
     print("{samples} of {found} samples in {shards} shards in {output_dir}".format(**made))
 
@@ -99,6 +108,12 @@ def convert(args: ConvertArguments) -> None:
     for path in made:
         write_converted_card(path, checkpoint)
     print(f"wrote {' and '.join(map(str, made))}")
+
+
+def export(args: Any) -> None:
+    from bridle_hf.exporting.export import export_line, run_export
+
+    print(export_line(run_export(args)))
 
 
 def flops(args: Any, recipe: Any) -> None:

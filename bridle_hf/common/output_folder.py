@@ -62,6 +62,11 @@ FINETUNING = RunKind(
     "fine-tuning",
     ("run.json", "results.json", "skipped.jsonl", "checkpoints/checkpoint-*", *_MODEL_FILES),
 )
+CROSS_VALIDATION = RunKind(
+    "fine-tuning of all folds",
+    ("run.json", "results.json", *(f"fold_*/{name}" for name in FINETUNING.writes)),
+    begun=(),
+)
 STUDY = RunKind(
     "a study", ("run.json", "results.jsonl", "items/*.json", "report.md", "figures/*.png", "runs/*"), begun=("runs",)
 )

@@ -1,46 +1,24 @@
-"""Decoding of files and parts of shards: recordings by libsndfile, images by Pillow, videos by PyAV.
+"""Decoding of files and parts of shards: recordings by libsndfile and PyAV, images by Pillow, videos by PyAV.
 
     Sample ─► read_audio ─► waveform (channels, samples)
          ─► read_image ─► pixels (height, width, channels)
          ─► read_video ─► the frames chosen (frames, height, width, channels)
 
-A video is seen as a grid of frames at its mean rate: frame i is the one shown nearest to i / rate seconds. Where the
-rate is constant these are its frames; where it varies, timestamps decide. Nothing but the frames chosen, and those
-that the decoder needs to get there, is ever decoded or held.
+How they are read, and what is refused, stands in `audio_decoding_bridle.py` and `pixel_decoding_bridle.py`, where the
+pipelines have it, too; here, errors get the name of the file.
 """
 
-import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 from torch.utils.data import get_worker_info
 
+from bridle_hf import pixel_decoding_bridle
+from bridle_hf.audio_decoding_bridle import open_sound
 from bridle_hf.common.errors import MediaError
-from bridle_hf.feature_extraction_bridle import MAX_AMPLITUDE
-from bridle_hf.image_processing_bridle import check_size, image_to_array
-
-
-# A video that ends this long before its header says is truncated, not just badly rounded.
-TRUNCATION_SECONDS = 0.5
-# A frame of a video counts many times, as decoders keep up to 16 of them: 4K, and no more.
-MAX_FRAME_PIXELS = 4096 * 2304
-MAX_DECODED_PIXELS = 10**10  # from a key frame on to the one that is wanted: 4,800 frames of 1080p, some ten seconds
-_BOUNDS = {"max_pixels": str(MAX_FRAME_PIXELS)}
-# Containers whose header has no duration: libav guesses it from the last packets that have a timestamp.
-_GUESSED_DURATIONS = ("mpeg", "mpegts")
-# Without an index of key frames, decoding on is taken to be cheaper than a seek over less than this.
-BLIND_SEEK_SECONDS = 5.0
-MIN_RATE = 100  # Hz; a lower one is a broken header's, and has no samples for a frame of 25 ms
-# Numbers in a second, of all channels together: eight at 500 kHz, eighty at 48. It bounds what a crop takes.
-MAX_NUMBERS_PER_SECOND = 4_000_000
-NUMBERS_PER_BLOCK = 2**22  # of what is decoded at a time: 16 MB
-# What libsndfile says where the header does not know how many samples follow, as of FLAC that went through a pipe.
-UNKNOWN_LENGTH = 2**63 - 1
 
 
 # --- Audio ---
@@ -49,7 +27,7 @@ UNKNOWN_LENGTH = 2**63 - 1
 def read_audio(
     media: str | bytes, name: str | None = None, crop: Callable[[int, int], tuple[int, int]] | None = None
 ) -> tuple[np.ndarray, int]:
-    """Decode a recording with libsndfile (wav, flac, ogg, opus, mp3, aiff and more).
+    """Decode a recording with libsndfile (wav, flac, ogg, opus, mp3, aiff and more) or PyAV (m4a, aac, wma and more).
 
     Args:
         media: path of the file, or its bytes.
@@ -61,8 +39,7 @@ def read_audio(
         Hz.
 
     Raises:
-        MediaError: missing, undecodable or empty; samples that are NaN, infinite or over `MAX_AMPLITUDE`;
-            a sampling rate that is too low, or too high for its channels.
+        MediaError: see `audio_decoding_bridle.open_sound`.
     """
     (found,) = read_crops(media, name, lambda samples, rate: [crop(samples, rate) if crop else (0, samples)])
     return found
@@ -72,16 +49,16 @@ def read_crops(
     media: str | bytes, name: str | None, crops: Callable[[int, int], Sequence[tuple[int, int]]]
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Several crops of one recording, which `crops` chooses in order and not overlapping: see `read_audio`."""
-    with _open_sound(media, name) as file:
-        for start, count in crops(file.length, file.samplerate):
-            waveform, found = np.empty((count, file.channels), np.float32), 0
-            for block in file.read_blocks(start, count):
+    with _named(media, name), open_sound(media) as sound:
+        for start, count in crops(sound.length, sound.rate):
+            waveform, found = np.empty((count, sound.channels), np.float32), 0
+            for block in sound.blocks(start, count):
                 waveform[found : found + len(block)] = block
                 found += len(block)
             # Not by `librosa.load`, which would lose much of the above: it reads no bytes without a file object, falls
             # back to other decoders on an error, and can neither crop by the number of samples nor read an unknown
             # length.
-            yield waveform[:found].T, file.samplerate
+            yield waveform[:found].T, sound.rate
 
 
 def check_audio(media: str | bytes, name: str | None = None) -> None:
@@ -90,8 +67,8 @@ def check_audio(media: str | bytes, name: str | None = None) -> None:
     Raises:
         MediaError: see `read_audio`.
     """
-    with _open_sound(media, name) as file:
-        for _ in file.read_blocks(0, file.length):
+    with _named(media, name), open_sound(media) as sound:
+        for _ in sound.blocks():
             pass
 
 
@@ -117,224 +94,29 @@ def resample(waveform: np.ndarray, source_rate: float, target_rate: float) -> np
     return librosa_resample(waveform, orig_sr=source_rate, target_sr=target_rate, res_type="soxr_hq", fix=False)
 
 
-@contextmanager
-def _open_sound(media: str | bytes, name: str | None) -> Iterator["_SoundFile"]:
-    """A recording, closed at the end; whatever soundfile raises while it is open is a MediaError."""
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
-    try:
-        with _SoundFile(media, name) as file:
-            yield file
-    except MediaError:
-        raise
-    # Beside its own errors soundfile raises ValueError and others; memory: a broken header promises terabytes.
-    except (RuntimeError, OSError, ValueError, ArithmeticError, MemoryError) as error:
-        raise MediaError(name, f"cannot be decoded: {error}") from error
-
-
-class _SoundFile(soundfile.SoundFile):
-    """A recording with its true `length` in samples, be its header silent about it or wrong."""
-
-    def __init__(self, media: str | bytes, name: str):
-        self.path, self.position = name, 0
-        try:
-            super().__init__(_source(media))
-        except soundfile.LibsndfileError:
-            # Of an mp3 that claims to be shorter than its encoder's padding, libsndfile says that it cannot be opened.
-            if (mended := mend_mp3_length(media, 0)) is None:
-                raise
-            super().__init__(_source(mended))
-        rate, channels = self.samplerate, self.channels
-        if rate < MIN_RATE or rate * channels > MAX_NUMBERS_PER_SECOND:
-            raise MediaError(name, f"has a sampling rate of {rate} Hz" + f" in {channels} channels" * (channels > 1))
-        self.length = self.frames
-        if self.frames == UNKNOWN_LENGTH:
-            self.length = sum(map(len, self._blocks(UNKNOWN_LENGTH)))
-            self._open_again(media)  # there libsndfile fails to seek once it is at the end
-        elif self.format == "MP3" and (mended := mend_mp3_length(media, self.frames)) is not None:
-            self._open_again(mended)
-            self.length = self.frames
-
-    def _open_again(self, media: str | bytes) -> None:
-        self.close()
-        super().__init__(_source(media))
-        self.position = 0
-
-    def seekable(self) -> bool:
-        return self.frames != UNKNOWN_LENGTH and super().seekable()
-
-    def read_blocks(self, start: int, count: int) -> Iterator[np.ndarray]:
-        """`count` samples from `start` on, in pieces (samples, channels) float32.
-
-        Raises:
-            MediaError: see `read_audio`.
-        """
-        if start != self.position and self.seekable():
-            self.position = self.seek(start)
-        elif start != self.position:  # GSM 6.10 and others go on, and never back
-            for _ in self._blocks(start - self.position):
-                pass
-        is_empty = True
-        for block in self._blocks(count):
-            is_empty = False
-            if not np.isfinite(block).all():
-                raise MediaError(self.path, "holds NaN or infinite samples")
-            if (loudest := np.abs(block).max()) > MAX_AMPLITUDE:
-                raise MediaError(self.path, f"holds a sample of {loudest:.3g}, over the bound of {MAX_AMPLITUDE:.3g}")
-            yield block
-        if is_empty:
-            raise MediaError(self.path, "holds no samples")
-
-    def _blocks(self, count: int) -> Iterator[np.ndarray]:
-        """The next `count` samples, or as many as there are."""
-        most = max(NUMBERS_PER_BLOCK // self.channels, 1)
-        while count > 0 and len(block := self.read(min(count, most), dtype="float32", always_2d=True)):
-            count -= len(block)
-            self.position += len(block)
-            yield block
-
-
-def _source(media: str | bytes) -> str | io.BytesIO:
-    return io.BytesIO(media) if isinstance(media, bytes) else media
-
-
-# Of MPEG audio, layer III: bit rates in kbit/s of versions 1 and 2 (and 2.5), sampling rates in Hz of version 1.
-_MP3_BIT_RATES = {
-    1: (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-    2: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
-}
-_MP3_RATES = (44100, 48000, 32000)
-_MP3_HEADER = 0xFFFEFE  # the bits of a header's first three bytes that decide over its frame's length
-_MP3_STREAM = 0xFFFE0C  # and those that do not change from frame to frame
-
-
-def _mp3_frame_sizes() -> dict[int, int]:
-    """Size of a frame in bytes, header included, by the first three bytes of the header."""
-    sizes = {}
-    for version_bits, version, slower in ((3, 1, 1), (2, 2, 2), (0, 2, 4)):
-        for number, bit_rate in enumerate(_MP3_BIT_RATES[version], start=1):
-            for rate_bits, rate in enumerate(_MP3_RATES):
-                size = 144_000 // version * bit_rate * slower // rate
-                for padding in (0, 1):
-                    header = 0xFFE000 | version_bits << 11 | 1 << 9 | number << 4 | rate_bits << 2 | padding << 1
-                    sizes[header] = size + padding
-    return sizes
-
-
-_MP3_FRAME_SIZES = _mp3_frame_sizes()
-
-
-def mend_mp3_length(media: str | bytes, claimed: int) -> bytes | None:
-    """An mp3 whose header tells its true length, by a walk over its frames; None if it does already, or is no mp3.
-
-    libsndfile reads as many samples as the first frame's Xing tag claims, or, without one, as the first frame's bit
-    rate lets it guess: too few of files that were joined or that vary in bit rate, or too many of those cut short.
-
-    Args:
-        media: path of the file, or its bytes.
-        claimed: samples, as libsndfile has them.
-    """
-    with _source(media) if isinstance(media, bytes) else open(media, "rb") as file:
-        start = file.read(3)
-        if start != b"ID3" and int.from_bytes(start) & _MP3_HEADER not in _MP3_FRAME_SIZES:
-            return None
-        content = start + file.read()
-    first, frames = _walk_mp3(content)
-    if frames == 0:
-        return None
-    header = int.from_bytes(content[first : first + 3])
-    tag = max(content.find(name, first, first + 64) for name in (b"Xing", b"Info"))
-    if tag >= 0 and content[tag + 7] & 1:
-        found = frames - 1  # the tag's frame holds no sound
-        if abs(int.from_bytes(content[tag + 8 : tag + 12]) - found) <= 1:
-            return None
-        return content[: tag + 8] + found.to_bytes(4) + content[tag + 12 :]
-    samples = 1152 if header >> 11 & 3 == 3 else 576  # of a frame, in versions 1 and 2
-    if abs(frames * samples - claimed) <= 3 * 1152:  # as far as encoders pad
-        return None
-    # A frame of the same stream that holds nothing but a tag, put before the others.
-    is_mono = content[first + 3] >> 6 == 3
-    side_information = {1152: 17 if is_mono else 32, 576: 9 if is_mono else 17}[samples]
-    header = header & _MP3_STREAM | 1 << 8 | 9 << 4  # without a checksum, and long enough for a tag
-    empty = bytearray(_MP3_FRAME_SIZES[header & _MP3_HEADER])
-    start = header.to_bytes(3) + content[first + 3 : first + 4] + bytes(side_information)
-    start += b"Xing" + (1).to_bytes(4) + frames.to_bytes(4)
-    empty[: len(start)] = start
-    return content[:first] + bytes(empty) + content[first:]
-
-
-def _walk_mp3(content: bytes) -> tuple[int, int]:
-    """Where the first frame lies and how many there are, but for those cut off or of another stream."""
-    first, frames, stream, place = 0, 0, None, 0
-    if content[:3] == b"ID3":  # a tag that may hold pictures: seven bits a byte
-        place = 10 + sum(byte << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0)))
-    while (place := content.find(0xFF, place)) >= 0:
-        header = int.from_bytes(content[place : place + 3])
-        size = _MP3_FRAME_SIZES.get(header & _MP3_HEADER)
-        if size is None or stream not in (None, header & _MP3_STREAM):
-            place += 1
-            continue
-        if stream is None:  # the first one is confirmed by the next
-            following = int.from_bytes(content[place + size : place + size + 3])
-            if following & _MP3_HEADER not in _MP3_FRAME_SIZES or (following ^ header) & _MP3_STREAM:
-                place += 1
-                continue
-            first, stream = place, header & _MP3_STREAM
-        place += size
-        frames += place <= len(content)
-    return first, frames
-
-
-# --- Images ---
+# --- Images and video ---
 
 
 def read_image(media: str | bytes, name: str | None = None, num_channels: int = 3) -> np.ndarray:
-    """Decode a still with Pillow, upright.
+    """A still as (height, width, num_channels) uint8, see `pixel_decoding_bridle.read_image`.
 
     Args:
         media: path of the file, or its bytes.
         name: how errors call it; the path if absent.
         num_channels: 3 for colour, 1 for grey; see `image_to_array` for what is converted, and how.
 
-    Returns:
-        (height, width, num_channels) uint8.
-
     Raises:
-        MediaError: missing, undecodable, truncated, animated (which frame is meant cannot be known), or what
-            `image_to_array` refuses: too many pixels, too thin, more than 8 bits a channel.
+        MediaError: what cannot be read, or would take too much memory.
     """
-    from PIL import Image
+    with _named(media, name):
+        return pixel_decoding_bridle.read_image(media, num_channels)
 
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
-    try:
-        with Image.open(_source(media)) as image:
-            check_size(image.height, image.width)  # before the pictures are counted
-            frames = getattr(image, "n_frames", 1)
-            # The further pictures of an MPO, a camera's JPEG, are previews of the first.
-            if frames > 1 and image.format != "MPO":
-                raise MediaError(name, f"holds {frames} pictures where one is expected: save the one that is meant")
-            pixels = image_to_array(image, num_channels)
-    except MediaError:
-        raise
-    except ValueError as error:
-        raise MediaError(name, str(error)) from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, TypeError, ...
-        raise MediaError(name, f"cannot be decoded: {error}") from error
-    if pixels.size == 0:
-        raise MediaError(name, "holds no pixels")
-    return pixels
-
-
-# --- Video ---
 
 Choose = Callable[[int, float], np.ndarray]
 
 
 def read_video(media: str | bytes, name: str | None = None, choose: Choose | None = None) -> np.ndarray:
-    """Decode chosen frames of a video with PyAV, upright; its sound and cover pictures are not looked at.
+    """Decode chosen frames of a video.
 
     Args:
         media: path of the file, or its bytes.
@@ -346,8 +128,7 @@ def read_video(media: str | bytes, name: str | None = None, choose: Choose | Non
         (*shape of the choice, height, width, 3) uint8, RGB.
 
     Raises:
-        MediaError: missing, undecodable, truncated, without video or timestamps, turned by other than quarters, or of
-            frames that are too large or too thin.
+        MediaError: see `pixel_decoding_bridle.open_video`.
         IndexError: `choose` left the video.
     """
     with open_video(media, name) as video:
@@ -355,165 +136,18 @@ def read_video(media: str | bytes, name: str | None = None, choose: Choose | Non
 
 
 @contextmanager
-def open_video(media: str | bytes, name: str | None = None) -> Iterator["_Video"]:
-    """A video, closed at the end; whatever libav raises while it is open is a MediaError. See `read_video`."""
-    import av
+def open_video(media: str | bytes, name: str | None = None) -> Iterator[Any]:
+    """A video, see `pixel_decoding_bridle.open_video`, whose errors are MediaErrors."""
+    with _named(media, name), pixel_decoding_bridle.open_video(media) as video:
+        yield video
 
-    name = name or (media if isinstance(media, str) else "<bytes>")
-    if isinstance(media, str) and not os.path.isfile(media):
-        raise MediaError(name, "no such file")
+
+@contextmanager
+def _named(media: str | bytes, name: str | None) -> Iterator[None]:
+    """Whatever is wrong with a file, with its name."""
     try:
-        # Tags in an unknown encoding are no reason to refuse a video. The bounds hold for what libav decodes to find
-        # out what is in the file, and for frames that are larger than the header says.
-        with av.open(_source(media), metadata_errors="replace", options=_BOUNDS) as container:
-            yield _Video(container, name)
+        yield
     except MediaError:
         raise
-    except (av.error.FFmpegError, OSError, ArithmeticError, MemoryError) as error:
-        raise MediaError(name, f"cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
-
-
-class _Video:
-    """The video stream of an open file: by its header, `total` frames of (height, width) at a mean `rate` in 1/s."""
-
-    def __init__(self, container: Any, name: str):
-        from av.stream import Disposition
-
-        self.container, self.name = container, name
-        self.stream = container.streams.best("video")  # a cover picture only where there is nothing else
-        if self.stream is None or self.stream.disposition & Disposition.attached_pic:
-            raise MediaError(name, "holds no video")
-        codec = self.stream.codec_context
-        if codec is None:
-            raise MediaError(name, "has video of a codec that libav does not know")
-        self.height, self.width = codec.height, codec.width
-        self._check_size(self.height, self.width)
-        codec.options = _BOUNDS
-        # Workers are what runs in parallel; threads of a decoder's own would get in their way.
-        codec.thread_count = 1
-        self.start = self.stream.start_time or 0
-        rate = self.stream.average_rate or self.stream.guessed_rate
-        if not rate:
-            raise MediaError(name, "says nothing about its frame rate: remux it into a container that does, as mp4")
-        self.rate = float(rate)
-        self._decoder = self._before = self._after = None
-        self.has_own_duration = True
-        self.total = max(round(self._seconds() * self.rate), 1)
-
-    def read(self, chosen: np.ndarray, view: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
-        """Frames by their indices, an integer array of any shape and order.
-
-        Frames that differ in size from the first one read (the stream changed) are resized to it.
-
-        Args:
-            view: makes of each frame, (height, width, 3) uint8 RGB, what is kept of it, so that no more than one is
-                ever held in full size; called in the order of the frames, once for each that differs from the last.
-
-        Returns:
-            (*shape of the choice, *shape of a frame or of its view).
-        """
-        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.total:
-            raise IndexError(f"{self.name}: frames {chosen.min()} .. {chosen.max()} were chosen out of {self.total}")
-        indices, inverse = np.unique(chosen, return_inverse=True)
-        return self._convert(self._nearest(indices), view)[inverse.reshape(chosen.shape)]
-
-    def _check_size(self, height: int, width: int) -> None:
-        try:
-            check_size(height, width, MAX_FRAME_PIXELS)
-        except ValueError as error:
-            raise MediaError(self.name, str(error)) from error
-
-    def _seconds(self) -> float:
-        if self.stream.duration and self.container.format.name not in _GUESSED_DURATIONS:
-            return float(self.stream.duration * self.stream.time_base)
-        if "DURATION" in self.stream.metadata:  # Matroska has it in a tag, as 00:01:02.5
-            with suppress(ValueError):
-                hours, minutes, seconds = map(float, self.stream.metadata["DURATION"].split(":"))
-                if np.isfinite(duration := 3600 * hours + 60 * minutes + seconds):
-                    return duration
-        if self.container.duration and not self.stream.duration:  # in microseconds, that of the longest stream
-            self.has_own_duration = False  # its sound may be what is longer
-            return self.container.duration / 1e6
-        # The timestamps of packets tell, undecoded: of the last ones, or of all of a live recording.
-        if guessed := self.stream.duration or 0:
-            self.container.seek(self.start + guessed, stream=self.stream)
-        stamps = [packet.pts for packet in self.container.demux(self.stream) if packet.pts is not None]
-        self.container.seek(0)
-        if not stamps:
-            raise MediaError(self.name, "holds no timestamps: remux it into a container that does, as mp4")
-        ticks = max(stamps) - (self.start if guessed else min(stamps))
-        return max(float(ticks * self.stream.time_base) + 1 / self.rate, float(guessed * self.stream.time_base))
-
-    def _nearest(self, indices: np.ndarray) -> Iterator[Any]:
-        """For each of the sorted `indices`, the frame whose timestamp is nearest to index / rate."""
-        for index in indices:
-            tick = self.start + round(int(index) / self.rate / self.stream.time_base)
-            if self._decoder is None or self._key_frame_between(tick):
-                self._seek(tick, self.stream)
-                if self._after is None or self._after.pts > tick:
-                    self._seek(0)  # it landed behind, as it may without an index: from the beginning, then
-            decoded = 0
-            while self._after is not None and self._after.pts < tick:
-                self._before, self._after = self._after, self._next()
-                decoded += self._before.width * self._before.height
-                if decoded > MAX_DECODED_PIXELS:
-                    raise MediaError(self.name, "has too few key frames: write it anew with one every few seconds")
-            if self._after is None:
-                self._check_end(tick)
-            if self._after is None or (self._before and tick - self._before.pts < self._after.pts - tick):
-                yield self._before
-            else:
-                yield self._after
-
-    def _seek(self, time: int, stream: Any = None) -> None:
-        """To the key frame at or before `time`, in ticks of `stream` (without it, microseconds of the file)."""
-        self.container.seek(time, stream=stream)
-        self._decoder = self.container.decode(self.stream)
-        self._before, self._after = None, None
-        self._after = self._next()
-
-    def _next(self) -> Any:
-        frame = next(self._decoder, None)
-        if frame is not None and (frame.pts is None or (self._after and frame.pts < self._after.pts)):
-            raise MediaError(self.name, "has timestamps missing or out of order: remux it into another container")
-        return frame
-
-    def _key_frame_between(self, tick: int) -> bool:
-        """Whether a seek to `tick` saves decoding."""
-        if self._after is None or self._after.pts >= tick:
-            return False
-        index = self.stream.index_entries
-        if not len(index):
-            return float((tick - self._after.pts) * self.stream.time_base) > BLIND_SEEK_SECONDS
-        position = index.search_timestamp(tick, backward=True)
-        return position >= 0 and index[position].timestamp > self._after.pts
-
-    def _check_end(self, tick: int) -> None:
-        """No frame is left: is this where the video should end?"""
-        if self._before is None:
-            raise MediaError(self.name, "holds no frames that can be decoded")
-        missing = float((tick - self._before.pts) * self.stream.time_base)
-        if self.has_own_duration and missing > max(TRUNCATION_SECONDS, 2 / self.rate):
-            raise MediaError(self.name, f"is truncated: it ends {missing:.1f} s before a frame that it should have")
-
-    def _convert(self, frames: Iterator[Any], view: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
-        """Decoded frames as (frames, height, width, 3) uint8 RGB, upright and of one size, or their views."""
-        from av.video.reformatter import VideoReformatter
-
-        # One for all frames, and one thread: a frame's own would be set up anew each time, at many times the cost.
-        reformatter = VideoReformatter()
-        arrays, last, size = [], None, None
-        for frame in frames:
-            if frame is not last:
-                if frame.is_corrupt:
-                    raise MediaError(self.name, f"has a corrupt frame at {frame.time:.2f} s")
-                if frame.rotation % 90:
-                    raise MediaError(self.name, f"is turned by {frame.rotation} degrees: give it quarter turns")
-                if size is None:
-                    size = (frame.width, frame.height)
-                    self._check_size(frame.height, frame.width)
-                rgb = reformatter.reformat(frame, *size, format="rgb24", threads=1).to_ndarray()
-                last, array = frame, np.ascontiguousarray(np.rot90(rgb, frame.rotation // 90))
-                array = array if view is None else view(array)
-            arrays.append(array)
-        return np.stack(arrays)
+    except ValueError as error:
+        raise MediaError(name or (media if isinstance(media, str) else "<bytes>"), str(error)) from error

@@ -3,24 +3,32 @@
 import logging
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bridle_hf.common.errors import one_line
 from bridle_hf.common.tables import clean
 from bridle_hf.data.folds import are_splits, canonical_split, check_class_folders, split_of
+from bridle_hf.data.labels import labels_of
+from bridle_hf.data.layouts.files import refuse_other_encodings, walk
+from bridle_hf.data.layouts.lists import names_lists, read_lists
+from bridle_hf.data.layouts.table import LAYOUTS, find_layout, half_there, read_layout
 from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.sample import HubRow, Sample
 from bridle_hf.data.shards.entries import read_entries
-from bridle_hf.data.shards.listing import holds_shards, names_shards
+from bridle_hf.data.shards.listing import holds_shards, is_file_name, names_shards
 from bridle_hf.data.shards.parquets import class_names, class_order, column_names, media_column
 
 
 logger = logging.getLogger(__name__)
 
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python spells bytes of a file name that are not
+# Arguments of commands, to those of `find_samples`.
+_OPTIONS = {
+    "split": "split", "label_column": "label_column", "group_column": "group_column", "data_config": "config",
+    "data_revision": "revision", "data_streaming": "streaming", "media_column": "media_column", "layout": "layout",
+}  # fmt: skip
 
 
 def find_samples(
@@ -32,6 +40,9 @@ def find_samples(
     *,
     config: str | None = None,
     revision: str | None = None,
+    streaming: bool = False,
+    media_column: str | None = None,
+    layout: str = "auto",
     need_labels: bool = False,
 ) -> list[Sample]:
     """List the samples of a folder, of shards or of a Hub id, in an order that depends on their names alone.
@@ -43,7 +54,11 @@ def find_samples(
     * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
       `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
       it is not known. Without a column `split`, files in folders that are all named like splits are of these;
-    * a folder with such a file in each of its split folders;
+    * a folder that is laid out as one of the sets of data/layouts/table.py is downloaded, or that holds one: its own
+      lists give labels, the order of the classes, splits, folds and groups;
+    * list files (`.csv`, `.json`, `.txt` of paths and labels): one, a pattern of them, or a folder with one for each
+      split, see data/layouts/lists.py;
+    * a folder with a metadata file in each of its split folders;
     * a folder of media files: `DIR/<split>/<class>/<file>`, `DIR/<class>/<file>` or `DIR/<file>`. The first level is
       read as splits where every folder on it is called train (training), validation (valid, val, dev, development)
       or test (testing, eval, evaluation), in any case; deeper folders under the class change nothing;
@@ -67,8 +82,11 @@ def find_samples(
         group_column: column that holds the group, where there are columns.
         config: configuration of a Hub set.
         revision: branch, tag or commit of a Hub set.
-        need_labels: refuse what has columns but none of labels, and class folders that surely are none, of which
-            there is but a warning otherwise.
+        streaming: read the files of a Hub set as remote shards, part by part, in place of downloading it first.
+        media_column: column that holds the media, where there are several that could.
+        layout: `auto`, as above; `folder`, without the sets and lists; or a key of `LAYOUTS`, or `lists`.
+        need_labels: leave out splits without any label; refuse what has columns but none of labels, and class folders
+            that surely are none, of which there is but a warning otherwise.
 
     Raises:
         ValueError: unknown modality, nothing of that modality in `data`, a column or split that is not there, split
@@ -78,23 +96,65 @@ def find_samples(
     if modality not in MODALITIES:
         raise ValueError(f"modality {modality!r}: expected one of {sorted(MODALITIES)}")
     columns, folder = Columns(label_column, group_column, need_labels), Path(data)
-    if (config or revision) and (names_shards(data) or (revision and folder.is_dir())):
-        raise ValueError(f"{data}: a configuration or revision is for Hub ids; leave it out")
-    if names_shards(data):
-        samples = _shard_samples(data, modality, columns)
-    elif config or not folder.is_dir():
-        return _hub_samples(data, modality, split, columns, config, revision)
+    hub = _HubSet(data, config, revision, streaming, media_column)
+    is_hub = not names_shards(data) and (bool(config) or not folder.is_dir())
+    if (config or revision or streaming) and (not is_hub or layout != "auto" or (revision and folder.is_dir())):
+        raise ValueError(f"{data}: a configuration, revision or streaming is for Hub ids; leave it out")
+    if layout == "folder" and not folder.is_dir():
+        raise ValueError(f"{data}: is no folder, as --layout folder says")
+    if layout in LAYOUTS:
+        samples = _layout_samples(layout, folder, modality, columns)
+    elif layout == "lists" or (not names_shards(data) and names_lists(data)):
+        samples = read_lists(data, modality, columns)
+    elif names_shards(data):
+        samples = _shard_samples(data, data, modality, columns, media_column)
+    elif is_hub:
+        samples, split = _hub_samples(hub, modality, split, columns), None
     elif found := [name for name in METADATA_NAMES if (folder / name).is_file()]:
         samples = metadata_samples(folder, found, columns)
+    elif layout == "auto" and (own := find_layout(folder, modality)):
+        samples = _layout_samples(*own, modality, columns)
     elif not (samples := _folder_samples(folder, modality, columns)):
         if holds_shards(data):
-            samples = _shard_samples(data, modality, columns)
+            samples = _shard_samples(data, data, modality, columns, media_column)
         elif any(folder.rglob("*.parquet")):
-            return _hub_samples(data, modality, split, columns)
+            samples, split = _hub_samples(hub, modality, split, columns), None
         else:
             wanted = " ".join(("metadata.jsonl, metadata.csv, *.tar, *.parquet and", *MODALITIES[modality].extensions))
             raise ValueError(f"{data}: no {modality} files found; looked for {wanted}")
+    if media_column and samples[0].source is None:
+        raise ValueError(f"{data}: --media_column is for Hub sets and parquet; leave it out")
+    samples = _without_unlabelled_splits(samples, data) if need_labels else samples
     return samples if split is None else _of_split(samples, split, data)
+
+
+def find_asked(args: Any, modality: str, need_labels: bool = False) -> list[Sample]:
+    """[`find_samples`] with the options that the arguments of commands share, as far as these have them."""
+    options = {name: getattr(args, option) for option, name in _OPTIONS.items() if hasattr(args, option)}
+    return find_samples(args.data, modality, need_labels=need_labels, **options)
+
+
+def _layout_samples(layout: str, folder: Path, modality: str, columns: Columns) -> list[Sample]:
+    if layout == "lists":
+        return read_lists(str(folder), modality, columns)
+    if (columns.label, columns.group) != ("label", "group"):
+        raise ValueError(
+            f"{folder}: labels and groups of {layout} are its own: leave --label_column, --group_column out, or give "
+            "--layout folder"
+        )
+    return read_layout(layout, folder, modality)
+
+
+def _without_unlabelled_splits(samples: list[Sample], data: str) -> list[Sample]:
+    """Without the splits of which no sample is labelled: of many sets, the test's labels are kept back."""
+    labelled = {sample.split for sample in samples if labels_of(sample)}
+    unlabelled = {sample.split for sample in samples} - labelled - {None}
+    if not labelled or not unlabelled:
+        return samples
+    kept = [sample for sample in samples if sample.split not in unlabelled]
+    logger.info("%s: no sample of split %s has a label: %d are left out", data, ", ".join(sorted(unlabelled)),
+                len(samples) - len(kept))  # fmt: skip
+    return kept
 
 
 def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
@@ -111,12 +171,10 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
 
 def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
-    names = [name for name in _walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
+    names = [name for name in walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
     tables = [name for name in names if name.endswith(METADATA_NAMES) and os.path.basename(name) in METADATA_NAMES]
     files = [name for name in names if name not in tables] if tables else names
-    if _NOT_UTF8.search("".join(files)):
-        name = next(filter(_NOT_UTF8.search, files))
-        raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
+    refuse_other_encodings(folder, files)
     if samples := metadata_samples(folder, tables, columns, files):
         return samples
     if files and (columns.label, columns.group) != ("label", "group"):
@@ -130,7 +188,8 @@ def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sampl
     splits = {place: split_of(parts[0]) if by_split and parts else None for place, parts in folders.items()}
     if by_split:
         folders = {place: parts[1:] for place, parts in folders.items()}
-    check_class_folders({parts[0] for parts in folders.values() if parts}, str(folder), columns.needed)
+    classes, hint = {parts[0] for parts in folders.values() if parts}, half_there(folder, modality)
+    check_class_folders(classes, str(folder), columns.needed, hint)
     _warn_of_splits_within({parts[1] for parts in folders.values() if len(parts) > 1}, folder)
     labels = {place: clean(parts[0]) if parts else None for place, parts in folders.items()}
     prefix = _prefix(folder)
@@ -149,32 +208,19 @@ def _prefix(folder: Path) -> str:
     return str(folder / "_")[:-1]  # "" for "."
 
 
-def _walk(folder: Path) -> list[str]:
-    """Every file below, relative and in order, through links too, but not round in a circle, nor what is hidden."""
-
-    def refuse(error: OSError) -> None:
-        raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
-        place = os.path.relpath(root, folder) + os.sep if root != str(folder) else ""
-        found += [place + name for name in names if not name.startswith(".")]
-    # Folder by folder, as their names would be sorted one by one.
-    return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
-
-
-def _closes_a_circle(path: Path) -> bool:
-    """Whether it is a link to a folder that is on the way to it."""
-    return path.is_symlink() and any(parent.resolve().is_relative_to(path.resolve()) for parent in path.parents)
-
-
 # --- Shards ---
 
 
-def _shard_samples(data: str, modality: str, columns: Columns) -> list[Sample]:
+def _shard_samples(
+    shards: str | Sequence[str],
+    data: str,
+    modality: str,
+    columns: Columns,
+    media: str | None = None,
+    split: str | None = None,
+) -> list[Sample]:
     wanted = dict.fromkeys((columns.label, "label", "labels", "split", "fold", columns.group))
-    entries = read_entries(data, modality, MODALITIES[modality].extensions, tuple(wanted))
+    entries = read_entries(shards, modality, MODALITIES[modality].extensions, tuple(wanted), media)
     if not entries:
         raise ValueError(f"{data}: holds no {modality}")
     found = dict.fromkeys(column for entry in entries for column in entry.row)
@@ -183,7 +229,7 @@ def _shard_samples(data: str, modality: str, columns: Columns) -> list[Sample]:
     columns = columns.among(found, data)
     samples = []
     for entry in entries:
-        row = entry.row if entry.row.get("split") else entry.row | {"split": _split_of_name(entry.shard)}
+        row = entry.row if entry.row.get("split") else entry.row | {"split": split or _split_of_name(entry.shard)}
         path = f"{entry.shard}/{entry.name}"
         samples.append(sample_of_row(path, row, columns, entry.source, entry.class_order))
     return samples
@@ -196,37 +242,68 @@ def _split_of_name(shard: str) -> str | None:
 # --- Rows of a Hub set ---
 
 
-def _hub_samples(
-    data: str,
-    modality: str,
-    split: str | None,
-    columns: Columns,
-    config: str | None = None,
-    revision: str | None = None,
-) -> list[Sample]:
+class _HubSet(NamedTuple):
+    """A set for `datasets`: a Hub id, or a folder, and what is asked for of it."""
+
+    data: str
+    config: str | None
+    revision: str | None
+    streaming: bool
+    media_column: str | None
+
+    def load(self, load: Callable[..., Any], **options: Any) -> Any:
+        """What a function of `datasets` makes of it. ValueError if it cannot."""
+        try:
+            return load(self.data, self.config, revision=self.revision, **options)
+        except Exception as error:  # whatever its network, its builders and its file systems raise
+            asked = {"name": self.config, "revision": self.revision, **options}
+            given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
+            is_folder = os.path.isdir(self.data)
+            what = f"{self.data}:" if is_folder else f"{self.data!r} is not a folder, and"
+            hint = "" if self.config or "config name" not in str(error).lower() else "; give --data_config"
+            called = f"datasets.{load.__name__}(..., {given})"
+            raise ValueError(f"{what} {called} failed: {one_line(error)}{hint}") from error
+
+
+def _hub_samples(hub: _HubSet, modality: str, split: str | None, columns: Columns) -> list[Sample]:
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(data, config, revision=revision, split=split)
-    except Exception as error:  # whatever its network, its builders and its file systems raise
-        asked = {"name": config, "revision": revision, "split": split}
-        given = ", ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
-        what = f"{data}:" if os.path.isdir(data) else f"{data!r} is not a folder, and"
-        hint = "" if config or "config name" not in str(error).lower() else "; give --data_config"
-        raise ValueError(f"{what} datasets.load_dataset(..., {given}) failed: {one_line(error)}{hint}") from error
+    if hub.streaming:
+        return _streamed_samples(hub, modality, split, columns)
+    loaded = hub.load(datasets.load_dataset, split=split)
     by_split = loaded if isinstance(loaded, dict) else {split: loaded}
     samples = []
     for name, dataset in by_split.items():
-        samples += _dataset_samples(dataset, f"{data}/{name}", name, modality, columns)
+        samples += _dataset_samples(dataset, f"{hub.data}/{name}", name, modality, columns, hub.media_column)
     if not samples:
-        raise ValueError(f"{data}: holds no rows")
+        raise ValueError(f"{hub.data}: holds no rows")
     return samples
 
 
-def _dataset_samples(dataset: Any, name: str, split: str, modality: str, columns: Columns) -> list[Sample]:
+def _streamed_samples(hub: _HubSet, modality: str, split: str | None, columns: Columns) -> list[Sample]:
+    """The rows of the set's own files, read where they lie."""
     import datasets
 
-    media = media_column(dataset.features, name, modality)
+    files = hub.load(datasets.load_dataset_builder).config.data_files or {}
+    files = {name: list(map(str, paths)) for name, paths in files.items()}
+    if others := [path for paths in files.values() for path in paths if not is_file_name(path)]:
+        raise ValueError(f"{hub.data}: streaming reads parquet and tar, not {others[0]}: leave --streaming out")
+    if split is not None and split not in files:
+        raise ValueError(f"{hub.data}: no samples of split {split!r}; the splits are {sorted(files)}")
+    samples = []
+    for name in files if split is None else [split]:
+        samples += _shard_samples(files[name], hub.data, modality, columns, hub.media_column, name)
+    if not samples:
+        raise ValueError(f"{hub.data}: holds no files")
+    return samples
+
+
+def _dataset_samples(
+    dataset: Any, name: str, split: str, modality: str, columns: Columns, media: str | None
+) -> list[Sample]:
+    import datasets
+
+    media = media_column(dataset.features, name, modality, media)
     feature = getattr(datasets, modality.capitalize())
     media_only = dataset.select_columns([media]).cast_column(media, feature(decode=False))
     columns = columns.among(dataset.column_names, name)

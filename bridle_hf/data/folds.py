@@ -21,6 +21,9 @@ _SPLITS = {
 }
 SPLIT_NAMES = {name: split for split, names in _SPLITS.items() for name in names}
 
+# The fold of samples that every fold trains on: no official list tests them.
+NEVER_HELD_OUT = "never held out"
+
 # Folders that downloads put around or beside classes.
 _FOLD = re.compile(r"(cv)?folds?[-_ ]*\d+")
 _PART = re.compile(r"(part|shard|chunk|batch|disc|cd|subset|set)[-_ ]*\d+")
@@ -53,8 +56,8 @@ def are_splits(first_level: Collection[str], where: str | Path) -> bool:
     return bool(splits)
 
 
-def check_class_folders(names: Collection[str], where: str, refuse: bool) -> None:
-    """Say so where folders that are read as classes look like splits, folds or helpers: in a warning.
+def check_class_folders(names: Collection[str], where: str, refuse: bool, hint: str = "") -> None:
+    """Say so where folders that are read as classes look like splits, folds or helpers: in a warning, and the `hint`.
 
     Raises:
         ValueError: `refuse`, and some of them are surely no classes.
@@ -70,7 +73,7 @@ def check_class_folders(names: Collection[str], where: str, refuse: bool) -> Non
     message = (
         f"{where}: {len(odd)} of {len(kinds)} folders that are read as classes look like something else: {looks}; "
         "move what is no class elsewhere, give the folder with the class folders, or write a metadata.csv with "
-        "file_name, label, split, fold"
+        "file_name, label, split, fold" + (f" ({hint})" if hint else "")
     )
     if refuse and sure:
         raise ValueError(message)
@@ -105,9 +108,9 @@ def split_by_groups(samples: Sequence[Sample], held_out: Iterable[str]) -> tuple
 def assign_folds(samples: Sequence[Sample], num_folds: int | None = None) -> np.ndarray:
     """Fold number of each sample, (samples,) int64 from 0, the same on every call.
 
-    By the column `fold` where the samples have it (`num_folds` does not apply: there are as many as it names), else
-    group-disjoint where they have `group`, else with each label spread evenly. If `num_folds` is not given: 5, or as
-    many as there are groups.
+    By the column `fold` where the samples have it (`num_folds` does not apply: there are as many as it names; -1 is
+    `NEVER_HELD_OUT`), else group-disjoint where they have `group`, else with each label spread evenly. If `num_folds`
+    is not given: 5, or as many as there are groups.
 
     Raises:
         ValueError: only some samples have a fold or group, or there are fewer than 2 folds or groups to be had.
@@ -115,10 +118,8 @@ def assign_folds(samples: Sequence[Sample], num_folds: int | None = None) -> np.
     groups = {sample.group for sample in samples} - {None}
     num_folds = num_folds or min(5, len(groups) or 5)
     if any(sample.fold is not None for sample in samples):
-        names = sorted({_required(sample, "fold") for sample in samples}, key=lambda name: (len(name), name))
-        if len(names) < 2:
-            raise ValueError(f"all samples are of fold {names[0]}: needs at least 2 folds")
-        return np.array([names.index(sample.fold) for sample in samples])
+        numbers = {name: number for number, name in enumerate(fold_names(samples))}
+        return np.array([numbers.get(sample.fold, -1) for sample in samples])
     if groups:
         return group_folds(samples, num_folds)
     by_label = sorted(range(len(samples)), key=lambda index: (labels_of(samples[index]), index))
@@ -130,6 +131,18 @@ def assign_folds(samples: Sequence[Sample], num_folds: int | None = None) -> np.
         run = by_label[start : start + num_folds]
         folds[run] = rng.permutation(num_folds)[: len(run)]
     return folds
+
+
+def fold_names(samples: Sequence[Sample]) -> list[str]:
+    """The folds that the samples have, but for `NEVER_HELD_OUT`, in order.
+
+    Raises:
+        ValueError: only some samples have a fold, or there are fewer than 2.
+    """
+    found = {_required(sample, "fold") for sample in samples} - {NEVER_HELD_OUT}
+    if len(found) < 2:
+        raise ValueError(f"all samples are of fold {', '.join(found)}: needs at least 2 folds")
+    return sorted(found, key=lambda name: (len(name), name))
 
 
 def group_folds(samples: Sequence[Sample], num_folds: int) -> np.ndarray:

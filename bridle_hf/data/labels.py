@@ -14,6 +14,7 @@ from bridle_hf.data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
+LABEL_ORDER = "label_order.csv"  # beside a metadata.csv: numbers its classes, as `--label_order` does
 MAX_NAMED = 20  # classes that a line names one by one
 
 
@@ -49,7 +50,7 @@ class Labels:
             self.names = list(_class_order(samples) or label_names(samples))
             self._numbers = {name: number for number, name in enumerate(self.names)}
         else:
-            self.names, self._numbers = _read_label_order(order_file)
+            self.names, self._numbers = read_label_order(order_file)
         self._numbers_seen = {number for numbers in self._encode(samples) for number in numbers}
 
     def check_several(self, samples: str) -> None:
@@ -129,7 +130,12 @@ def _class_order(samples: Iterable[Sample]) -> tuple[str, ...] | None:
     return next(iter(orders), None)
 
 
-def _read_label_order(path: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
+def read_label_order(path: str | os.PathLike) -> tuple[list[str], dict[str, int]]:
+    """Names by number of a csv with `index`, `mid`, `display_name`; the number of each mid and of each name.
+
+    Raises:
+        ValueError: it lacks a column, or its index does not count from 0.
+    """
     columns, table = read_table(path)
     missing = {"index", "mid", "display_name"} - set(columns)
     if missing:

@@ -338,7 +338,7 @@ class VideoLoader(_PixelLoader):
         self.num_frames, self.stride, self.sampling, self.short = num_frames, stride, sampling, short
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
-        views = self._read(sample, self._viewer(rng), rng)
+        views = self._read(sample, self._viewer(rng), lambda total: self._choose(total, sample, rng))
         return {"pixel_values_videos": self._finish(torch.from_numpy(views), rng)}
 
     def views(self, sample: Sample, num_clips: int = 5, num_crops: int = 3) -> torch.Tensor:
@@ -359,33 +359,37 @@ class VideoLoader(_PixelLoader):
             )
             return np.stack([pixels[:, top : top + height, left : left + width] for top, left in corners])
 
-        clips = [self._read(sample, crops, position=position) for position in _spread(num_clips)]
-        return torch.from_numpy(np.stack(clips)).transpose(1, 2).flatten(0, 1)
+        def clips(total: int) -> np.ndarray:
+            # In one go: of a video with few key frames, each clip is a long way from the one before it.
+            return np.stack([self._choose(total, sample, position=position) for position in _spread(num_clips)])
+
+        return torch.from_numpy(self._read(sample, crops, clips)).transpose(1, 2).flatten(0, 1)
 
     def _read(
-        self,
-        sample: Sample,
-        view: Callable[[np.ndarray], np.ndarray],
-        rng: np.random.Generator | None = None,
-        position: float = 0.5,
+        self, sample: Sample, view: Callable[[np.ndarray], np.ndarray], choose: Callable[[int], np.ndarray]
     ) -> np.ndarray:
-        """Views of a clip, (num_frames, ...): at random, or at `position` in [0, 1] without `rng`."""
+        """Views of the frames that `choose` makes of their number, (*shape of the choice, ...)."""
         frames = self._cache.get(sample.path)
         if frames is None:
             with open_video(sample.media(), sample.path) as video:
                 if not self._fits(video):
-                    chosen = self._choose(video.total, sample, rng, position)
+                    chosen = choose(video.total)
                     return video.read(chosen, lambda frame: view(fit_channels(frame, self.num_channels)))
                 frames = fit_channels(video.read(np.arange(video.total)), self.num_channels)
             self._keep(sample.path, frames)
-        return np.stack([view(frame) for frame in frames[self._choose(len(frames), sample, rng, position)]])
+        chosen = choose(len(frames))
+        views = np.stack([view(frames[index]) for index in chosen.flat])
+        return views.reshape(*chosen.shape, *views.shape[1:])
 
     def _fits(self, video: Any) -> bool:
         """Whether all frames of a video may be held: it is short, and the cache has room for it."""
         size = video.total * video.height * video.width * 3
         return video.total <= 2 * ((self.num_frames - 1) * self.stride + 1) and size <= self._free_bytes
 
-    def _choose(self, total: int, sample: Sample, rng: np.random.Generator | None, position: float) -> np.ndarray:
+    def _choose(
+        self, total: int, sample: Sample, rng: np.random.Generator | None = None, position: float = 0.5
+    ) -> np.ndarray:
+        """Indices of a clip's frames: at random, or at `position` in [0, 1] without `rng`."""
         if self.sampling == "stride":
             position = position if rng is None else rng.random()
             indices = stride_indices(total, self.num_frames, self.stride, position)

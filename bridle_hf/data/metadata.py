@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from bridle_hf.common.tables import Rows, clean, read_table
 from bridle_hf.data.folds import are_splits, canonical_split, split_of
+from bridle_hf.data.labels import LABEL_ORDER, read_label_order
 from bridle_hf.data.sample import Sample, Source
 
 
@@ -78,13 +79,15 @@ def sample_of_row(
 
 
 def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, files: Sequence[str] = ()) -> list[Sample]:
-    """The samples that these tables below `folder` list; `files` are all that there are.
+    """The samples that these tables below `folder` list; `files` are all that there are. A `label_order.csv` in
+    `folder` (see `read_label_order`) numbers the classes.
 
     Raises:
         ValueError: a table without `file_name` in `folder` itself, or what `Columns.among` refuses; a file that is
             listed twice, or not at all beside tables in folders.
     """
     samples, listed = [], {}
+    order = tuple(read_label_order(folder / LABEL_ORDER)[0]) if tables and (folder / LABEL_ORDER).exists() else None
     used = list(_read_tables(folder, tables))
     places = {os.path.dirname(table) for table, _ in used} - {""}
     are_splits({_split_part(place) or place for place in places}, folder)
@@ -101,7 +104,7 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
                     f"{where}: {name!r} is listed before, at {first}: one row for each file; several labels of a "
                     'file go into a column `labels`, as "dog;rain"'
                 )
-            samples.append(sample_of_row(path, row | {"split": splits[line]} if splits else row, own))
+            samples.append(sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order))
     covered = tuple(f"{place}{os.sep}" for place in places)
     missing = [name for name in files if places and not name.startswith(covered)]
     missing = [name for name in missing if os.path.normpath(folder / name) not in listed]

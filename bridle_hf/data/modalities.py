@@ -29,7 +29,10 @@ class Modality:
 
 MODALITIES = {
     "audio": Modality(
-        (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64"),
+        (
+            ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
+            ".m4a", ".m4b", ".aac", ".wma", ".amr", ".mka", ".weba", ".ac3", ".wv", ".tta", ".ape",
+        ),
         AudioLoader,
         lambda config: {"max_frames": config.max_length},
         AutoFeatureExtractor,

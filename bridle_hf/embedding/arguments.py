@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
+
 
 @dataclass
 class EmbedArguments:
@@ -24,6 +26,13 @@ class EmbedArguments:
     split: str | None = field(default=None, metadata={"help": "only this split"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     batch_size: int | None = field(
         default=None, metadata={"help": "full-size windows in a batch (default: 4 on a CPU, 64 on a GPU)"}
     )

@@ -22,7 +22,7 @@ from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, MediaError, RunError
 from bridle_hf.common.files import read_json, write_bytes, write_json, write_text
 from bridle_hf.common.output_folder import EMBEDDING, changed, hash_of_names, prepare, release
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.modalities import load_config
 from bridle_hf.data.sample import Sample
 from bridle_hf.embedding.arguments import EmbedArguments, SearchArguments
@@ -66,9 +66,7 @@ def run_embedding(args: EmbedArguments) -> dict[str, Any]:
         if output.suffix not in FORMATS:
             raise ValueError(f"--output {args.output}: expected a name that ends in {', '.join(FORMATS)}")
         config = load_config(args.model)
-        samples = find_samples(
-            args.data, config.modality, args.split, config=args.data_config, revision=args.data_revision
-        )
+        samples = find_asked(args, config.modality)
         embedder = Embedder.from_pretrained(
             args.model, state.device, batch_size=args.batch_size, overlap=args.overlap, stride=args.stride
         )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModel
 
 from bridle_hf.common.errors import MediaError, reason_of
+from bridle_hf.common.length_buckets import length_buckets
 from bridle_hf.data.modalities import load_config, load_processor, load_weights
 from bridle_hf.embedding.poolings import POOLINGS, POOLINGS_OF, Layers, merge_windows, select_layers
 from bridle_hf.embedding.windows import Window, as_media, is_one, make_reader, name_of
@@ -31,7 +32,6 @@ BATCH_SIZE = {"cpu": 4}
 OTHER_BATCH_SIZE = 64
 # Batches that are read before the first is run: sorted by length, they hold little padding. Pixels have one size.
 BATCHES_AHEAD = {"audio": 8, "image": 1, "video": 1}
-LEAST_FILLED = 15 / 16  # the shortest window of a batch, in lengths of the longest
 
 
 @dataclass(frozen=True)
@@ -306,12 +306,10 @@ class Embedder:
 
     def _run(self, queue: list[tuple[_Input, int, Window]], pool: Callable, level: Level, layers: Layers) -> None:
         """Run all windows of the queue, and empty it."""
-        queue.sort(key=lambda place: place[2].steps)
-        while queue:
-            longest = queue[-1][2].steps
-            batch = queue[-max(self.batch_size * self.config.patch_grid[0] // longest, 1) :]
-            batch = [place for place in batch if place[2].steps >= LEAST_FILLED * longest]
-            del queue[-len(batch) :]
+        taken, most = list(queue), self.batch_size * self.config.patch_grid[0]
+        queue.clear()
+        for places in length_buckets([window.steps for _, _, window in taken], most):
+            batch = [taken[place] for place in places]
             features = self._features([window for _, _, window in batch], pool, layers).numpy()
             for (entry, place, window), row in zip(batch, features):
                 first, last = (step - window.first for step in window.own)

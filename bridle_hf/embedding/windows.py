@@ -8,13 +8,16 @@ half belongs to the window before and the second to the one after.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.image_utils import is_pil_image
 
+from bridle_hf.audio_decoding_bridle import read_blocks
 from bridle_hf.audio_windows_bridle import (
     array_blocks,
     cut_windows,
@@ -22,13 +25,12 @@ from bridle_hf.audio_windows_bridle import (
     media_of_mapping,
     mono_blocks,
     patch_times,
-    read_blocks,
 )
 from bridle_hf.common.errors import MediaError, reason_of
 from bridle_hf.configuration_bridle import BridleConfig
-from bridle_hf.data.decoding import read_image, read_video
 from bridle_hf.data.sample import Sample
-from bridle_hf.image_processing_bridle import fit_channels, image_to_array
+from bridle_hf.image_processing_bridle import fit_channels
+from bridle_hf.pixel_decoding_bridle import open_video, read_image
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,8 @@ def _audio_windows(media: Any, config: BridleConfig, extractor: Any, overlap: fl
 
 
 def _image_window(media: Any, config: BridleConfig, processor: Any, overlap: float, stride: int) -> Iterator[Window]:
-    from PIL import Image
-
-    if isinstance(media, str | bytes):
-        pixels = read_image(media, num_channels=config.num_channels)
-    elif isinstance(media, Image.Image):
-        pixels = image_to_array(media, config.num_channels)
+    if isinstance(media, str | bytes) or is_pil_image(media):
+        pixels = read_image(media, config.num_channels)
     elif isinstance(media, np.ndarray | torch.Tensor):
         pixels = _pixels(media, 3)
         pixels = fit_channels(pixels, config.num_channels)
@@ -159,35 +157,40 @@ def _image_window(media: Any, config: BridleConfig, processor: Any, overlap: flo
 def _video_windows(media: Any, config: BridleConfig, processor: Any, overlap: float, stride: int) -> Iterator[Window]:
     """Every `stride`-th frame; of a video too short for a window, the last one is repeated, but none of its steps
     taken."""
-    if isinstance(media, tuple):
-        video, rate = _pixels(media[0], 4), float(media[1])
-    elif not isinstance(media, str | bytes):
-        raise ValueError(f"is a {type(media).__name__}: give a path, bytes, or (array, frames per second)")
     tubelet, length = config.tubelet_size, config.num_frames
     hop = tubelet * max(round(length * (1 - overlap) / tubelet), 1)
-    seen = np.arange(length)
-    start, last = 0, None
-    while last is None or start <= last:
-        if isinstance(media, tuple):
-            total = len(video)
-            frames = video[np.minimum(stride * (start + seen), total - 1)]
-        else:
-            found: list = []
 
-            def choose(total: int, rate: float, start: int = start, found: list = found) -> np.ndarray:
-                found[:] = total, rate
-                return np.minimum(stride * (start + seen), total - 1)
+    def view(frame: np.ndarray) -> np.ndarray:
+        return _process(fit_channels(frame, config.num_channels)[None], processor)[0].numpy()
 
-            frames = read_video(media, choose=choose)
-            total, rate = found
+    with _open_frames(media) as (total, rate, read):
         count = -(-total // stride)
-        last = max(-(-count // tubelet) * tubelet - length, 0)
-        steps = -(-min(count - start, length) // tubelet)
-        times = np.minimum(stride * (start + seen), total - 1).reshape(-1, tubelet).mean(axis=1) / rate
-        first = start // tubelet
-        values = _process(fit_channels(frames, config.num_channels), processor)
-        yield Window(values, first, length // tubelet, (first, first + steps), times)
-        start = start + hop if start == last else min(start + hop, last)
+        start, last = 0, max(-(-count // tubelet) * tubelet - length, 0)
+        views: dict[int, np.ndarray] = {}
+        while start <= last:
+            chosen = np.minimum(stride * (start + np.arange(length)), total - 1)
+            # Of the frames that the window before has seen, none is decoded again.
+            if new := sorted(set(chosen.tolist()) - views.keys()):
+                views.update(zip(new, read(np.array(new), view)))
+            views = {index: views[index] for index in chosen.tolist()}
+            values = torch.from_numpy(np.stack([views[index] for index in chosen.tolist()]))
+            first, steps = start // tubelet, -(-min(count - start, length) // tubelet)
+            times = chosen.reshape(-1, tubelet).mean(axis=1) / rate
+            yield Window(values, first, length // tubelet, (first, first + steps), times)
+            start = start + hop if start == last else min(start + hop, last)
+
+
+@contextmanager
+def _open_frames(media: Any) -> Iterator[tuple[int, float, Callable]]:
+    """Of a video: how many frames, how many in a second, and what reads views of those with the indices given."""
+    if isinstance(media, tuple):
+        frames = _pixels(media[0], 4)
+        yield len(frames), float(media[1]), lambda indices, view: [view(frames[index]) for index in indices]
+    elif isinstance(media, str | bytes):
+        with open_video(media) as video:
+            yield video.total, video.rate, video.read
+    else:
+        raise ValueError(f"is a {type(media).__name__}: give a path, bytes, or (array, frames per second)")
 
 
 def _pixels(array: Any, dims: int) -> np.ndarray:

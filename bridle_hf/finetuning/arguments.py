@@ -1,8 +1,10 @@
 """Arguments of fine-tuning beside those of `transformers.TrainingArguments`."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from bridle_hf.common.arguments import YamlMapping, check_ranges
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
 @dataclass
@@ -15,6 +17,13 @@ class FinetuneArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     label_order: str | None = field(
         default=None, metadata={"help": "csv with index, mid, display_name that numbers the classes (AudioSet)"}
     )
@@ -23,6 +32,9 @@ class FinetuneArguments:
         default=None, metadata={"help": "split to evaluate on (default: validation, else test)"}
     )
     eval_fold: list[str] = field(default_factory=list, metadata={"help": "folds to evaluate on, train on the others"})
+    folds: Literal["all"] | None = field(
+        default=None, metadata={"help": "a run for each fold of the data, OUT/fold_NAME; mean and deviation in OUT"}
+    )
     eval_group: list[str] = field(default_factory=list, metadata={"help": "groups to evaluate on"})
     validation_fraction: float = field(
         default=0.0, metadata={"help": "evaluate on this random fraction; of whole groups where samples have one"}
@@ -30,6 +42,9 @@ class FinetuneArguments:
 
     from_scratch: bool = field(default=False, metadata={"help": "random weights: the control"})
     freeze_encoder: bool = field(default=False, metadata={"help": "train the head alone (linear probing)"})
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train adapters of this rank beside the frozen encoder's weights (LoRA)"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "input length in frames (default: the processor's)"}
     )
@@ -74,7 +89,8 @@ class FinetuneArguments:
 
     def __post_init__(self):
         ranges = {
-            "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "std": (1e-9, 1e9), "mixup_alpha": (1e-9, 1e9),
+            "validation_fraction": (0, 0.99), "max_length": (1, 1e9), "lora_rank": (1, 1e9), "std": (1e-9, 1e9),
+            "mixup_alpha": (1e-9, 1e9),
             "draws_per_epoch": (1, 1e9), "cache_mb": (0, 1e9), "loader_timeout": (0, 1e9),
         }  # fmt: skip
         check_ranges(self, ranges)

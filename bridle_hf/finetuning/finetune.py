@@ -40,8 +40,10 @@ from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_er
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
+from bridle_hf.finetuning.adapters import add_adapters
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
+from bridle_hf.finetuning.cross_validation import begin_folds, run_folds
 from bridle_hf.finetuning.resume import global_batch_size, prepare_folder
 from bridle_hf.finetuning.task import Task, make_task
 from bridle_hf.finetuning.trainer import (
@@ -76,7 +78,8 @@ OPTIONS_OF = {
 class FinetuneResult:
     """What fine-tuning has made: a `from_pretrained` folder, and what results.json holds.
 
-    `results` is `None` where a signal ended the run before its last step: `resume=True` goes on.
+    Of all folds, `output_dir` holds a folder for each. `results` is `None` where a signal ended the run before its
+    last step: `resume=True` goes on.
     """
 
     output_dir: Path
@@ -101,6 +104,8 @@ def finetune(recipe: str | None = None, **options: Any) -> FinetuneResult:
 
 def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
     """[`finetune`], with its arguments."""
+    if args.folds:
+        return _run_all_folds(args, training_args)
     transformers.set_seed(training_args.seed)
     precision = "bf16" if training_args.bf16 else "fp16" if training_args.fp16 else "no"
     warn_of_slow_precision(precision, training_args.device)
@@ -110,6 +115,7 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         task = make_task(args, config, training_args.seed)
         check_arguments(args, training_args, config, task)
         model, processor = load_model(args, training_args, task)
+        adapters = add_adapters(model.bridle, args.lora_rank) if args.lora_rank else None
         loaders = make_loaders(args, model.config, processor, task)
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         run = run_record(
@@ -126,6 +132,8 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
     try:
         if train(trainer, checkpoint):
             seconds = time.monotonic() - started
+            if adapters is not None:
+                adapters.merge_and_unload()
             results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)
             if trainer.is_world_process_zero():
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
@@ -135,6 +143,18 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     release(lock)
     return FinetuneResult(out, results)
+
+
+def _run_all_folds(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> FinetuneResult:
+    out = Path(training_args.output_dir)
+    try:
+        folds = begin_folds(args, training_args, resolved_arguments(args, training_args))
+    except (ValueError, OSError) as error:
+        raise ArgumentError(str(error)) from error
+    try:
+        return FinetuneResult(out, run_folds(args, training_args, folds, lambda *own: run_finetuning(*own).results))
+    except OSError as error:
+        raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
 
 
 # --- What is asked for ---
@@ -162,6 +182,8 @@ def check_arguments(
     _check_augmentation(args, config)
     if args.freeze_encoder and (args.drop_path_rate or args.layer_decay != 1 or args.from_scratch):
         raise ValueError("--freeze_encoder leaves nothing for --drop_path_rate, --layer_decay or --from_scratch to do")
+    if args.lora_rank and (args.freeze_encoder or args.from_scratch):
+        raise ValueError("--lora_rank adapts a pretrained encoder: leave out --freeze_encoder and --from_scratch")
 
 
 def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Task) -> None:
@@ -405,5 +427,8 @@ def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[s
 
 
 def result_line(results: dict[str, Any]) -> str:
-    """The final model's metric, of what results.json holds."""
+    """The final model's metric, of what results.json holds; of several folds its mean and deviation."""
+    if deviation := results.get("deviation"):
+        value = f"{results['evaluation'][results['metric']]:.4f} (deviation {deviation[results['metric']]:.4f})"
+        return f"{results['metric']} {value} on {results['evaluated_on']}"
     return f"{results['metric']} {results['evaluation'][results['metric']]:.4f} on {results['evaluated_on']}"

@@ -16,7 +16,8 @@ from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 
 # What may differ between a run and its continuation; the global batch must not.
 FREE_ON_RESUME = {
-    "resume", "overwrite", "output_dir", "data", "cache_mb", "loader_timeout", "dataloader_num_workers",
+    "resume", "overwrite", "output_dir", "data", "data_streaming", "media_column", "layout",
+    "cache_mb", "loader_timeout", "dataloader_num_workers",
     "dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_pin_memory", "disable_tqdm",
     "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "log_level", "log_level_replica",
     "log_on_each_node", "report_to", "run_name", "project", "save_strategy", "save_steps", "save_total_limit",

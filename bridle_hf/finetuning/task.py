@@ -8,7 +8,7 @@ from accelerate import PartialState
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit
 
 from bridle_hf.common.output_folder import hash_of_names
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.folds import canonical_split, split_by_groups
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
@@ -34,12 +34,18 @@ class Task:
         """What must be alike when a run is resumed: numbers, and hashes of names and labels, JSON-serialisable."""
         described = {"number of classes": len(self.labels.names), "classes": hash_of_names(["", *self.labels.names])}
         for name in ("train", "evaluation", "test"):
-            samples = getattr(self, name)
-            described[f"number of {name} samples"] = len(samples)
-            described[f"names of the {name} samples"] = hash_of_names([sample.path for sample in samples])
-            labels = [repr(sample.labels if self.labels.multi_label else sample.label) for sample in samples]
-            described[f"labels of the {name} samples"] = hash_of_names(["", *labels])
+            described |= describe_samples(getattr(self, name), name)
         return described
+
+
+def describe_samples(samples: list[Sample], name: str) -> dict[str, int | str]:
+    """Their number, and hashes of names and labels, JSON-serialisable."""
+    labels = [repr(sample.label if sample.labels is None else sample.labels) for sample in samples]
+    return {
+        f"number of {name} samples": len(samples),
+        f"names of the {name} samples": hash_of_names([sample.path for sample in samples]),
+        f"labels of the {name} samples": hash_of_names(["", *labels]),
+    }
 
 
 def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
@@ -48,16 +54,7 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     Raises:
         ValueError: nothing to evaluate on, a sample without label, or a label seen in evaluation only.
     """
-    samples = find_samples(
-        args.data,
-        config.modality,
-        None,
-        args.label_column,
-        args.group_column,
-        config=args.data_config,
-        revision=args.data_revision,
-        need_labels=True,
-    )
+    samples = find_asked(args, config.modality, need_labels=True)
     train, evaluation, test, held_out = split_samples(samples, args, seed)
     labels = Labels(train, args.label_order)
     labels.check_several(f"{args.data}: the training samples")

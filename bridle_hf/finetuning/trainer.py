@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from bridle_hf.common.errors import NonFiniteError, TooManyBadFiles
+from bridle_hf.common.length_buckets import in_batch_order, parts_by_length
 from bridle_hf.common.manifest import CheckpointError, write_manifest
 from bridle_hf.common.signals import StopRequest, leave_signals_to_parent
 from bridle_hf.common.skipped import SkippedFiles
@@ -228,6 +229,8 @@ class FinetuneTrainer(Trainer):
         return loss, scores, labels
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        if "attention_mask" in inputs:
+            return self._predict_by_length(model, inputs, *args, **kwargs)
         if "views" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)
         views, name = inputs.pop("views"), self.model.main_input_name
@@ -238,6 +241,17 @@ class FinetuneTrainer(Trainer):
         multi_label = self.model.config.problem_type == "multi_label_classification"
         probabilities = [entry.sigmoid() if multi_label else entry.softmax(dim=-1) for entry in logits]
         return torch.stack(losses).mean(), torch.stack(probabilities).mean(dim=0), labels[0]
+
+    def _predict_by_length(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
+        """Clips of similar length together; the loss is a mean over clips."""
+        name, found, steps = self.model.main_input_name, [], []
+        for places, values, mask in parts_by_length(inputs[name], inputs["attention_mask"], self.model.config):
+            part = {**inputs, name: values, "attention_mask": mask, "labels": inputs["labels"][places]}
+            found.append(places)
+            steps.append(super().prediction_step(model, part, *args, **kwargs))
+        losses, logits, labels = zip(*steps)
+        loss = sum(loss * len(places) for loss, places in zip(losses, found)) / len(inputs[name])
+        return loss, in_batch_order(found, logits), in_batch_order(found, labels)
 
 
 def parameter_groups(

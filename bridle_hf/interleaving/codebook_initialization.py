@@ -7,7 +7,7 @@ import torch
 
 from bridle_hf import BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError
-from bridle_hf.interleaving.micro_batches import MicroBatch
+from bridle_hf.interleaving.micro_batches import MicroBatch, sample_order
 from bridle_hf.quantization_bridle import gather_rows
 
 
@@ -37,7 +37,9 @@ def initialize_codebooks(
     gathered: list[torch.Tensor] = []
     for number, batch in enumerate(batches, start=1):
         # Batch by batch, so that rows stand in the order of the data, however many ranks share a batch.
-        rows = torch.cat([_latents(tokenizer, part) for part in batch])
+        parts = list(batch)
+        rows, order = torch.cat([_latents(tokenizer, part) for part in parts]), sample_order(parts)
+        rows = rows if order is None else rows[order]
         gathered.append(gather_rows(rows.float()))
         found = sum(map(len, gathered))
         if found >= wanted:

@@ -22,7 +22,7 @@ from bridle_hf import (
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
 from bridle_hf.interleaving.gradients import gradient_norms
-from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, shares
+from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
 from bridle_hf.modeling_bridle_tokenizer import target_patches
@@ -41,7 +41,8 @@ class Interleaving:
         accelerator: device, precision and processes.
         encoder_config, tokenizer_config: what is built at the start of a phase; `tokenizer_config` is that of the
             self-distilled tokenizer, from which the random projection of iteration 0 follows.
-        micro_batch_size: samples of this process per forward; the gradients of a batch are accumulated over them.
+        micro_batch_size, bucket_by_length: how this process's batch is cut into those of a forward, over which the
+            gradients are accumulated, see [`micro_batches`].
         compile_layers: compile the layers of both models by `torch.compile`, when they first run.
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
@@ -66,10 +67,11 @@ class Interleaving:
         compile_layers: bool = False,
         shard: bool = False,
         encoder_from: BridleModel | None = None,
+        bucket_by_length: bool = True,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size, self.bucket_by_length = micro_batch_size, bucket_by_length
         self.adam_options = {"betas": tuple(adam_betas), "weight_decay": weight_decay}
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
@@ -212,10 +214,9 @@ class Interleaving:
         """
         sides = self.schedule.sides(step)
         self._set_learning_rates(step)
-        sums: dict[str, torch.Tensor] = {}
         statistics: list[CodebookStatistics] = []
         parts = list(self._micro_batches(batch))
-        weights = shares(parts, self.encoder_config, self.accelerator)
+        weights, sums = shares(parts, self.accelerator)
         trained = [model for model, on in zip((self.encoder, self.tokenizer), sides) if on]
         for part, weight in zip(parts, weights):
             self.seed_step(step)
@@ -234,7 +235,7 @@ class Interleaving:
             return {}
         if statistics:
             self.seed_step(step)
-            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics)
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
         return sums | norms
 
     def _losses(
@@ -321,20 +322,28 @@ class Interleaving:
         return count_codes(rows.flatten(0, 1), self.encoder_config.codebook_size, real)
 
     def _micro_batches(self, batch: dict[str, Any]) -> Iterator[MicroBatch]:
-        return micro_batches(batch, self.encoder_config.modality, self.micro_batch_size, self.accelerator.device)
+        # Sharded, a forward is an exchange of weights, which all processes make as often.
+        agree = None if self.sharding.mesh is None else self._most_of_processes
+        return micro_batches(
+            batch, self.encoder_config, self.micro_batch_size, self.accelerator.device, self.bucket_by_length, agree
+        )
+
+    def _most_of_processes(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _place(self, sides: tuple[bool, bool], batch: dict[str, Any], part: MicroBatch) -> None:
         """Tell stochastic depth which rows of all processes' batch a micro batch of this process holds.
 
         A row of the encoder is a mask of a sample, one of the tokenizer a sample.
         """
-        own, processes = len(batch[self.input_name]), self.accelerator.num_processes
-        first = self.accelerator.process_index * own + part.first
+        own, processes, device = len(batch[self.input_name]), self.accelerator.num_processes, part.inputs.device
+        samples = self.accelerator.process_index * own + torch.tensor(part.samples)
         if sides[0]:
             masks = part.masks_per_sample
-            self.unwrapped_encoder.place_in_batch(first * masks, own * processes * masks)
+            rows = (samples[:, None] * masks + torch.arange(masks)).flatten()
+            self.unwrapped_encoder.place_in_batch(rows.to(device), own * processes * masks)
         if sides[1]:
-            self.unwrapped_tokenizer.place_in_batch(first, own * processes)
+            self.unwrapped_tokenizer.place_in_batch(samples.to(device), own * processes)
 
     def _set_learning_rates(self, step: int) -> None:
         for name, rate in zip(("encoder", "tokenizer"), self.schedule.learning_rates(step)):

@@ -175,7 +175,12 @@ class ScheduleFlops:
     ):
         self.masks_per_sample = masks_per_sample
         self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), num_visible_patches(encoder, masks)
+        self.patches = math.prod(encoder.patch_grid)
         self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
+
+    def share(self, patches: float) -> float:
+        """Of what an input of full length takes, what one of so many patches does; attention counted as linear."""
+        return patches / self.patches
 
     def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:
         """[`sample_flops`] of a step of phase `number` that trains `sides`."""
@@ -204,9 +209,8 @@ class ScheduleFlops:
 
     def lines(self, batch_size: int) -> list[str]:
         """What a sample costs in each phase, to be printed."""
-        patches = math.prod(self.configs[0].patch_grid)
         views = f", {self.masks_per_sample} masks per sample" if self.masks_per_sample > 1 else ""
-        lines = [f"FLOPs per sample (10^9), {self.visible} of {patches} patches visible{views}"]
+        lines = [f"FLOPs per sample (10^9), {self.visible} of {self.patches} patches visible{views}"]
         for number, phase in enumerate(self.schedule.phases):
             mean, steps = self.of_phases[number], self.schedule.lengths[number]
             name = f"phase {number}: {phase.train} {self.schedule.iteration(number)}"

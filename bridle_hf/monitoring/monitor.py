@@ -109,8 +109,8 @@ class Monitor:
         row |= {"samples": step * self.global_batch_size}
         row |= {"samples_per_second": round(self.steps * self.global_batch_size / seconds, 2)}
         row |= {"data_wait_share": round(self.waited / seconds, 4), "skipped_steps": skipped_steps}
-        row |= {"flops_per_second": _shortened(self.operations / seconds)}
-        row |= {"mfu": _shortened(self.operations / seconds / self.peak)}
+        speed = self.operations / seconds * self.flops.share(means.get("input/patches", self.flops.patches))
+        row |= {"flops_per_second": _shortened(speed), "mfu": _shortened(speed / self.peak)}
         row |= {"memory_gib": _shortened(peak_memory(self.accelerator.device) / 2**30)}
         row |= means | {f"{side}/lr": rate for side, rate in rates.items() if side in sides}
         if self.log is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bridle_hf.common.arguments import YamlMapping, YamlSequence, check_ranges
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
 @dataclass
@@ -20,6 +21,13 @@ class PretrainArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
@@ -60,7 +68,13 @@ class PretrainArguments:
     global_batch_size: int = field(default=64, metadata={"help": "samples per optimizer step, over all processes"})
     micro_batch_size: int | None = field(
         default=None,
-        metadata={"help": "samples, with their masks, that a process holds at a time; gradients are accumulated"},
+        metadata={
+            "help": "samples of full length that a process holds at a time, with their masks; the rest accumulates"
+        },
+    )
+    bucket_by_length: bool = field(
+        default=True,
+        metadata={"help": "audio: micro batches of samples of similar length, of which at most 5% is padding"},
     )
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from bridle_hf.interleaving.micro_batches import micro_batches
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.run import Run, start
 
@@ -32,6 +33,7 @@ class Measured:
         weights, optimizer, step: bytes of both models; of the optimizers' state; of gradients and activations where
             together they are most.
         losses: those of the last step, by name.
+        patches: of a sample, padding included.
     """
 
     seconds: float
@@ -39,6 +41,7 @@ class Measured:
     optimizer: int
     step: int
     losses: dict[str, float]
+    patches: float
 
 
 def dry_run(args: PretrainArguments) -> list[str]:
@@ -58,7 +61,7 @@ def dry_run(args: PretrainArguments) -> list[str]:
             parameters |= _count_parameters(run)
             measured.append(_measure(run, number, batch))
         lines = [
-            *_batch_lines(batch, reading), "", *_parameter_lines(parameters), "",
+            *_batch_lines(run, batch, reading), "", *_parameter_lines(parameters), "",
             *run.flops.lines(args.global_batch_size), "", *_memory_lines(run, measured), "",
             *_schedule_lines(run, measured, reading, batch),
         ]  # fmt: skip
@@ -73,7 +76,7 @@ def dry_run(args: PretrainArguments) -> list[str]:
 def _measure(run: Run, number: int, batch: dict[str, Any]) -> Measured:
     schedule, interleaving = run.schedule, run.interleaving
     first, end = schedule.starts[number], schedule.starts[number] + schedule.lengths[number]
-    seconds, peak, losses = 0.0, 0, {}
+    seconds, peak, losses, patches = 0.0, 0, {}, run.flops.patches
     for sides, share in run.flops.shares(number).items():
         step = next(step for step in range(first, end) if schedule.sides(step) == sides)
         interleaving.step(step, batch)
@@ -86,10 +89,11 @@ def _measure(run: Run, number: int, batch: dict[str, Any]) -> Measured:
             interleaving.step(step, batch)
         peak = max(peak, memory.peak)
         losses |= {name: float(value) for name, value in metrics.items() if name.endswith("/loss")}
+        patches = float(metrics.get("input/patches", patches))
     models = interleaving.encoder, interleaving.tokenizer
     weights = sum(_bytes(itertools.chain(model.parameters(), model.buffers())) for model in models)
     states = [state for optimizer in interleaving.optimizers.values() for state in optimizer.state.values()]
-    return Measured(seconds, weights, sum(_bytes(state.values()) for state in states), peak, losses)
+    return Measured(seconds, weights, sum(_bytes(state.values()) for state in states), peak, losses, patches)
 
 
 def _finish(run: Run) -> None:
@@ -146,12 +150,23 @@ class PeakMemory(TorchDispatchMode):
 # --- Telling ---
 
 
-def _batch_lines(batch: dict[str, Any], seconds: float) -> list[str]:
+def _batch_lines(run: Run, batch: dict[str, Any], seconds: float) -> list[str]:
     count = len(batch["index"])
     rows = [[name, str(tuple(value.shape)), str(value.dtype).removeprefix("torch.")]
             for name, value in batch.items() if isinstance(value, torch.Tensor)]  # fmt: skip
     title = f"A batch of this process: {count} samples, read by one process in {seconds:.2f} s"
-    return [f"{title} ({count / seconds:.4g} samples/s)", *_table([["name", "shape", "type"], *rows])]
+    lines = [f"{title} ({count / seconds:.4g} samples/s)", *_table([["name", "shape", "type"], *rows])]
+    if "attention_mask" in batch:
+        lines.append(f"  padding: {_padding(run, batch, True)} by length, {_padding(run, batch, False)} otherwise")
+    return lines
+
+
+def _padding(run: Run, batch: dict[str, Any], by_length: bool) -> str:
+    """Of a batch in micro batches."""
+    cpu, size = torch.device("cpu"), run.args.micro_batch_size
+    parts = list(micro_batches(batch, run.encoder_config, size, cpu, by_length))
+    share = 1 - sum(sum(part.num_real) for part in parts) / sum(part.num_patches for part in parts)
+    return f"{share:.1%} of the patches in {len(parts)} micro batches"
 
 
 def _count_parameters(run: Run) -> dict[str, dict[str, int]]:
@@ -190,7 +205,8 @@ def _schedule_lines(run: Run, measured: list[Measured], reading: float, batch: d
         # Workers read while the device computes.
         seconds = max(phase.seconds, reading / workers) if workers else phase.seconds + reading
         total += length * seconds
-        speed = run.flops.of_phases[number] * size / phase.seconds / (run.peak["tflops"] * 1e12)
+        operations = run.flops.of_phases[number] * run.flops.share(phase.patches) * size
+        speed = operations / phase.seconds / (run.peak["tflops"] * 1e12)
         rows.append([
             _name(run, number), f"{length:,}", f"{length * size / len(run.samples):.4g}", f"{length * size:,}",
             f"{seconds:.4g}", f"{size / seconds:.4g}", f"{speed / run.accelerator.num_processes:.1%}",

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
     "report_every", "probe_every", "probe_samples", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
-    "data", "peak_tflops", "dry_run", "allow_changed_data", "loader_timeout",
+    "bucket_by_length", "data", "data_streaming", "media_column", "layout", "peak_tflops", "dry_run",
+    "allow_changed_data", "loader_timeout",
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from bridle_hf.data.batches import (
     train_batches,
     without_interruptions,
 )
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
@@ -118,6 +118,7 @@ class Run:
             compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
+            bucket_by_length=args.bucket_by_length,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)
@@ -127,10 +128,7 @@ class Run:
 
     def _find_samples(self) -> list[Sample]:
         args = self.args
-        samples = find_samples(
-            args.data, args.modality, args.split, args.label_column, args.group_column,
-            config=args.data_config, revision=args.data_revision,
-        )  # fmt: skip
+        samples = find_asked(args, args.modality)
         kept = [sample for sample in samples if sample.group not in set(args.exclude_groups)]
         if unknown := set(args.exclude_groups) - {sample.group for sample in samples}:
             raise ValueError(f"exclude_groups: no sample is of group {', '.join(sorted(unknown))}")

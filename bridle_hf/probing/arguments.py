@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from bridle_hf.common.arguments import YamlMapping, check_ranges
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
 @dataclass
@@ -16,9 +17,18 @@ class ProbeArguments:
     group_column: str = field(default="group", metadata={"help": "column of the groups that folds keep together"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
-    folds: int | None = field(
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
+    folds: str | None = field(
         default=None,
-        metadata={"help": "number of folds where no column `fold` gives them (default: 5, or the groups)"},
+        metadata={
+            "help": "all: those of the data; else their number where the data has none (default: 5, or the groups)"
+        },
     )
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
@@ -30,3 +40,5 @@ class ProbeArguments:
 
     def __post_init__(self):
         check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})
+        if self.folds not in (None, "all") and not str(self.folds).isdecimal():
+            raise ValueError(f"--folds is {self.folds!r}: expected all, or a number")

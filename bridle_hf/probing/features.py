@@ -8,6 +8,7 @@ import torch
 from sklearn.decomposition import PCA
 
 from bridle_hf.common.errors import NonFiniteError
+from bridle_hf.common.length_buckets import in_batch_order, parts_by_length
 from bridle_hf.embedding.poolings import POOLINGS
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 
@@ -102,20 +103,23 @@ def _encoder_features(encoder: Any, device: Any) -> Callable[[dict], dict[str, t
     config = encoder.config
     encoder = encoder.to(device)
 
+    def pooled(inputs: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        tokens = encoder(inputs, mask).last_hidden_state[:, int(config.use_class_token) :].float()
+        real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(inputs, config)
+        return {name: POOLINGS[name](tokens, grid, real) for name in ENCODER_POOLINGS[config.modality]}
+
     @torch.no_grad()
     def extract(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = {INPUT_NAMES[config.modality], "attention_mask"} & batch.keys()
-        inputs = {name: batch[name].to(device) for name in names}
+        names = INPUT_NAMES[config.modality], "attention_mask"
+        inputs, mask = (batch[name].to(device) if name in batch else None for name in names)
         was_training = encoder.training
         encoder.eval()
         try:
-            tokens = encoder(**inputs).last_hidden_state[:, int(config.use_class_token) :].float()
+            parts = [(places, pooled(*part)) for places, *part in parts_by_length(inputs, mask, config)]
         finally:
             encoder.train(was_training)
-        mask = inputs.get("attention_mask")
-        real = None if mask is None else patch_attention_mask(mask, config)
-        grid = patch_grid_of(inputs[INPUT_NAMES[config.modality]], config)
-        return {name: POOLINGS[name](tokens, grid, real) for name in ENCODER_POOLINGS[config.modality]}
+        places, found = zip(*parts)
+        return {name: in_batch_order(places, [part[name] for part in found]) for name in found[0]}
 
     return extract
 

@@ -2,8 +2,8 @@
 
     bridle probe --model DIR_OR_ID --data DIR_OR_HUB_ID [--random_init]
 
-Folds are those of the column `fold`; else no group is in two folds, where samples have a group; else each label is
-spread evenly. The last line that the command prints is JSON.
+Folds are those of the data (column `fold`, or a set's own); else no group is in two folds, where samples have one;
+else each label is spread evenly. The last line that the command prints is JSON.
 """
 
 import json
@@ -19,7 +19,7 @@ import bridle_hf  # noqa: F401 (registers the model with the Auto classes)
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, TooManyBadFiles
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
@@ -50,16 +50,7 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
     """[`probe`], with its arguments."""
     try:
         config = load_config(args.model)
-        samples = find_samples(
-            args.data,
-            config.modality,
-            args.split,
-            args.label_column,
-            args.group_column,
-            config=args.data_config,
-            revision=args.data_revision,
-            need_labels=True,
-        )
+        samples = find_asked(args, config.modality, need_labels=True)
         labels = Labels(samples)
         labels.check_several(f"{args.data}: the samples")
         labels.log({"probes": samples})
@@ -96,20 +87,27 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
         "samples": len(samples) - skipped,
         "skipped": skipped,
         "classes": len(labels.names),
-        "folds": len(np.unique(folds)),
+        "folds": len(set(folds.tolist()) - {-1}),
         "probes": rows,
     }
 
 
-def make_folds(samples: list[Sample], num_folds: int | None) -> np.ndarray:
+def make_folds(samples: list[Sample], asked: str | int | None) -> np.ndarray:
     """Fold number of each sample: see `assign_folds`.
 
+    Args:
+        asked: how many, `all` those of the data, or None for these where there are any.
+
     Raises:
-        ValueError: a number of folds is asked for where the column `fold` gives them, or cannot be had.
+        ValueError: a number of folds is asked for where the data has folds, or `all` where it has none; or they cannot
+            be had.
     """
-    if num_folds is not None and any(sample.fold is not None for sample in samples):
-        raise ValueError("--folds: the data has a column `fold`, which gives the folds; leave --folds out")
-    return assign_folds(samples, num_folds)
+    there = any(sample.fold is not None for sample in samples)
+    if asked == "all" and not there:
+        raise ValueError("--folds all: the data has no folds: give their number, or a column `fold` in metadata.csv")
+    if asked not in (None, "all") and there:
+        raise ValueError("--folds: the data has folds of its own (column `fold`): leave --folds out, or give all")
+    return assign_folds(samples, None if asked in (None, "all") else int(asked))
 
 
 def probe_lines(result: dict[str, Any]) -> list[str]:

@@ -40,12 +40,13 @@ NUM_NEIGHBORS = 20
 
 # --- Probes ---
 # `labels` are class numbers (samples,), or 0/1 rows (samples, classes) for several labels per sample; `folds` is the
-# fold number of each sample. Each fold is tested by a probe fitted on all others.
+# fold number of each sample. Each fold is tested by a probe fitted on all others; what has -1 is never tested.
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`score` is the mean over `per_fold`; `metric` says of what: "accuracy" or "mAP".
+    """`score` is the mean over `per_fold`, `deviation` its sample standard deviation; `metric` says of what:
+    "accuracy" or "mAP".
 
     `correct` (samples,) says of which samples the label was found; `None` where samples carry several.
     """
@@ -54,6 +55,10 @@ class ProbeResult:
     score: float
     per_fold: tuple[float, ...]
     correct: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def deviation(self) -> float:
+        return float(np.std(self.per_fold, ddof=1))
 
 
 def linear_probe(features: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
@@ -183,10 +188,11 @@ def _cross_validate(
         raise ValueError(
             f"{len(features)} features, {len(labels)} labels and {len(folds)} folds: one of each per sample"
         )
-    if len(np.unique(folds)) < 2:
+    tested = [fold for fold in np.unique(folds) if fold >= 0]
+    if len(tested) < 2:
         raise ValueError("all samples are in one fold: a probe needs at least 2")
     results, correct = [], np.zeros(len(labels), dtype=bool)
-    for fold in np.unique(folds):
+    for fold in tested:
         test = folds == fold
         scaler = StandardScaler().fit(features[~test])
         train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
@@ -226,8 +232,9 @@ def run_probes(
 
     Returns:
         One row per features and pooling: {"features": `name` | "untrained encoder" | "log-mel regression" |
-        "majority", "pooling": name or "", "metric": "accuracy" or "mAP", "linear": score, "linear_folds": [...],
-        "knn": score, "knn_folds": [...]}; the scores are means over folds.
+        "majority", "pooling": name or "", "metric": "accuracy" or "mAP", "linear": score,
+        "linear_deviation": ..., "linear_folds": [...], "knn": score, "knn_deviation": ..., "knn_folds": [...]}; the
+        scores are means over folds, with the sample standard deviation.
 
     Raises:
         NonFiniteError: features are not: names the files.
@@ -266,17 +273,20 @@ def _row(name: str, pooling: str, linear: ProbeResult, knn: ProbeResult) -> dict
         "pooling": pooling,
         "metric": linear.metric,
         "linear": linear.score,
+        "linear_deviation": linear.deviation,
         "linear_folds": list(linear.per_fold),
         "knn": knn.score,
+        "knn_deviation": knn.deviation,
         "knn_folds": list(knn.per_fold),
     }
 
 
 def format_probes(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `run_probes` as a table to print, scores in percent."""
-    lines = [f"{'features':<20} {'pooling':<10} {'linear ' + rows[0]['metric']:>16} {'kNN':>6}   linear, fold by fold"]
+    """The rows of `run_probes` as a table to print, scores and their deviation over folds in percent."""
+    title = f"linear {rows[0]['metric']}"
+    lines = [f"{'features':<20} {'pooling':<10} {title:>16} {'+-':>5} {'kNN':>6}   linear, fold by fold"]
     for row in rows:
         per_fold = " ".join(f"{100 * value:5.1f}" for value in row["linear_folds"])
-        values = f"{100 * row['linear']:16.1f} {100 * row['knn']:6.1f}"
+        values = f"{100 * row['linear']:16.1f} {100 * row['linear_deviation']:5.1f} {100 * row['knn']:6.1f}"
         lines.append(f"{row['features']:<20} {row['pooling']:<10} {values}   {per_fold}")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from harness import Row, table
 
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("quantization", "feature_extraction", "video_loader", "models", "steps")
+BENCHMARKS = ("quantization", "feature_extraction", "video_loader", "models", "steps", "padding")
 
 
 def main():

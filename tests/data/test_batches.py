@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.sound_files import write_m4a
 from helpers.sounds import write_tone, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,27 @@ def test_flac_that_went_through_a_pipe(tmp_path):
     content[22:26] = b"\xff" * 4
     with pytest.raises(MediaError, match="cannot be decoded"):
         read_audio(bytes(content))
+
+
+def test_what_libsndfile_cannot_read_is_listed_and_read_by_pyav(tmp_path, feature_extractor):
+    """Apple's lossless codec, against the same samples in a wav."""
+    wave = 0.3 * np.sin(np.arange(6 * 44100) / 30) * np.linspace(0.1, 1, 6 * 44100)
+    soundfile.write(tmp_path / "a.wav", wave, 44100)
+    samples, rate = soundfile.read(tmp_path / "a.wav", dtype="float32")
+    names = ["b.m4a", "c.WV", "d.tta"]
+    for name, codec in zip(names, ("alac", "wavpack", "tta")):
+        write_m4a(tmp_path / name.lower(), samples[None], rate, codec).rename(tmp_path / name)
+    listed = find_samples(str(tmp_path), "audio")
+    assert [Path(sample.path).name for sample in listed] == ["a.wav", *names]
+    load = AudioLoader(feature_extractor, MAX_FRAMES)
+    for rng in (lambda: None, lambda: np.random.default_rng(1)):
+        wanted = load(listed[0], rng())["input_values"]
+        for sample in listed[1:]:
+            torch.testing.assert_close(load(sample, rng())["input_values"], wanted, rtol=0, atol=1e-3)
+    ledger = SkippedFiles(tmp_path / "skipped.jsonl", total=4)
+    numbers = [measure_normalization([sample], feature_extractor, ledger) for sample in listed]
+    np.testing.assert_allclose(numbers, [numbers[0]] * 4, atol=1e-3)
+    assert not (tmp_path / "skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize("subtype", ["GSM610", "G721_32", "NMS_ADPCM_16", "IMA_ADPCM", "MS_ADPCM"])

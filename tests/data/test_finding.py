@@ -17,6 +17,7 @@ from bridle_hf.data.finding import find_samples
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.loaders import AudioLoader
 from bridle_hf.data.sample import HubRow, Sample
+from bridle_hf.data.shards.sources import ParquetCell
 from bridle_hf.feature_extraction_bridle import BridleFeatureExtractor
 
 
@@ -375,6 +376,67 @@ def test_configuration_and_revision(numbered):
         find_samples(f"{numbered}/small/train-0.parquet", "audio", config="small")
     with pytest.raises(ValueError, match=r"nowhere' is not a folder, and datasets.*revision='v1'"):
         find_samples("nowhere", "audio", revision="v1")
+
+
+def test_a_hub_set_is_streamed_as_shards(numbered):
+    """What is read where it lies has the names, labels and class numbers of what is downloaded first."""
+    downloaded = find_samples(numbered, "audio", config="small")
+    streamed = find_samples(numbered, "audio", config="small", streaming=True)
+    assert [(s.label, s.split, s.class_order) for s in streamed] == [
+        (s.label, s.split, s.class_order) for s in downloaded
+    ]
+    assert [sample.media() for sample in streamed] == [sample.media() for sample in downloaded] == [b"x", b"x"]
+    assert all(isinstance(sample.source, ParquetCell) and sample.place is not None for sample in streamed)
+    assert len(find_samples(numbered, "audio", "train", config="small", streaming=True)) == 2
+    with pytest.raises(ValueError, match=r"no samples of split 'test'; the splits are \['train'\]"):
+        find_samples(numbered, "audio", "test", config="small", streaming=True)
+    with pytest.raises(ValueError, match="streaming is for Hub ids"):
+        find_samples(f"{numbered}/small", "audio", streaming=True)
+    with pytest.raises(
+        ValueError, match=r"numbered: datasets\.load_dataset_builder.*give --data_config|is for Hub ids"
+    ):
+        find_samples(numbered, "audio", streaming=True)
+
+
+def test_streaming_refuses_files_that_are_no_shards(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "set" / "README.md").write_text("---\nconfigs:\n- config_name: own\n  data_files: train.csv\n---\n")
+    with pytest.raises(ValueError, match=r"streaming reads parquet and tar, not .*train\.csv"):
+        find_samples(str(tmp_path / "set"), "audio", config="own", streaming=True)
+
+
+@pytest.mark.parametrize("place", ["set", "set/deep"])
+def test_one_of_several_columns_of_media(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    rows = datasets.Dataset.from_dict({name: [{"bytes": name.encode(), "path": None}] for name in ("clean", "noisy")})
+    rows = rows.cast_column("clean", datasets.Audio()).cast_column("noisy", datasets.Audio())
+    rows.to_parquet(tmp_path / place / "train.parquet")
+    with pytest.raises(
+        ValueError, match=r"expected one audio column, found \['clean', 'noisy'\].*--media_column 'clean'"
+    ):
+        find_samples(str(tmp_path / "set"), "audio")
+    (sample,) = find_samples(str(tmp_path / "set"), "audio", media_column="noisy")
+    assert sample.media() == b"noisy"
+    with pytest.raises(ValueError, match="no column 'loud' for the audio; the columns are"):
+        find_samples(str(tmp_path / "set"), "audio", media_column="loud")
+    write_tone(tmp_path / "folder" / "dog" / "a.wav")
+    with pytest.raises(ValueError, match="--media_column is for Hub sets and parquet"):
+        find_samples(str(tmp_path / "folder"), "audio", media_column="noisy")
+
+
+def test_a_split_without_any_label_is_left_out_where_labels_are_needed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    rows = [(f"{split}_{number}.wav", "" if split == "test" else "dog", split) for split in ("train", "test")
+            for number in range(2)]  # fmt: skip
+    folder = write_metadata(tmp_path, ("file_name", "label", "split"), *rows)
+    assert len(find_samples(folder, "audio")) == 4
+    assert [sample.split for sample in find_samples(folder, "audio", need_labels=True)] == ["train", "train"]
+    assert "no sample of split test has a label: 2 are left out" in caplog.text
+    folder = write_metadata(tmp_path, ("file_name", "label", "split"), *rows, ("one.wav", "dog", "test"))
+    assert (
+        len(find_samples(folder, "audio", need_labels=True)) == 5
+    )  # one label is missing: that is told of, not hidden
 
 
 def test_columns_are_named_where_there_are_no_labels(tmp_path):

@@ -20,8 +20,8 @@ from transformers.image_utils import load_image
 from transformers.pipelines.video_classification import read_video_pyav
 
 from bridle_hf import BridleConfig, BridleForImageClassification, make_image_processor
+from bridle_hf import pixel_decoding_bridle as reading
 from bridle_hf.common.errors import MediaError
-from bridle_hf.data import decoding as reading
 from bridle_hf.data.batches import DrawDataset
 from bridle_hf.data.decoding import read_image, read_video
 from bridle_hf.data.finding import find_samples
@@ -225,6 +225,12 @@ def test_frames_of_any_container(tmp_path, extension):
     assert numbers(clips.reshape(6, 48, 64, 3)) == choice.ravel().tolist()
     with open(video, "rb") as file:
         assert numbers(read_video(file.read(), choose=lambda total, rate: np.array([total - 1]))) == [19]
+
+
+def test_an_open_video_is_read_in_any_order(tmp_path):
+    with reading.open_video(write_video(tmp_path / "video.mp4")) as video:
+        for indices in ([13, 14], [2, 3], [3, 19], [18], [0]):
+            assert numbers(video.read(np.array(indices))) == indices
 
 
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
@@ -555,6 +561,14 @@ def test_views(video):
     # The white patch lies in the left crop, and not in the right one.
     assert views[0, 0, 0, 0, 0] > 0.9 and views[2, 0, 0, 0, 4] < 0
     assert load.views(video, num_clips=1, num_crops=1).shape == (1, 4, 3, 32, 32)
+
+
+def test_views_of_a_video_with_one_key_frame_decode_it_once(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "video.mp4", 60, options={"g": "60", "sc_threshold": "0"})
+    decoded, following = [], reading._Video._next
+    monkeypatch.setattr(reading._Video, "_next", lambda video: decoded.append(1) or following(video))
+    views = VideoLoader(processor("video"), num_frames=4, stride=2).views(Sample(path), num_clips=5, num_crops=3)
+    assert len(views) == 15 and len(decoded) <= 61  # its frames, and the end
 
 
 # --- what scripts use: any modality ---

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from helpers.pixels import save_pixel_encoder, write_pixels
+from helpers.sound_files import write_m4a
 from helpers.sounds import save_encoder, write_sounds, write_tones
 from helpers.waiting import DEADLINE
 
@@ -55,6 +57,24 @@ def test_a_folder_becomes_a_table(model, tmp_path, small_parts):
     assert not (tmp_path / "x.parquet.parts").exists()
     with pytest.raises(ArgumentError, match="exists: give --overwrite"):
         bridle_hf.embed(data=data, model=model, output=str(tmp_path / "x.parquet"))
+
+
+def test_a_folder_of_what_libsndfile_cannot_read(model, tmp_path):
+    """Apple's lossless codec: the rows of the same samples in wav."""
+    write_tones(tmp_path / "wav", 4)
+    (tmp_path / "m4a").mkdir()
+    for path in (tmp_path / "wav").rglob("*.wav"):
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        write_m4a(tmp_path / "m4a" / f"{path.stem}.m4a", samples.T, rate, "alac")
+    tables = {}
+    for kind in ("wav", "m4a"):
+        output = str(tmp_path / f"{kind}.parquet")
+        made = bridle_hf.embed(data=str(tmp_path / kind), model=model, output=output)
+        assert (made["rows"], made["skipped"]) == (4, 0)
+        tables[kind] = read_table(Path(output))
+    assert [Path(name).stem for name in tables["m4a"].columns["id"]] == ["00", "01", "02", "03"]
+    order = np.argsort([Path(name).stem for name in tables["wav"].columns["id"]])
+    np.testing.assert_allclose(tables["m4a"].values, tables["wav"].values[order], atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [

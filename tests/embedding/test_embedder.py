@@ -1,5 +1,6 @@
 """Tests of embedding/embedder.py and windows.py, against the models themselves, one input and one window at a time."""
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -11,7 +12,7 @@ from helpers.videos import write_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from bridle_hf import BridleFeatureExtractor, BridleModel, make_image_processor
+from bridle_hf import BridleFeatureExtractor, BridleModel, make_image_processor, pixel_decoding_bridle
 from bridle_hf.common.errors import MediaError
 from bridle_hf.embedding import hear
 from bridle_hf.embedding.embedder import Embedder
@@ -255,6 +256,21 @@ def test_images(rng, tmp_path):
     assert patches.times is None and patches.positions[-1].tolist() == [size - 1 for size in config.patch_grid]
     with pytest.raises(ValueError, match="level 'frame': clip, patch"):
         embedder.embed(pixels, level="frame")
+
+
+def test_windows_of_a_video_with_one_key_frame_decode_it_once(rng, tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", 60, options={"g": "60", "sc_threshold": "0"})
+    with av.open(path) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    config = pixel_config("video")
+    embedder = Embedder(BridleModel(config), make_image_processor(config), stride=2, overlap=0.5)
+    wanted = embedder.embed((frames, 10), level="patch")
+    decoded, following = [], pixel_decoding_bridle._Video._next
+    monkeypatch.setattr(pixel_decoding_bridle._Video, "_next", lambda video: decoded.append(1) or following(video))
+    found = embedder.embed(path, level="patch")
+    assert len(decoded) <= 61  # its frames, and the end
+    np.testing.assert_allclose(found.values, wanted.values, atol=1e-5)
+    np.testing.assert_allclose(found.times, wanted.times)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Tests of training/finetune.py: its parts, and the whole way to `pipeline`, for every modality."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,13 +18,24 @@ from transformers import AutoModelForVideoClassification, pipeline
 from bridle_hf import BridleConfig, BridleForAudioClassification
 from bridle_hf.commands import main
 from bridle_hf.common.arguments import parse_command_line
+from bridle_hf.common.signals import StopRequest
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import collate
 from bridle_hf.data.loaders import VideoLoader
 from bridle_hf.data.modalities import load_processor, make_processor, make_sample_loader
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning import finetune
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.task import split_samples
-from bridle_hf.finetuning.trainer import EpochDraws, TrainingDraws, balanced_weights, parameter_groups
+from bridle_hf.finetuning.trainer import (
+    EpochDraws,
+    EvaluationSamples,
+    FinetuneTrainer,
+    TrainingDraws,
+    balanced_weights,
+    parameter_groups,
+)
+from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 
 
 SHORT = {"num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "disable_tqdm": "true"}
@@ -190,6 +202,41 @@ def test_single_label_to_pipeline(run, sounds, rng):
     assert list((out / "checkpoints").glob("checkpoint-*"))
 
 
+def test_clips_of_many_lengths_are_evaluated_as_each_alone(tmp_path):
+    """They go through the model by length, with little padding; rows and labels stay in their order."""
+    torch.manual_seed(0)
+    model = BridleForAudioClassification(tiny_config(max_length=160, num_labels=3)).eval()
+    lengths, labels = torch.randint(1, 161, (30,)).tolist(), torch.randint(3, (30,))
+    values = [torch.nn.functional.pad(torch.randn(length, 32), (0, 0, 0, 160 - length)) for length in lengths]
+    samples = [Sample(str(number)) for number in range(30)]
+
+    def load(sample, rng):
+        place = int(sample.path)
+        return {"input_values": values[place], "attention_mask": (torch.arange(160) < lengths[place]).long()}
+
+    seen, found = [], {}
+    evaluated = EvaluationSamples(samples, load, {sample.path: labels[int(sample.path)] for sample in samples})
+    training_args = FinetuneTrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=12, report_to="none"
+    )
+    trainer = FinetuneTrainer(
+        model, training_args, train_dataset=evaluated, eval_dataset=evaluated, data_collator=collate, layer_decay=1.0,
+        stop=StopRequest(), ledger=SkippedFiles(tmp_path / "skipped.jsonl", 30),
+        compute_metrics=lambda output: found.update(logits=output.predictions, labels=output.label_ids) or {},
+    )  # fmt: skip
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_values"].shape[:2].numel() // 16), with_kwargs=True
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    assert sum(-(-length // 16) for length in lengths) >= 0.95 * sum(seen)
+    with torch.no_grad():
+        cut = [clip[None, : -(-length // 16) * 16] for clip, length in zip(values, lengths)]
+        alone = torch.cat([model(input_values=clip).logits for clip in cut])
+    np.testing.assert_allclose(found["logits"], alone, atol=1e-5)
+    assert found["labels"].tolist() == labels.tolist()
+    assert abs(loss - float(nn.functional.cross_entropy(alone, labels))) < 1e-5
+
+
 @pytest.fixture(params=["image", "video"])
 def pixels(request, tmp_path):
     """(modality, encoder, data) of images and of videos."""
@@ -306,6 +353,23 @@ def test_from_scratch_and_frozen(run, encoder, tmp_path):
     name = "bridle.layers.0.mlp.fc1.weight"
     assert torch.equal(load_file(frozen / "model.safetensors")[name], before[name])
     assert not torch.equal(load_file(scratch / "model.safetensors")[name], before[name])
+
+
+def test_adapters_change_the_layers_by_few_ranks_and_nothing_else(run, encoder, tmp_path):
+    """What is saved is a classifier like any other; a resumed run gives the same one."""
+    options = {"eval_group": ["1"], "num_train_epochs": 3, "lora_rank": 2, "load_best_model_at_end": "false"}
+    options |= {"save_total_limit": 9}
+    out = run(output_dir=tmp_path / "unbroken", **options)
+    before, after = load_file(f"{encoder}/model.safetensors"), load_file(out / "model.safetensors")
+    assert not [name for name in after if "lora" in name or "base_layer" in name]
+    for name in (name for name in after if name.startswith("bridle.")):
+        changed = torch.linalg.matrix_rank(after[name] - before[name], tol=1e-4) if after[name].dim() == 2 else 0
+        adapted = ".layers." in name and name.endswith("weight") and after[name].dim() == 2
+        assert 1 <= changed <= 2 if adapted else torch.equal(after[name], before[name]), name
+    assert BridleForAudioClassification.from_pretrained(out).classifier.weight.abs().max() > 0
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    run(output_dir=out, resume="true", **options)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(out / "model.safetensors").items())
 
 
 def test_bad_files_are_skipped_and_listed(run, sounds):

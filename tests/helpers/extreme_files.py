@@ -18,6 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 import soundfile
+from helpers.sound_files import write_m4a
 from helpers.videos import picture, write_video
 from PIL import Image
 
@@ -26,7 +27,7 @@ MOST_BYTES = 1_000_000
 WAYS = {
     "image": ("training", "evaluation", "pipeline"),
     "video": ("training", "evaluation", "views", "cached", "pipeline"),
-    "audio": ("training", "evaluation", "normalization"),  # its pipeline takes arrays, and no files
+    "audio": ("training", "evaluation", "normalization", "pipeline"),
 }
 
 
@@ -277,6 +278,7 @@ SOUNDS: dict[str, Callable[[Path], object]] = {
     "understated.mp3": patched(silence(60, 16000), b"Xing", struct.pack(">I", 1), 4),
     "far_end.ogg": patched(silence(60, 16000, format="OGG"), b"OggS\0\4", struct.pack("<q", 2**62), 0),
     "long.ogg": silence(600, 16000),
+    "long.m4a": lambda path: write_m4a(path, np.zeros((1, 1200 * 16000), np.float32), 16000),
     "channels.ogg": silence(3, 48000, 100, format="OGG"),
     **{f"value_{value:g}.wav": with_value(value) for value in (1e5, 1e10, 1e19, 1e38, 1e300, np.inf, np.nan)},
 }
@@ -305,13 +307,13 @@ def readers(modality: str, folder: Path) -> dict[str, Callable[[str], object]]:
     """How a file of that modality is read, by the names of `WAYS`; models are tiny, inputs of the usual size."""
     from transformers import pipeline
 
-    from bridle_hf import BridleConfig, BridleForImageClassification, BridleForVideoClassification
+    import bridle_hf
     from bridle_hf.common.skipped import SkippedFiles
     from bridle_hf.data.modalities import make_processor, make_sample_loader
     from bridle_hf.data.normalization import measure_normalization
     from bridle_hf.data.sample import Sample
 
-    config = BridleConfig(
+    config = bridle_hf.BridleConfig(
         modality=modality, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
     process = make_processor(config)
@@ -323,23 +325,21 @@ def readers(modality: str, folder: Path) -> dict[str, Callable[[str], object]]:
     if modality == "audio":
         ledger = SkippedFiles(folder / "skipped.jsonl", total=100)
         found["normalization"] = lambda path: measure_normalization([Sample(path)], process, ledger)
-        return found
     if modality == "video":
         found["views"] = lambda path: train.views(Sample(path))
         found["cached"] = lambda path: make_sample_loader(config, process, cache_bytes=100 << 20)(Sample(path), None)
-    model_class = BridleForVideoClassification if modality == "video" else BridleForImageClassification
-    model = model_class(config).eval()
-    found["pipeline"] = pipeline(f"{modality}-classification", model=model, image_processor=process)
+    model = getattr(bridle_hf, f"BridleFor{modality.title()}Classification")(config).eval()
+    name = "feature_extractor" if modality == "audio" else "image_processor"
+    found["pipeline"] = pipeline(f"{modality}-classification", model=model, **{name: process})
     return found
 
 
 def read_all(modality: str, paths: list[str], folder: Path) -> Iterator[dict]:
-    """Read each file in each way: {"file", "way", "outcome", "memory" in MB above that of the process, "seconds"}.
+    """Read each file in each way: {"file", "way", "outcome", "memory" in MB above that of the process, "seconds", and
+    "cpu", the seconds of them in which it computed}.
 
     The outcome is "read", or the error's class and message.
     """
-    # Pillow decodes twice as much before it refuses: what the guide tells those to set who let anybody ask a pipeline.
-    Image.MAX_IMAGE_PIXELS = SIDE * SIDE // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     ways = readers(modality, folder)
     plain = folder / f"plain.{ {'image': 'png', 'video': 'mp4', 'audio': 'wav'}[modality] }"
@@ -370,13 +370,14 @@ def _in_a_fork(read: Callable[[str], object], path: str) -> dict:
                 outcome = "read"
             except BaseException as error:
                 outcome = f"{type(error).__name__}: {error}"
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-            os.write(outlet, f"{memory / 1000:.0f} {outcome}".encode()[:4000])
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            memory, cpu = (used.ru_maxrss - before) / 1000, used.ru_utime + used.ru_stime
+            os.write(outlet, f"{memory:.0f} {cpu:.2f} {outcome}".encode()[:4000])
         finally:
             os._exit(0)
     os.close(outlet)
     with open(inlet, "rb") as answer:
-        memory, _, outcome = answer.read().decode(errors="replace").partition(" ")
+        memory, cpu, outcome = (answer.read().decode(errors="replace") or "-1 -1 died").split(" ", maxsplit=2)
     os.waitpid(child, 0)
     seconds = round(time.perf_counter() - start, 2)
-    return {"outcome": outcome or "died", "memory": int(memory or -1), "seconds": seconds}
+    return {"outcome": outcome, "memory": int(memory), "seconds": seconds, "cpu": float(cpu)}

@@ -149,7 +149,37 @@ class _Handler(BaseHTTPRequestHandler):
         sha, files = found
         if path not in files:
             return self._not_found("EntryNotFound")
-        self._reply(200, files[path], ETag=f'"{hashlib.sha256(files[path]).hexdigest()}"', X_Repo_Commit=sha)
+        first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "bytes=0-").groups()
+        content = files[path][int(first) : int(last) + 1 if last else None]
+        self._reply(
+            206 if self.headers.get("Range") else 200,
+            content,
+            ETag=f'"{hashlib.sha256(files[path]).hexdigest()}"',
+            X_Repo_Commit=sha,
+        )
+
+    def _dataset_tree(self, id, revision, folder=None):
+        if (found := self.server.files(id, revision)) is None:
+            return self._not_found("RevisionNotFound" if id in self.server.repos else "RepoNotFound")
+        prefix = f"{folder}/" if folder else ""
+        below = {path: content for path, content in found[1].items() if path.startswith(prefix)}
+        return self._reply(200, list(_entries(below))) if below else self._not_found("EntryNotFound")
+
+    def _paths_info(self, id, revision):
+        wanted, (_, files) = json.loads(self.body)["paths"], self.server.files(id, revision)
+        self._reply(200, [entry for entry in _entries(files) if entry["path"] in wanted])
+
+    def _no_such_page(self):
+        self._not_found("EntryNotFound")
+
+
+def _entries(files: dict[str, bytes]):
+    """Files and the folders that they are in, as the Hub lists them."""
+    for folder in dict.fromkeys(path.rpartition("/")[0] for path in files):
+        if folder:
+            yield {"type": "directory", "path": folder, "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()}
+    for path, content in files.items():
+        yield {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 ROUTES = [
@@ -163,6 +193,12 @@ ROUTES = [
     ("GET", f"/api/models/{ID}", _Handler._info),
     ("GET", f"/api/models/{ID}/revision/(?P<revision>[^/]+)", _Handler._info),
     ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler._tree),
+    ("GET", f"/api/datasets/{ID}", _Handler._info),
+    ("GET", f"/api/datasets/{ID}/revision/(?P<revision>[^/]+)", _Handler._info),
+    ("GET", f"/api/datasets/{ID}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler._dataset_tree),
+    ("POST", f"/api/datasets/{ID}/paths-info/(?P<revision>[^/]+)", _Handler._paths_info),
+    ("GET", f"/datasets/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._resolve),
+    ("GET", "/api/agent-harnesses", _Handler._no_such_page),  # asked for by some clients, whatever they do
     ("GET", f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._resolve),
 ]
 

@@ -3,7 +3,7 @@
 RUNS is JSON: lists [name, recipe, step after whose checkpoint to stop or null, options]. A run's output is
 FOLDER/name; what rank r saw is added to FOLDER/name_r.pt, a list with one entry for each start of the run:
 `codebooks` (hashes of the rank's own, after k-means and after every step), `codes` and `index` (of each step's
-samples), `sharded` (whether it held a part of the weights) and `state`, the last one.
+samples, in their order), `sharded` (whether it held a part of the weights) and `state`, the last one.
 """
 
 import contextlib
@@ -44,6 +44,8 @@ class Observed(Interleaving):
         self.now = step
         self.seen["index"][step] = batch["index"].tolist()
         metrics = super().step(step, batch)
+        if step in self.seen["codes"]:
+            self.seen["codes"][step] = [codes for _, codes in sorted(self.seen["codes"][step], key=lambda row: row[0])]
         self.note_codebooks()
         return metrics
 
@@ -53,9 +55,10 @@ class Observed(Interleaving):
             hashes.update(buffer.numpy().tobytes())
         self.seen["codebooks"].append(hashes.hexdigest())
 
-    def _count(self, codes, attention_mask):
-        self.seen["codes"][self.now] = [*self.seen["codes"].get(self.now, []), codes]
-        return super()._count(codes, attention_mask)
+    def _count(self, codes, part):
+        rows = [row[:number] for row, number in zip(codes, part.num_real)]
+        self.seen["codes"][self.now] = [*self.seen["codes"].get(self.now, []), *zip(part.samples, rows)]
+        return super()._count(codes, part)
 
 
 class ObservedRun(Run):

@@ -59,6 +59,9 @@ def test_dry_run_tells_what_the_run_then_does(data, tmp_path, quick):
 
     assert re.search(r"input_values +\(8, 48, 32\) +float32", shown)
     assert re.search(r"bool_masked_pos +\(8, 24\) +bool", shown)
+    padding = re.search(r"padding: ([\d.]+)% .* by length, ([\d.]+)% .* otherwise", shown)
+    by_length, otherwise = map(float, padding.groups())
+    assert by_length <= 5 < otherwise
     buffers = ("quantizer.", "positions.")
     for side, model in (("encoder", "encoder"), ("tokenizer", "tokenizer, self distilled")):
         saved = [(name, tensor) for name, tensor in weights(out).items() if name.startswith(f"{side}.")]

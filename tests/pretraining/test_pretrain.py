@@ -108,6 +108,8 @@ def test_rows_of_metrics(finished):
     # Every second step, and not over the end of a phase or a checkpoint.
     assert [row["step"] for row in steps] == list(range(2, 19, 2))
     assert all(row["samples"] == 8 * row["step"] for row in steps)
+    # Recordings of 0.1 to 0.6 s, of which a model takes 24 patches.
+    assert all(row["input/padding"] <= 0.05 and 4 <= row["input/patches"] <= 24 for row in steps)
     assert ["encoder/loss" in row for row in steps] == [True] * 3 + [False] * 3 + [True] * 3
     assert ["tokenizer/loss" in row for row in steps] == [False] * 3 + [True] * 3 + [False] * 3
     assert [row["step"] for row in found if row.get("event") == "phase_end"] == [6, 12, 18]

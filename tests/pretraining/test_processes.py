@@ -144,7 +144,8 @@ def assert_equal_ranks(ranks: list[list[dict]]) -> None:
 
 
 def check_against_one_process(folder: Path, launcher: str, *options: str, recipes: Iterable[str] = PHASES) -> None:
-    run_all("alone", folder, [[f"alone_{name}", name, None, []] for name in recipes])
+    """That one holds its batch whole, with all of its padding; the others cut theirs by length."""
+    run_all("alone", folder, [[f"alone_{name}", name, None, ["--bucket_by_length", "false"]] for name in recipes])
     run_all(launcher, folder, [[name, name, None, options] for name in recipes])
     for name in recipes:
         assert_same_run(folder, name, f"alone_{name}")

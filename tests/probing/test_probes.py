@@ -1,11 +1,13 @@
 """Tests of probing/probes.py, probing/metrics.py and training/probe.py."""
 
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.miniatures import write_esc50
 from helpers.pixels import pixel_config, save_pixel_encoder, write_pixels
 from helpers.sounds import save_encoder, tiny_config, write_sounds
 from sklearn.linear_model import LinearRegression
@@ -91,6 +93,24 @@ def test_padding_does_not_change_features(encoder, rng):
         np.testing.assert_allclose(alone[name], beside[name], atol=1e-5)
     expected = torch.cat([clip.mean(dim=1), clip.std(dim=1, correction=0)], dim=1)
     np.testing.assert_allclose(control["mean_std"], expected, atol=1e-5)
+
+
+def test_clips_of_many_lengths_keep_their_rows(encoder, rng):
+    """They go through the encoder by length, with under 5% of padding; each is what it is alone."""
+    lengths = rng.integers(1, 49, size=40)
+    values = torch.tensor(rng.normal(size=(40, 48, 32)), dtype=torch.float32)
+    mask = (torch.arange(48) < torch.tensor(lengths)[:, None]).long()
+    batches = [{"input_values": values[part], "attention_mask": mask[part]} for part in (slice(25), slice(25, 40))]
+    seen = []
+    hook = encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2].numel() // 16))
+    found = collect_features({"encoder": encoder}, batches, with_input=False)["encoder"]
+    hook.remove()
+    assert sum(-(-lengths // 16)) >= 0.95 * sum(seen)
+    for row, length in enumerate(lengths):
+        clip = torch.nn.functional.pad(values[row : row + 1, :length], (0, 0, 0, -length % 16))
+        alone = collect_features({"encoder": encoder}, [{"input_values": clip}], with_input=False)["encoder"]
+        for name, features in alone.items():
+            np.testing.assert_allclose(found[name][row : row + 1], features, atol=1e-5)
 
 
 def test_poolings_against_the_model(encoder, rng):
@@ -305,7 +325,7 @@ def test_script_names_what_is_wrong(saved_encoder, sounds, tmp_path, capsys):
     config = BridleTokenizerConfig(hidden_size=16, num_attention_heads=2, tokenizer_type="random_projection")
     BridleTokenizerModel(config).save_pretrained(tmp_path / "tokenizer")
     fails("holds a 'bridle_tokenizer': give", model=tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="has a column `fold`"):
+    with pytest.raises(ValueError, match="the data has folds of its own"):
         probe.make_folds([Sample("a", fold="1"), Sample("b", fold="2")], 2)
 
 
@@ -319,3 +339,36 @@ def test_features_that_are_not_finite_name_the_file(saved_encoder, sounds, tmp_p
     assert ended.value.code == 1
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert "the features of encoder are not finite for" in message and ".wav" in message
+
+
+# Sets as downloaded
+
+
+def test_folds_of_a_set_as_downloaded(saved_encoder, tmp_path, capsys):
+    folder = str(write_esc50(tmp_path, folds=3, takes=2))
+    main("probe", ["--model", saved_encoder, "--data", folder, "--folds", "all"])
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (result["folds"], result["classes"], result["samples"]) == (3, 3, 18)
+    for row in result["probes"]:
+        for probe_name in ("linear", "knn"):
+            values = row[f"{probe_name}_folds"]
+            assert row[probe_name] == pytest.approx(sum(values) / 3)
+            assert row[f"{probe_name}_deviation"] == pytest.approx(statistics.stdev(values))
+
+
+def test_samples_that_are_never_held_out_are_trained_on_by_all_folds(rng):
+    features, labels, _ = clusters(rng)
+    # Class 2 is tested in fold 0 alone, so that only what is never held out can teach it.
+    folds = np.where(labels == 2, np.where(np.arange(len(labels)) % 2, -1, 0), np.arange(len(labels)) // 3 % 2)
+    result = linear_probe(features, labels, folds)
+    assert len(result.per_fold) == 2 and result.correct[(labels == 2) & (folds == 0)].all()
+    assert not result.correct[folds == -1].any()  # not tested
+    kept = folds >= 0
+    assert not linear_probe(features[kept], labels[kept], folds[kept]).correct[labels[kept] == 2].any()
+
+
+def test_folds_that_are_not_there_are_refused(saved_encoder, sounds, capsys):
+    for words, message in {"all": "the data has no folds", "some": "expected all, or a number"}.items():
+        with pytest.raises(SystemExit):
+            main("probe", ["--model", saved_encoder, "--data", sounds, "--folds", words])
+        assert message in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
+
 
 @dataclass
 class ShardArguments:
@@ -19,6 +21,13 @@ class ShardArguments:
     group_column: str = field(default="group", metadata={"help": "column that is kept as the group"})
     data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub set"})
     data_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub set"})
+    data_streaming: bool = field(
+        default=False, metadata={"help": "read a Hub set's files where they are, do not download them all first"}
+    )
+    media_column: str | None = field(
+        default=None, metadata={"help": "column of recordings, images or videos, where a set has several"}
+    )
+    layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     num_workers: int = field(default=0, metadata={"help": "processes that write; 0: this one"})
     resume: bool = field(default=False, metadata={"help": "make the shards that are missing in output_dir"})
 

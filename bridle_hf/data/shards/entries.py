@@ -21,39 +21,47 @@ from bridle_hf.data.shards.sources import Entry, ParquetCell, TarMember, Unreada
 from bridle_hf.data.shards.tars import scan_tar
 
 
-def read_entries(data: str, modality: str, extensions: Sequence[str], wanted: Sequence[str]) -> list[Entry]:
+def read_entries(
+    data: str | Sequence[str],
+    modality: str,
+    extensions: Sequence[str],
+    wanted: Sequence[str],
+    media: str | None = None,
+) -> list[Entry]:
     """What the shards of `data` hold, shard by shard.
 
     Shards that `index.jsonl` beside them lists (see training/shard.py) are not opened; others are scanned, a remote
     tar from end to end.
 
     Args:
-        data: see `find_shards`; or the index itself, which then says what the shards are.
+        data: see `find_shards`; or the index itself, which then says what the shards are; or the shards.
         modality: a key of `MODALITIES`; media of a parquet file are in a column of that feature type, or of that name,
             or in its only column of bytes.
         extensions: of the media in a tar, with their dot, in lower case.
         wanted: columns (parquet) and keys (.json in a tar) that an entry's row keeps; the first is of the labels.
+        media: the column of a parquet file that holds the media.
 
     Raises:
         ValueError: what `find_shards` raises; a shard that is missing or cannot be scanned at all, or an index that
             does not fit.
     """
-    data = data.removeprefix("file://")
-    if data.rpartition("/")[2] == INDEX_NAME:
+    whole = isinstance(data, str)
+    data = data.removeprefix("file://") if whole else data
+    if whole and data.rpartition("/")[2] == INDEX_NAME:
         index = _read_index(data)
         shards = list(index)
     else:
-        shards = find_shards(data)
+        shards = find_shards(data) if whole else list(data)
         folders = dict.fromkeys(shard.rpartition("/")[0] for shard in shards)
         indices = [f"{folder}/{INDEX_NAME}" if folder else INDEX_NAME for folder in folders]
         index = {shard: entries for path in indices if exists(path) for shard, entries in _read_index(path).items()}
-        if not is_file_name(data) and (missing := sorted(index.keys() - set(shards))):
+        if whole and not is_file_name(data) and (missing := sorted(index.keys() - set(shards))):
             raise ValueError(f"{missing[0]}: no such shard, but {INDEX_NAME} lists it: add it, or give a pattern")
     require(shards)
     entries = []
     for shard in shards:
         if shard not in index:
-            entries += scan(shard, modality, extensions, wanted)
+            entries += scan(shard, modality, extensions, wanted, media)
         else:
             entries += (entry for entry in index[shard] if _is_of_modality(entry, extensions))
     return entries
@@ -104,7 +112,9 @@ def index_lines(entries: Iterable[Entry]) -> Iterator[str]:
         yield json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def scan(shard: str, modality: str, extensions: Sequence[str], wanted: Sequence[str]) -> list[Entry]:
+def scan(
+    shard: str, modality: str, extensions: Sequence[str], wanted: Sequence[str], media: str | None = None
+) -> list[Entry]:
     """All samples of one shard, what is broken of it as `Unreadable`; arguments as of `read_entries`.
 
     Raises:
@@ -115,7 +125,7 @@ def scan(shard: str, modality: str, extensions: Sequence[str], wanted: Sequence[
             with opened(shard, lambda path: open(path, "rb")) as file:
                 entries = list(scan_tar(shard, file, extensions, wanted))
         else:
-            entries = scan_parquet(shard, modality, wanted)
+            entries = scan_parquet(shard, modality, wanted, media)
     except OSError as error:
         raise ValueError(f"{shard}: cannot be read: {one_line(error)}") from error
     # What cannot be read counts where its neighbour does: split, fold and label are most likely the same.

@@ -50,7 +50,7 @@ def find_shards(data: str) -> list[str]:
         ValueError: nothing found, or a file system that cannot be reached.
     """
     shards: list[str] = []
-    for pattern in [data] if os.path.exists(data) else _expand_braces(data):
+    for pattern in [data] if os.path.exists(data) else expand_braces(data):
         shards += _find_remote(pattern) if is_remote(pattern) else _find_local(pattern)
     shards = list(dict.fromkeys(shards))
     if not shards:
@@ -66,7 +66,8 @@ def require(shards: Sequence[str]) -> None:
                 raise ValueError(f"{shard}: no such shard, or it cannot be reached")
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The names that `{a,b}` and `{000..099}` in a pattern stand for. ValueError for a range that is none."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -78,7 +79,7 @@ def _expand_braces(pattern: str) -> list[str]:
         choices = [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
     else:
         choices = match[1].split(",")
-    return [expanded for choice in choices for expanded in _expand_braces(before + choice + after)]
+    return [expanded for choice in choices for expanded in expand_braces(before + choice + after)]
 
 
 def _find_local(pattern: str) -> list[str]:

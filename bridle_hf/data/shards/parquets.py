@@ -15,8 +15,8 @@ from bridle_hf.data.shards.sources import MAX_ROW_GROUP_BYTES, Entry, ParquetCel
 logger = logging.getLogger(__name__)
 
 
-def scan_parquet(shard: str, modality: str, wanted: Sequence[str]) -> list[Entry]:
-    """Entries of a parquet file, local or remote.
+def scan_parquet(shard: str, modality: str, wanted: Sequence[str], media: str | None = None) -> list[Entry]:
+    """Entries of a parquet file, local or remote; see `read_entries`.
 
     Raises:
         ValueError: it is no whole parquet file, or has not one column of media.
@@ -27,14 +27,14 @@ def scan_parquet(shard: str, modality: str, wanted: Sequence[str]) -> list[Entry
         if is_remote(shard):
             # The footer and a few columns: a range request or two.
             with suppress(ValueError, NotImplementedError), open_remote(shard) as file:
-                return _parquet_entries(open_parquet(file), shard, modality, wanted)
+                return _parquet_entries(open_parquet(file), shard, modality, wanted, media)
             # The server does not know ranges, or the file is broken, which the copy shows.
-        return _parquet_entries(opened(shard, open_parquet), shard, modality, wanted)
+        return _parquet_entries(opened(shard, open_parquet), shard, modality, wanted, media)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{shard}: not a whole parquet file: {one_line(error)}") from error
 
 
-def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str]) -> list[Entry]:
+def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str], media: str | None) -> list[Entry]:
     import datasets
     import pyarrow
 
@@ -42,7 +42,7 @@ def _parquet_entries(file: Any, shard: str, modality: str, wanted: Sequence[str]
         features = datasets.Features.from_arrow_schema(file.schema_arrow)
     except ValueError as error:
         raise ValueError(f"{shard}: has a column that `datasets` cannot read: {one_line(error)}") from error
-    column = media_column(features, shard, modality)
+    column = media_column(features, shard, modality, media)
     columns = [name for name in wanted if name in features and name != column]
     order = class_order(next((features[name] for name in (*wanted[:1], "labels") if name in columns), None))
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
@@ -84,18 +84,25 @@ def column_names(shard: str) -> list[str]:
     return []
 
 
-def media_column(features: Any, where: str, modality: str) -> str:
+def media_column(features: Any, where: str, modality: str, name: str | None = None) -> str:
     """The column of `datasets.Features` that holds the media: that of the modality's feature type, or of bytes; of
-    several the one of that name.
+    several the one of that name. Or the one called `name`.
 
     Raises:
-        ValueError: none, or several.
+        ValueError: none, or several; it is not there.
     """
-    typed = [name for name, feature in features.items() if type(feature).__name__ == modality.capitalize()]
-    found = typed or [name for name, feature in features.items() if _holds_bytes(feature)]
-    found = [name for name in found if name == modality] or found
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"{where}: no column {name!r} for the {modality}; the columns are {list(features)}")
+        return name
+    typed = [column for column, feature in features.items() if type(feature).__name__ == modality.capitalize()]
+    found = typed or [column for column, feature in features.items() if _holds_bytes(feature)]
+    found = [column for column in found if column == modality] or found
     if len(found) != 1:
-        raise ValueError(f"{where}: expected one {modality} column, found {found} with bytes among {list(features)}")
+        hint = f": give --media_column {found[0]!r}, or another" if found else ""
+        raise ValueError(
+            f"{where}: expected one {modality} column, found {found} with bytes among {list(features)}{hint}"
+        )
     return found[0]
 
 

@@ -38,7 +38,7 @@ from bridle_hf.common.files import read_json, write_json, write_text
 from bridle_hf.common.output_folder import SHARDS, prepare, release
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.decoding import check_audio, read_image, read_video
-from bridle_hf.data.finding import find_samples
+from bridle_hf.data.finding import find_asked
 from bridle_hf.data.labels import class_orders
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.order import Places
@@ -103,10 +103,7 @@ def make_shards(args: ShardArguments) -> dict[str, Any]:
     """
     out = Path(args.output_dir)
     try:
-        samples = find_samples(
-            args.data, args.modality, args.split, args.label_column, args.group_column,
-            config=args.data_config, revision=args.data_revision,
-        )  # fmt: skip
+        samples = find_asked(args, args.modality)
         plans = make_plans(args, samples)
         lock = prepare_shard_folder(out, args, plans)
         entries = write_shards(out, plans, args.num_workers, SkippedFiles(out / "skipped.jsonl", len(samples)))
