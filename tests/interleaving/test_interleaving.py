@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -697,6 +698,11 @@ def test_a_state_resumes_bit_equal_at_every_step(build):
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
 
 
+def whole(batch: dict[str, torch.Tensor]) -> SimpleNamespace:
+    """A batch as its only micro batch."""
+    return SimpleNamespace(inputs=batch["input_values"], attention_mask=batch.get("attention_mask"))
+
+
 @pytest.mark.parametrize("size", [None, 1, 4])
 def test_a_centred_teacher_has_no_mean_at_any_position(build, size):
     """Over the batches that its phase begins with, padding left out, however they are cut."""
@@ -707,7 +713,7 @@ def test_a_centred_teacher_has_no_mean_at_any_position(build, size):
     total = count = 0
     for batch in itertools.islice(peek(), 3):
         mask = patch_attention_mask(batch["attention_mask"], run.encoder_config).float()[:, :, None]
-        total = total + (run._teacher(batch["input_values"], batch["attention_mask"]) * mask).sum(dim=0)
+        total = total + (run._teacher(whole(batch)) * mask).sum(dim=0)
         count = count + mask.sum(dim=0)
     torch.testing.assert_close(total / count, torch.zeros_like(total), atol=1e-5, rtol=0)
     raw = teacher_features(run.encoder.bridle.eval(), make_batch(100)["input_values"])
@@ -729,7 +735,7 @@ def test_what_the_encoder_regresses(build):
     for step, phase in enumerate(phases):
         (metrics,) = train(run, step, step + 1, lambda step: batch)
         assert ("encoder/accuracy" in metrics, "counts" in metrics) == (phase["target"] == "codes",) * 2
-        labels = run._labels(batch["input_values"], None)
+        labels, _ = run._labels(batch, whole(batch))
         expected = {"patches": patches, "features": run.tokenizer.latents(batch["input_values"])}
         if phase["target"] != "codes":
             torch.testing.assert_close(labels, expected[phase["target"]])
@@ -738,7 +744,7 @@ def test_what_the_encoder_regresses(build):
         assert moved(tensors(run), tensors(resumed)) == set()
     run.tokenizer_config.normalize_target_patches = True
     run.enter_phase(1, peek)
-    normalised = run._labels(batch["input_values"], None)
+    normalised, _ = run._labels(batch, whole(batch))
     torch.testing.assert_close(normalised.mean(dim=-1), torch.zeros(normalised.shape[:2]), atol=1e-5, rtol=0)
     torch.testing.assert_close(normalised.std(dim=-1, correction=0), torch.ones(normalised.shape[:2]))
 

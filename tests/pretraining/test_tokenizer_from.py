@@ -55,9 +55,9 @@ def test_the_first_encoder_learns_the_codes_of_the_given_tokenizer(fields, tmp_p
     source, seen = save_tokenizer(tmp_path / "tokenizer", **fields), []
     labels = Interleaving._labels
 
-    def noted(self, inputs, attention_mask):
-        found = labels(self, inputs, attention_mask)
-        seen.append((inputs, attention_mask, found))
+    def noted(self, batch, part):
+        found = labels(self, batch, part)
+        seen.append((part.inputs, part.attention_mask, found[0]))
         return found
 
     monkeypatch.setattr(Interleaving, "_labels", noted)
