@@ -27,14 +27,14 @@ release: install-demo ## the released checkpoints from nothing, into model_cards
 	$(RUN) -m bridle_hf.release --output_dir runs/release --checkpoints_dir model_cards/released
 
 test: install ## the tests, in parallel, with the coverage of bridle_hf
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term
 
 test-all: install ## the tests, the slow ones too
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 test-lowest: ## tests of models, data and short runs, with the lowest versions that pyproject.toml allows
 	@$(MAKE) install VENV=$(LOWEST_VENV) CONSTRAINTS=constraints-lowest.txt
-	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n auto -m "not slow" $(LOWEST_TESTS)
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest -n auto --dist worksteal -m "not slow" $(LOWEST_TESTS)
 
 bench: install ## speed side by side with peers: one table, runs/bench.json
 	$(RUN) tests/benchmarks --json runs/bench.json

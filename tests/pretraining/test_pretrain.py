@@ -374,31 +374,35 @@ def run_killed(folder: Path, moments: list[dict]) -> None:
     check_against_undisturbed(folder, moments)
 
 
-def test_killed_and_resumed_is_bit_equal(tmp_path):
-    step, forward = (
-        "interleaving.interleaving:Interleaving._update",
-        "interleaving.interleaving:Interleaving._losses",
-    )
-    write = "interleaving.code_cache:CodeCache.write"
-    kills = [
+_STEP, _FORWARD = "interleaving.interleaving:Interleaving._update", "interleaving.interleaving:Interleaving._losses"
+_WRITE = "interleaving.code_cache:CodeCache.write"
+# By schedule: lists of kills, each of one run.
+KILLS = {
+    "phases": [
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
-        ("phases", [[step, 2], [forward, 14], ["common.manifest:sha256", 2]]),
+        [[_STEP, 2], [_FORWARD, 14], ["common.manifest:sha256", 2]],
         # A save that is all but renamed; the start of the second phase; its k-means.
-        ("phases", [["pretraining.checkpointing:os.replace", 3],
-                    ["interleaving.interleaving:Interleaving.enter_phase", 1], ["quantization_bridle:kmeans", 1]]),
+        [["pretraining.checkpointing:os.replace", 3], ["interleaving.interleaving:Interleaving.enter_phase", 1],
+         ["quantization_bridle:kmeans", 1]],
         # Within the second phase; between a row of metrics and its checkpoint; after the last checkpoint.
-        ("phases", [[step, 10], ["pretraining.run:Run._save", 1], ["pretraining.run:Run.finish", 1]]),
-        ("joint", [[step, 7]]),
-        ("alternate", [[forward, 16]]),
-        ("views", [[forward, 14], ["pretraining.run:Run._save", 2], [step, 5]]),
-        # As codes are kept; in the second window; between the end by evidence and its checkpoint; after that; in the
-        # tokenizer's phase and as the last one keeps codes.
-        ("shortcuts", [[write, 3], [step, 6], ["pretraining.run:Run._end_phase", 1],
-                       ["pretraining.checkpointing:sync", 1],
-                       ["interleaving.interleaving:Interleaving.enter_phase", 1], [step, 3], [write, 2],
-                       ["pretraining.run:Run.finish", 1]]),
-    ]  # fmt: skip
-    run_killed(tmp_path, [{"schedule": schedule, "kills": entry} for schedule, entry in kills])
+        [[_STEP, 10], ["pretraining.run:Run._save", 1], ["pretraining.run:Run.finish", 1]],
+    ],
+    "joint": [[[_STEP, 7]]],
+    "alternate": [[[_FORWARD, 16]]],
+    "views": [[[_FORWARD, 14], ["pretraining.run:Run._save", 2], [_STEP, 5]]],
+    # As codes are kept; in the second window; between the end by evidence and its checkpoint; after that; in the
+    # tokenizer's phase and as the last one keeps codes.
+    "shortcuts": [
+        [[_WRITE, 3], [_STEP, 6], ["pretraining.run:Run._end_phase", 1], ["pretraining.checkpointing:sync", 1],
+         ["interleaving.interleaving:Interleaving.enter_phase", 1], [_STEP, 3], [_WRITE, 2],
+         ["pretraining.run:Run.finish", 1]],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", KILLS)
+def test_killed_and_resumed_is_bit_equal(tmp_path, schedule):
+    run_killed(tmp_path, [{"schedule": schedule, "kills": kills} for kills in KILLS[schedule]])
 
 
 @pytest.mark.slow
