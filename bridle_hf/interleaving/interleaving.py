@@ -47,6 +47,8 @@ class Interleaving:
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
             given.
+        encoder_ema: decay of a moving average of the encoder's weights; 0: none. The average is what a phase leaves:
+            what is saved, teaches the tokenizer, and is gone on from; it teaches in `joint` and `alternate`, too.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -68,6 +70,7 @@ class Interleaving:
         shard: bool = False,
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
+        encoder_ema: float = 0.0,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -76,9 +79,10 @@ class Interleaving:
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
-        self.encoder_from = encoder_from
+        self.encoder_from, self.encoder_ema = encoder_from, encoder_ema
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
+        self.average: BridleForPreTraining | None = None
         self.tokenizer: nn.Module | None = None
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -95,6 +99,8 @@ class Interleaving:
         phase = self.schedule.phases[number]
         fresh = phase.start == "fresh"
         self.seed_step(self.schedule.starts[number])
+        if self.average is not None:
+            self.encoder, self.average = self.whole_models()[0], None
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
@@ -111,8 +117,12 @@ class Interleaving:
             self._initialize_codebooks(peek())
         self.prepare(number)
 
-    def prepare(self, number: int) -> None:
-        """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer."""
+    def prepare(self, number: int, average: dict[str, torch.Tensor] | None = None) -> None:
+        """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer.
+
+        Args:
+            average: that of the encoder's weights, where the phase is gone on with; else it starts as they do.
+        """
         phase = self.schedule.phases[number]
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
@@ -122,9 +132,18 @@ class Interleaving:
         self.encoder.requires_grad_(phase.trains_encoder)
         self.tokenizer.requires_grad_(phase.trains_tokenizer)
         if phase.trains_encoder:
+            if self.encoder_ema:
+                whole = self._averaged(self.encoder.state_dict() if average is None else average)
+                self.average = self.sharding.lay_out(whole)
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
         if phase.trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def _averaged(self, weights: dict[str, torch.Tensor]) -> BridleForPreTraining:
+        """A model of the encoder's config with these weights, which nothing trains."""
+        average = self._build(BridleForPreTraining, self.encoder.config, phase=0).requires_grad_(False)
+        average.load_state_dict(weights)
+        return average.eval()
 
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
@@ -143,11 +162,16 @@ class Interleaving:
     def unwrapped_tokenizer(self) -> BridleTokenizerModel:
         return self.accelerator.unwrap_model(self.tokenizer)
 
+    @property
+    def lasting_encoder(self) -> BridleForPreTraining:
+        """What a phase leaves of the encoder: the average of its weights, where there is one."""
+        return self.unwrapped_encoder if self.average is None else self.average
+
     def whole_models(self) -> tuple[BridleForPreTraining, BridleTokenizerModel]:
-        """Encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
+        """Lasting encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
         encoder, tokenizer = (
             whole_model(model, lambda model=model: self._build(type(model), model.config, phase=0))
-            for model in (self.unwrapped_encoder, self.unwrapped_tokenizer)
+            for model in (self.lasting_encoder, self.unwrapped_tokenizer)
         )
         return encoder, tokenizer
 
@@ -233,6 +257,8 @@ class Interleaving:
             )
         if not norms:
             return {}
+        if self.average is not None and sides[0]:
+            self._move_average(step)
         if statistics:
             self.seed_step(step)
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
@@ -290,7 +316,7 @@ class Interleaving:
         return tokenizer.encode(inputs, attention_mask, soft=True)
 
     def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        encoder = self.unwrapped_encoder.bridle.eval()
+        encoder = self.lasting_encoder.bridle.eval()
         teacher = teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
         if self.teacher_mean is None:
             return teacher
@@ -377,13 +403,23 @@ class Interleaving:
         self.skipped_steps += not finite
         return norms if finite else {}
 
+    @torch.no_grad()
+    def _move_average(self, step: int) -> None:
+        """Towards the weights; faster at a phase's start, that the weights it began with are soon forgotten."""
+        done = step - self.schedule.starts[self.schedule.phase_number(step)]
+        rate = 1.0 - min(self.encoder_ema, (1 + done) / (10 + done))
+        for averaged, parameter in zip(self.average.parameters(), self.unwrapped_encoder.parameters(), strict=True):
+            averaged.lerp_(parameter, rate)
+
     # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""
         scaler = self.accelerator.scaler
         centre = {} if self.teacher_mean is None else {"teacher_mean": self.teacher_mean.cpu()}
+        average = {} if self.average is None else {"average": gathered_state(self.average.state_dict())}
         return {
+            **average,
             "encoder": gathered_state(self.unwrapped_encoder.state_dict()),
             "tokenizer": gathered_state(self.unwrapped_tokenizer.state_dict()) | centre,
             "optimizers": {
@@ -404,13 +440,16 @@ class Interleaving:
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
+        average = state.get("average")
+        self.average = None if average is None else self._averaged(average)
         weights = dict(state["tokenizer"])
         centre = weights.pop("teacher_mean", None)
         self.teacher_mean = None if centre is None else centre.to(self.accelerator.device)
         self.tokenizer.load_state_dict(weights)
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:
-            self.prepare(self.schedule.phase_number(step))
+            self.average = None
+            self.prepare(self.schedule.phase_number(step), average)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
         if self.accelerator.scaler is not None:

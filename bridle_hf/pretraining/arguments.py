@@ -78,6 +78,12 @@ class PretrainArguments:
     )
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
+    encoder_ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "decay of the average of the encoder's weights that is saved and teaches, as 0.999; 0: none"
+        },
+    )
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient norm of each side"})
     mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "autocast"})
     deterministic: bool = field(default=False, metadata={"help": "deterministic algorithms, at a price in speed"})
@@ -130,6 +136,8 @@ class PretrainArguments:
         check_ranges(self, ranges)
         if self.loader_timeout and not self.num_workers:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
+        if not 0 <= self.encoder_ema < 1:
+            raise ValueError(f"--encoder_ema is {self.encoder_ema}: expected a number in [0, 1)")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":

@@ -119,6 +119,7 @@ class Run:
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
             bucket_by_length=args.bucket_by_length,
+            encoder_ema=args.encoder_ema,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)

@@ -186,6 +186,12 @@ def tensors(run: Interleaving) -> dict[str, torch.Tensor]:
     }
 
 
+def assert_same_weights(ours: dict, theirs: dict, **tolerance) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
 def moved(before: dict, after: dict) -> set[str]:
     """Which sides' weights, and whether codebooks, differ in a single bit."""
     found = set()
@@ -682,19 +688,22 @@ def test_twenty_in_a_row_stop_the_run(build):
 # State
 
 
-def test_a_state_resumes_bit_equal_at_every_step(build):
+@pytest.mark.parametrize("options", [{}, {"encoder_ema": 0.9}], ids=str)
+def test_a_state_resumes_bit_equal_at_every_step(build, options):
     """In the middle of phases and between them, whatever was trained before."""
     phases = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
-    undisturbed = build(phases)
+    undisturbed = build(phases, **options)
     states = []
     for step in range(undisturbed.schedule.total_steps):
         train(undisturbed, step, step + 1)
         states.append(copy.deepcopy(undisturbed.state_dict()))
     for done, state in enumerate(states, start=1):
-        resumed = build(phases)
+        resumed = build(phases, **options)
         resumed.load_state_dict(state, done)
         train(resumed, done)
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
+        for ours, theirs in zip(undisturbed.whole_models(), resumed.whole_models()):
+            assert_same_weights(ours.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("size", [None, 1, 4])
@@ -765,3 +774,41 @@ def test_patches_are_cut_once_by_the_encoder_and_once_by_the_tokenizer(build, mo
     loaded = {name: value[0] for name, value in make_batch(0).items() if name != "bool_masked_pos"}
     load = MaskedLoader(lambda sample, rng: loaded, run.encoder_config, {})
     assert load(Sample("a.wav"), np.random.default_rng(0))["bool_masked_pos"].shape == (24,) and not cuts
+
+
+# Options of the method
+
+
+@pytest.mark.parametrize("kind", ["encoder", "joint", "alternate"])
+def test_the_average_is_that_of_the_weights_and_what_a_phase_leaves(build, kind):
+    """Against the recurrence in float64; it teaches, from within the phase on, and the next phase begins with it."""
+    phases = [
+        {"train": kind, "steps": 12, "learning_rate": 1e-2, "switch_every": 5},
+        {"train": "tokenizer", "steps": 1},
+    ]
+    run, plain = build(phases, encoder_ema=0.4), build(phases)
+    run.enter_phase(0, peek)
+    expected = {name: value.detach().double() for name, value in run.unwrapped_encoder.named_parameters()}
+    for step in range(12):
+        run.step(step, make_batch(step))
+        decay = min(0.4, (1 + step) / (10 + step)) if run.schedule.sides(step)[0] else 1.0
+        for name, value in run.unwrapped_encoder.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
+    left = run.whole_models()[0]
+    assert_same_weights(dict(left.named_parameters()), expected, atol=1e-6, rtol=0, check_dtype=False)
+    assert moved(
+        tensors(run),
+        {f"encoder.{name}": value for name, value in left.state_dict().items()}
+        | {name: value for name, value in tensors(run).items() if name.startswith("tokenizer")},
+    ) == {"encoder"}
+    batch = make_batch(3)
+    teacher = teacher_features(left.bridle, batch["input_values"], batch["attention_mask"])
+    torch.testing.assert_close(run._teacher(batch["input_values"], batch["attention_mask"]), teacher)
+    run.enter_phase(1, peek)
+    assert_same_weights(run.unwrapped_encoder.state_dict(), left.state_dict())
+    assert "average" not in run.state_dict() and not any(value.requires_grad for value in left.parameters())
+    if kind == "encoder":  # what is trained is none the wiser
+        train(plain, last=12)
+        again = build(phases, encoder_ema=0.4)
+        train(again, last=12)
+        assert moved(tensors(plain), tensors(again)) == set()

@@ -23,10 +23,11 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTrainin
 import bridle_hf.pretraining.run
 from bridle_hf import BridleFeatureExtractor, BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError, NonFiniteError, RunError, TooManyBadFiles
+from bridle_hf.common.manifest import write_manifest
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.normalization import measure_normalization
-from bridle_hf.pretraining.checkpointing import list_checkpoints
+from bridle_hf.pretraining.checkpointing import list_checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +140,47 @@ def test_other_schedules_run(data, tmp_path, quick, schedule):
     assert all(np.isfinite(row[name]) for row in last for name in losses & row.keys())
 
 
+def resume_from(step: int, recipe: str, data: str, folder: Path) -> None:
+    """See that a run which goes on from a step's checkpoint ends as one that was not disturbed, `folder/whole`."""
+    pretrain(recipe, data, folder / "whole")
+    pretrain(recipe, data, folder / "resumed", "--keep_every", "1")
+    for checkpoint in list_checkpoints(folder / "resumed" / "checkpoints")[step:]:
+        shutil.rmtree(checkpoint)
+    pretrain(recipe, data, folder / "resumed", "--keep_every", "1", "--resume")
+    ours, theirs = weights(folder / "whole"), weights(folder / "resumed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_centred_teacher_is_resumed(data, tmp_path, quick):
     """Its mean is part of the checkpoint; a tokenizer that is not trained alone is refused."""
     phases = [{"train": "encoder", "steps": 2}, {"train": "tokenizer", "steps": 4}]
     options = {"phases": phases, "save_every": 1, "tokenizer": {"center_teacher": True}}
-    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
-    pretrain(recipe, data, tmp_path / "whole")
-    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1")
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step}")
-    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1", "--resume")
-    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    resume_from(3, write_recipe(tmp_path / "recipe.yaml", **options), data, tmp_path)
     joint = write_recipe(tmp_path / "joint.yaml", "joint", tokenizer={"center_teacher": True})
     assert "center_teacher" in refusal(joint, data, tmp_path / "joint")
+
+
+def test_the_average_of_the_encoder_is_saved_and_resumed(data, tmp_path, quick):
+    phases = [{"train": "encoder", "steps": 3, "learning_rate": 1e-2}]
+    resume_from(2, write_recipe(tmp_path / "recipe.yaml", phases=phases, encoder_ema=0.5), data, tmp_path)
+    found = load_checkpoint(tmp_path / "whole" / "checkpoints" / "step_3")
+    saved = {name.removeprefix("encoder."): value for name, value in weights(tmp_path / "whole").items()}
+    assert all(torch.equal(found["average"][name], value) for name, value in saved.items() if name in found["encoder"])
+    assert not all(torch.equal(found["encoder"][name], value) for name, value in found["average"].items())
+    assert "--encoder_ema is 1.0" in refusal(str(tmp_path / "recipe.yaml"), data, tmp_path / "x", "--encoder_ema", "1")
+
+
+def test_a_run_older_than_an_option_is_resumed(data, tmp_path, quick):
+    """Its checkpoint does not name it: it was as it is by default."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "encoder", "steps": 2}])
+    pretrain(recipe, data, tmp_path / "out")
+    checkpoint = tmp_path / "out" / "checkpoints" / "step_2"
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    del state["arguments"]["encoder_ema"]
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(checkpoint)
+    pretrain(recipe, data, tmp_path / "out", "--resume")
+    assert "encoder_ema (0.0, now 0.5)" in refusal(recipe, data, tmp_path / "out", "--resume", "--encoder_ema", "0.5")
 
 
 def test_regressions_run(data, tmp_path, quick):
