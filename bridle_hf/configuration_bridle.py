@@ -304,6 +304,9 @@ class BridleConfig(BridleEncoderConfig):
             (their own values, as MAE) or `"features"` (what the tokenizer would quantize).
         target_feature_size (`int`, *optional*, defaults to `None`):
             Width of these features, the tokenizer's `code_dim`; for `target="features"` alone.
+        visible_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the same loss on the visible patches (V-JEPA 2.1), as a mean of its own beside that of the hidden
+            ones; then they are decoded, too, all of them by a cross decoder.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Of the classifiers' single-label cross-entropy.
         patch_dropout (pair of `float`, *optional*, defaults to `(0.0, 0.0)`):
@@ -356,6 +359,7 @@ class BridleConfig(BridleEncoderConfig):
     codebook_loss_weights: list[float] | None = None
     target: Literal["codes", "patches", "features"] = "codes"
     target_feature_size: int | None = None
+    visible_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
     patch_dropout: list[float] | tuple[float, float] = (0.0, 0.0)
     pooling: Literal["mean", "cls"] = "mean"
@@ -390,6 +394,8 @@ class BridleConfig(BridleEncoderConfig):
             )
         if not 0.0 < self.decoded_ratio <= 1.0:
             raise ValueError(f"`decoded_ratio` is {self.decoded_ratio}; it must lie over 0 and be at most 1")
+        if not 0.0 <= self.visible_loss_weight < math.inf:
+            raise ValueError(f"`visible_loss_weight` is {self.visible_loss_weight}; it must not be negative")
         if self.decoder_encoder_layers is not None:
             check_layers("decoder_encoder_layers", self.decoder_encoder_layers, self.num_hidden_layers)
         if self.decoder_type != "cross" and (self.decoded_ratio != 1.0 or self.decoder_encoder_layers is not None):

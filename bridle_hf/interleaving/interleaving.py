@@ -25,6 +25,7 @@ from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
+from bridle_hf.modeling_bridle import BridleForPreTrainingOutput
 from bridle_hf.modeling_bridle_tokenizer import target_patches
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
@@ -285,8 +286,8 @@ class Interleaving:
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
                 numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
                 output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
-                loss = loss + output.loss * weights[0]
-                metrics |= {"encoder/loss": output.loss * weights[0]}
+                metrics |= self._encoder_losses(output, weights)
+                loss = loss + metrics["encoder/loss"]
                 if output.accuracy is not None:
                     metrics |= {"encoder/accuracy": output.accuracy * weights[0]}
                     counts = self._count(labels, part)
@@ -304,6 +305,14 @@ class Interleaving:
                 statistics.append(output.statistics)
                 counts = output.counts
         return loss, metrics if counts is None else metrics | {"counts": counts}
+
+    def _encoder_losses(self, output: BridleForPreTrainingOutput, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name of the metric. Hidden and visible patches are means of their own, with shares of their own."""
+        if output.visible_loss is None:
+            return {"encoder/loss": output.loss * weights[0]}
+        added = self.encoder_config.visible_loss_weight * output.visible_loss
+        total = (output.loss - added) * weights[0] + added * weights[2]
+        return {"encoder/loss": total, "encoder/visible_loss": output.visible_loss * weights[2]}
 
     @torch.no_grad()
     def _labels(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:

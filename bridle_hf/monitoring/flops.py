@@ -94,10 +94,12 @@ def _encoder(config: BridleEncoderConfig, patches: int, train: bool, rows: int =
 
 
 def _decoder(config: BridleConfig, visible: int) -> int:
-    """The head is on hidden patches alone, and so is all of a cross decoder, on the share of them that is decoded."""
+    """The head is on hidden patches alone, and so is all of a cross decoder, on the share of them that is decoded; on
+    visible ones, too, where they are in the loss."""
     width, depth, read = config.decoder_hidden_size, config.decoder_num_hidden_layers, visible + config.use_class_token
     patches = math.prod(config.patch_grid)
     decoded = max(1, round((patches - visible) * config.decoded_ratio))
+    decoded += visible if config.visible_loss_weight else 0
     head = _linear(decoded, width, math.prod(config.target_shape))
     if config.decoder_type == "cross":
         states = 1 + len(config.decoder_encoder_layers or ())

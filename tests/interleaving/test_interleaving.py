@@ -302,6 +302,17 @@ def test_a_decoded_share_weighs_the_same_in_micro_batches(build):
         torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
 
 
+def test_visible_patches_weigh_the_same_in_micro_batches(build):
+    """Clips show different shares: two means, of hidden and of visible patches, each over the whole batch."""
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 2, "learning_rate": 1e-4}]
+    fields = {"visible_loss_weight": 0.5}
+    whole, cut = build(phases, encoder=fields), build(phases, encoder=fields, micro_batch_size=2)
+    for expected, found in zip(train(whole), train(cut)):
+        assert expected.keys() == found.keys() and "encoder/visible_loss" in found
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
+
+
 def several_masks(batch: dict, count: int) -> dict:
     """The batch with `count` masks of each sample, which hide as many patches as its own."""
     real = patch_attention_mask(batch["attention_mask"], BridleConfig(num_mel_bins=64))

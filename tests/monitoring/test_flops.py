@@ -41,7 +41,8 @@ INPUTS = {
 }
 CROSS = {"decoder_type": "cross", "decoded_ratio": 0.5}
 DECODERS = [*((modality, {}) for modality in INPUTS), *((modality, CROSS) for modality in INPUTS),
-            ("audio", {**CROSS, "decoder_encoder_layers": [0, 2]})]  # fmt: skip
+            ("audio", {**CROSS, "decoder_encoder_layers": [0, 2]}), ("audio", {"visible_loss_weight": 0.5}),
+            ("image", {**CROSS, "visible_loss_weight": 0.5})]  # fmt: skip
 PHASES = [{"train": "encoder", "steps": 2}, {"train": "joint", "steps": 7, "tokenizer_every": 3},
           {"train": "tokenizer", "steps": 3}, {"train": "alternate", "steps": 10, "switch_every": 4},
           {"train": "encoder", "steps": 2}]  # fmt: skip
