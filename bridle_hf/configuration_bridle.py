@@ -425,8 +425,9 @@ class BridleTokenizerConfig(BridleEncoderConfig):
 
     Args (beside those of [`BridleEncoderConfig`]):
         tokenizer_type (`str`, *optional*, defaults to `"self_distilled"`):
-            `"random_projection"`, a frozen random projection of the patches (iteration 0), or `"self_distilled"`, a
-            trained encoder that predicts a teacher's features (iterations above 0).
+            `"random_projection"`, a frozen random projection of the patches (iteration 0); `"self_distilled"`, a
+            trained encoder that predicts a teacher's features (iterations above 0); or `"kmeans"`, residual k-means on
+            a frozen encoder's features, each of their numbers standardised (`code_dim` is then its `hidden_size`).
         code_dim (`int`, *optional*, defaults to 256):
             Width of the codes of the residual quantizer.
         num_codebooks (`int`, *optional*, defaults to 4):
@@ -484,7 +485,7 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         "AutoModelForPreTraining": "modeling_bridle_tokenizer.BridleTokenizerModel",
     }
 
-    tokenizer_type: Literal["random_projection", "self_distilled"] = "self_distilled"
+    tokenizer_type: Literal["random_projection", "self_distilled", "kmeans"] = "self_distilled"
     code_dim: int = 256
     num_codebooks: int = 4
     codebook_size: int = 256
@@ -524,6 +525,8 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         if not 1 <= self.num_soft_codes <= self.codebook_size:
             raise ValueError(f"`num_soft_codes` is {self.num_soft_codes}; it must lie in 1..{self.codebook_size}")
         _check_fraction("dead_code_threshold", self.dead_code_threshold)
+        if self.tokenizer_type == "kmeans" and self.center_teacher:
+            raise ValueError("`center_teacher` is for a tokenizer that is trained; k-means standardises features")
         if self.independent_codebooks and self.code_dim % self.num_codebooks:
             raise ValueError(
                 f"`code_dim` is {self.code_dim}; with `independent_codebooks` it must be a multiple of "

@@ -20,7 +20,7 @@ from bridle_hf import (
     teacher_features,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
-from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
+from bridle_hf.interleaving.codebook_initialization import initialize_codebooks, kmeans_config
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.schedule import Schedule
@@ -97,20 +97,22 @@ class Interleaving:
         Args:
             peek: gives the batches that the phase is about to see; they are not consumed.
         """
-        phase = self.schedule.phases[number]
+        phase, trains_tokenizer = self.schedule.phases[number], self.schedule.trains_tokenizer(number)
         fresh = phase.start == "fresh"
         self.seed_step(self.schedule.starts[number])
         if self.average is not None:
             self.encoder, self.average = self.whole_models()[0], None
+        if self.schedule.fits(self.schedule.starts[number]):
+            self.fit_tokenizer(self.schedule.starts[number], peek)
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
-        if phase.trains_tokenizer and (fresh or not self._is_distilled()):
+        if trains_tokenizer and (fresh or not self._is_distilled()):
             self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
             self._initialize_codebooks(peek())
-        if phase.trains_tokenizer and self.tokenizer_config.center_teacher:
+        if trains_tokenizer and self.tokenizer_config.center_teacher:
             self.teacher_mean = self._measure_teacher_mean(peek())
         if self.tokenizer is None:
             config = self.random_projection_config()
@@ -118,26 +120,38 @@ class Interleaving:
             self._initialize_codebooks(peek())
         self.prepare(number)
 
+    def fit_tokenizer(self, step: int, peek: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Fit a k-means tokenizer to the encoder as it is before `step`; within a phase, codes keep their numbers."""
+        self.seed_step(step)
+        encoder, earlier = self.whole_models()
+        self.tokenizer = self._build(BridleTokenizerModel, self.kmeans_config(), phase=0).requires_grad_(False)
+        self.tokenizer.encoder.load_state_dict(encoder.bridle.state_dict())
+        go_on = step not in self.schedule.starts
+        if go_on:
+            self.tokenizer.quantizer.load_state_dict(earlier.quantizer.state_dict())
+        self._initialize_codebooks(peek(), go_on)
+        self.tokenizer.quantizer.update_in_forward = False
+
     def prepare(self, number: int, average: dict[str, torch.Tensor] | None = None) -> None:
         """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer.
 
         Args:
             average: that of the encoder's weights, where the phase is gone on with; else it starts as they do.
         """
-        phase = self.schedule.phases[number]
+        phase, trains_tokenizer = self.schedule.phases[number], self.schedule.trains_tokenizer(number)
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
-        self.tokenizer.requires_grad_(phase.trains_tokenizer)
+        self.tokenizer.requires_grad_(trains_tokenizer)
         if phase.trains_encoder:
             if self.encoder_ema:
                 whole = self._averaged(self.encoder.state_dict() if average is None else average)
                 self.average = self.sharding.lay_out(whole)
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
-        if phase.trains_tokenizer:
+        if trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
 
     def _averaged(self, weights: dict[str, torch.Tensor]) -> BridleForPreTraining:
@@ -149,6 +163,10 @@ class Interleaving:
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
         return BridleConfig.from_dict(self.encoder_config.to_dict() | {"target": target})
+
+    def kmeans_config(self) -> BridleTokenizerConfig:
+        """The tokenizer of the phases after the first, where it is fitted."""
+        return kmeans_config(self.encoder_config, self.tokenizer_config)
 
     def random_projection_config(self) -> BridleTokenizerConfig:
         """The tokenizer of iteration 0, of the same codes as the later ones."""
@@ -204,12 +222,13 @@ class Interleaving:
         fused = self.accelerator.device.type in ("cpu", "cuda")
         return wrapped, torch.optim.AdamW(groups, lr=0.0, fused=fused, **self.adam_options)
 
-    def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
+    def _initialize_codebooks(self, batches: Iterable[dict[str, Any]], go_on: bool = False) -> None:
         initialize_codebooks(
             self.unwrapped_tokenizer,
             map(self._micro_batches, batches),
             self.schedule.steps_per_epoch,
             self.accelerator.is_main_process,
+            go_on,
         )
 
     # --- Steps ---
@@ -443,9 +462,9 @@ class Interleaving:
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
-        distilled = state["tokenizer_type"] == "self_distilled"
-        config = self.tokenizer_config if distilled else self.random_projection_config()
-        self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+        configs = {"random_projection": self.random_projection_config, "kmeans": self.kmeans_config}
+        make_config = configs.get(state["tokenizer_type"], lambda: self.tokenizer_config)
+        self.tokenizer = self._build(BridleTokenizerModel, make_config(), phase=0)
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])

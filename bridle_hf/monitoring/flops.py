@@ -20,6 +20,7 @@ import torch
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import make_mask
 
@@ -48,7 +49,7 @@ def sample_flops(
         sides: whether encoder and tokenizer are trained (see `Schedule.sides`).
         visible: patches that the mask leaves to the encoder, see `num_visible_patches`.
         masks_per_sample: how often the encoder and its decoder see a sample, each time under another mask.
-        distilled: codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
+        distilled: codes come from a tokenizer that is distilled, or fitted, not from iteration 0's projection.
 
     Returns:
         For an encoder step `encoder` and `decoder` (forward and backward) and `codes` (the tokenizer's forward); for a
@@ -58,7 +59,11 @@ def sample_flops(
     if sides[0]:
         parts["encoder"] = _encoder(encoder, visible, train=True, rows=masks_per_sample)
         parts["decoder"] = FORWARD_AND_BACKWARD * masks_per_sample * _decoder(encoder, visible)
-        parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
+        if distilled and tokenizer.tokenizer_type == "kmeans":
+            codes = kmeans_config(encoder, tokenizer)
+            parts["codes"] = _encoder(codes, math.prod(codes.patch_grid), train=False) + _lookup(codes)
+        else:
+            parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
     if sides[1]:
         parts["teacher"] = _encoder(encoder, math.prod(encoder.patch_grid), train=False)
         # Codes that move within the chain are looked up once more when they do.

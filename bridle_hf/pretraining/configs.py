@@ -8,6 +8,7 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
 from bridle_hf.data.modalities import load_config
+from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.pretraining.arguments import PretrainArguments
 
 
@@ -56,8 +57,12 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         raise ValueError(
             "tokenizer.center_teacher is for phases that train the tokenizer alone, not alternate or joint"
         )
-    if tokenizer.tokenizer_type != "self_distilled":
+    if tokenizer.tokenizer_type == "random_projection":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
+    if tokenizer.tokenizer_type == "kmeans":
+        kmeans_config(encoder, tokenizer)
+        if encoder.target_feature_size is not None:
+            raise ValueError("tokenizer.tokenizer_type is kmeans: target: features is for the self-distilled one")
     return encoder, tokenizer
 
 

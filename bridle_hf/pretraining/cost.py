@@ -16,8 +16,10 @@ def cost_lines(args: FlopsArguments, recipe: PretrainArguments) -> list[str]:
     Raises:
         ValueError: the recipe's models or its schedule cannot be.
     """
-    schedule = Schedule(recipe.phases, args.samples / recipe.global_batch_size, recipe.steps_scale)
-    flops = ScheduleFlops(schedule, *make_configs(recipe), recipe.masks, recipe.masks_per_sample)
+    encoder, tokenizer = make_configs(recipe)
+    kmeans = tokenizer.tokenizer_type == "kmeans"
+    schedule = Schedule(recipe.phases, args.samples / recipe.global_batch_size, recipe.steps_scale, kmeans)
+    flops = ScheduleFlops(schedule, encoder, tokenizer, recipe.masks, recipe.masks_per_sample)
     lines, total = flops.lines(recipe.global_batch_size), flops.left(0) * recipe.global_batch_size
     peak_tflops, mean = recipe.peak_tflops or ASSUMED_PEAK_TFLOPS, flops.left(0) / schedule.total_steps
     lines += ["", f"all phases: {total:.3g} FLOPs, {schedule.total_steps:,} steps"]

@@ -87,7 +87,7 @@ class Run:
         self.encoder_from = None
         if args.encoder_from:
             self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
-        self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
+        self.schedule = self._make_schedule(len(self.samples))
         self.processor = make_processor(self.encoder_config, self._processor_fields())
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
@@ -126,6 +126,10 @@ class Run:
         self.monitor = self._make_monitor()
 
     # --- Before the first step ---
+
+    def _make_schedule(self, samples: int) -> Schedule:
+        args, kmeans = self.args, self.tokenizer_config.tokenizer_type == "kmeans"
+        return Schedule(args.phases, samples / args.global_batch_size, args.steps_scale, kmeans)
 
     def _find_samples(self) -> list[Sample]:
         args = self.args
@@ -172,7 +176,7 @@ class Run:
         self.scheduled_samples, self.data_changes = check_unchanged(
             args, self.out, {"samples": len(self.samples), "names_of_samples": self.names_of_samples}, state
         )
-        self.schedule = Schedule(args.phases, self.scheduled_samples / args.global_batch_size, args.steps_scale)
+        self.schedule = self._make_schedule(self.scheduled_samples)
 
     def _resume(self, state: dict[str, Any] | None) -> int:
         """Go back to a checkpoint, if there is one; returns the first step to do."""
@@ -229,6 +233,8 @@ class Run:
             number = schedule.phase_number(step)
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
+            elif schedule.fits(step):
+                self.interleaving.fit_tokenizer(step, lambda step=step: self.peek(step))
             asked = time.monotonic()
             batch = self._next(batches, done)
             waited = time.monotonic() - asked

@@ -145,7 +145,8 @@ def build(accelerator, tiny_config, tiny_tokenizer_config):
 
     def make(phases, tokenizer=None, encoder=None, **options) -> Interleaving:
         configs = tiny_config("audio", **(encoder or {})), tiny_tokenizer_config("audio", **(tokenizer or {}))
-        return Interleaving(accelerator, Schedule(phases, 1.0), *configs, seed=0, **options)
+        schedule = Schedule(phases, 1.0, kmeans=configs[1].tokenizer_type == "kmeans")
+        return Interleaving(accelerator, schedule, *configs, seed=0, **options)
 
     return make
 
@@ -175,6 +176,8 @@ def train(run: Interleaving, first: int = 0, last: int | None = None, batch=make
         number = run.schedule.phase_number(step)
         if step == run.schedule.starts[number]:
             run.enter_phase(number, peek)
+        elif run.schedule.fits(step):
+            run.fit_tokenizer(step, peek)
         metrics.append(run.step(step, batch(step)))
     return metrics
 
@@ -699,10 +702,19 @@ def test_twenty_in_a_row_stop_the_run(build):
 # State
 
 
-@pytest.mark.parametrize("options", [{}, {"encoder_ema": 0.9}], ids=str)
-def test_a_state_resumes_bit_equal_at_every_step(build, options):
+TRAINED = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
+FITTED = [{"train": "encoder", "steps": 2},
+          {"train": "alternate", "steps": 5, "switch_every": 2, "learning_rate": 1e-2}]  # fmt: skip
+KMEANS = {"tokenizer_type": "kmeans", "teacher_layers": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("phases", "options"),
+    [(TRAINED, {}), (TRAINED, {"encoder_ema": 0.9}), (FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9})],
+    ids=["trained", "averaged", "fitted"],
+)
+def test_a_state_resumes_bit_equal_at_every_step(build, phases, options):
     """In the middle of phases and between them, whatever was trained before."""
-    phases = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
     undisturbed = build(phases, **options)
     states = []
     for step in range(undisturbed.schedule.total_steps):
@@ -823,3 +835,43 @@ def test_the_average_is_that_of_the_weights_and_what_a_phase_leaves(build, kind)
         again = build(phases, encoder_ema=0.4)
         train(again, last=12)
         assert moved(tensors(plain), tensors(again)) == set()
+
+
+@torch.no_grad()
+def test_kmeans_codes_are_the_nearest_to_standardised_features(build):
+    """Of the encoder before, fitted anew in `alternate` to the one that is trained; level by level, in float64."""
+    run = build(FITTED, tokenizer=KMEANS, micro_batch_size=4)
+    batch, states = make_batch(100), []
+    real = patch_attention_mask(batch["attention_mask"], run.encoder_config)
+    for step in range(7):
+        before = copy.deepcopy(run.unwrapped_encoder.bridle)
+        with torch.enable_grad():
+            train(run, step, step + 1)
+        tokenizer = run.unwrapped_tokenizer
+        states.append({name: value.clone() for name, value in tokenizer.state_dict().items()})
+        assert tokenizer.config.tokenizer_type == ("kmeans" if step > 1 else "random_projection")
+        if not run.schedule.fits(step):
+            continue
+        features = teacher_features(before.eval(), batch["input_values"], batch["attention_mask"], [1, 2])[real]
+        standardisation = tokenizer.standardization
+        left = ((features - standardisation.mean) / standardisation.deviation).double()
+        torch.testing.assert_close(left.std(dim=0).mean(), torch.tensor(1.0).double(), atol=0.15, rtol=0)
+        codes = tokenizer.encode(batch["input_values"], batch["attention_mask"])[real]
+        left = torch.nn.functional.normalize(left, dim=1)  # `codebook_normalization` is that of all tokenizers
+        energy = left.square().sum()
+        for level, codebook in enumerate(tokenizer.quantizer.codebooks.double()):
+            nearest = torch.cdist(left, codebook).argmin(dim=1)
+            assert (nearest == codes[:, level]).float().mean() > 0.99
+            left = left - codebook[codes[:, level]]
+        assert left.square().sum() < 0.8 * energy
+    same = [all(torch.equal(old[name], new[name]) for name in old) for old, new in itertools.pairwise(states[2:])]
+    assert same == [True, False, True, False], "fitted before steps 2, 4 and 6"
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [[{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 1}], [{"train": "alternate", "steps": 1}]],
+)
+def test_what_kmeans_cannot_do_is_refused(phases):
+    with pytest.raises(ValueError, match=r"phases\[\d\]: train is .* kmeans"):
+        Schedule(phases, 1.0, kmeans=True)

@@ -104,6 +104,18 @@ def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, 
     assert len(seen) == 7
 
 
+def test_flops_of_codes_by_kmeans(accelerator):
+    encoder, tokenizer = make_configs("image")
+    tokenizer = BridleTokenizerConfig.from_dict(tokenizer.to_dict() | {"tokenizer_type": "kmeans"})
+    schedule = Schedule([{"train": "encoder", "steps": 1}, {"train": "alternate", "steps": 2}], 1.0, kmeans=True)
+    flops = ScheduleFlops(schedule, encoder, tokenizer, {})
+    interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
+    for step in range(2):
+        interleaving.enter_phase(step, lambda: iter([make_batch(encoder, 40)]))
+        fewer, more = (count(interleaving, step, make_batch(encoder, size)) for size in (2, 3))
+        assert flops.of_step(step) == more - fewer
+
+
 def test_sums_over_a_schedule():
     schedule = Schedule(PHASES, steps_per_epoch=1.0)
     flops = ScheduleFlops(schedule, *make_configs("image"), masks={})

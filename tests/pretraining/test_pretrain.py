@@ -183,6 +183,24 @@ def test_a_run_older_than_an_option_is_resumed(data, tmp_path, quick):
     assert "encoder_ema (0.0, now 0.5)" in refusal(recipe, data, tmp_path / "out", "--resume", "--encoder_ema", "0.5")
 
 
+def test_codes_of_kmeans(data, tmp_path, quick):
+    """Without a tokenizer phase; the saved tokenizer gives codes by itself; resumed where it is fitted anew."""
+    phases = [{"train": "encoder", "steps": 2}, {"train": "alternate", "steps": 4, "switch_every": 2}]
+    options = {"phases": phases, "tokenizer": {"tokenizer_type": "kmeans"}, "save_every": 1}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    resume_from(4, recipe, data, tmp_path)
+    tokenizer = AutoModel.from_pretrained(tmp_path / "whole" / "tokenizer")
+    assert tokenizer.config.tokenizer_type == "kmeans" and tokenizer.config.code_dim == 16
+    codes = tokenizer.encode(torch.randn(2, 48, 32))
+    assert codes.shape == (2, 24, 2) and codes.unique().numel() > 2
+    assert [row["iteration"] for row in rows(tmp_path / "whole") if row.get("event")] == [0, 1]
+    wrong = {"target": "features", "start": "fresh", "train": "encoder", "steps": 1}
+    centred = {"tokenizer_type": "kmeans", "center_teacher": True}
+    for name, changes in {"features": {"phases": [wrong]}, "center_teacher": {"tokenizer": centred}}.items():
+        changed = write_recipe(tmp_path / "wrong.yaml", **{**options, **changes})
+        assert name in refusal(changed, data, tmp_path / "x")
+
+
 def test_regressions_run(data, tmp_path, quick):
     """The controls of the codes, as targets of the same run; they draw, log and report no codes."""
     phases = [{"train": "encoder", "steps": 2, "target": target} for target in ("patches", "features")]

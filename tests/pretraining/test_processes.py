@@ -81,6 +81,8 @@ def folder(tmp_path) -> Path:
     views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
     write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
     write_recipe(tmp_path / "options.yaml", "joint", tokenizer=tokenizer, encoder_ema=0.5)
+    fitted = [{"train": "encoder", "steps": 4}, {"train": "alternate", "steps": 6, "switch_every": 3}]
+    write_recipe(tmp_path / "kmeans.yaml", phases=fitted, tokenizer={"tokenizer_type": "kmeans"})
     return tmp_path
 
 
@@ -155,11 +157,11 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, recipe
         assert_equal_ranks(ranks)
         assert all(part[-1]["sharded"] == (launcher == "fsdp2") for part in ranks)
         assert len((folder / name / "skipped.jsonl").read_text().splitlines()) <= 2
-        assert any(sum(row.get("usage/reseeded", [])) for row in rows(folder / name))
+        assert any(sum(row.get("usage/reseeded", [])) for row in rows(folder / name)) or name == "kmeans"
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "options"])
+    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "options", "kmeans"])
 
 
 @pytest.mark.slow
