@@ -244,6 +244,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
         super().__init__(config)
         self.bridle = BridleModel(config)
         self.decoder = BridleDecoder(config)
+        # Codebooks that the loss is over, the first ones; a loop may let the others join later.
+        self.levels_in_loss = config.num_codebooks
         self.post_init()
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
@@ -389,6 +391,9 @@ class BridleForPreTraining(BridlePreTrainedModel):
         logits, labels = logits.float(), labels.long().masked_fill(~valid[:, :, None, None], 0)
         log_likelihood = _mean_over_valid(logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=-1), valid)
         weights = self.config.codebook_loss_weights
+        if self.levels_in_loss < self.config.num_codebooks:
+            weights = (weights or [1.0] * self.config.num_codebooks)[: self.levels_in_loss]
+            weights = [*weights, *[0.0] * (self.config.num_codebooks - len(weights))]
         if weights is not None:
             weights = torch.tensor(weights, device=logits.device)
             log_likelihood = log_likelihood * weights / weights.mean()

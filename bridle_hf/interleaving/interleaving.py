@@ -33,6 +33,8 @@ from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
+# Of the moving average of a level's accuracy: a single batch should not let the next level in.
+LEVEL_RATE = 0.1
 
 
 class Interleaving:
@@ -50,6 +52,7 @@ class Interleaving:
             given.
         encoder_ema: decay of a moving average of the encoder's weights; 0: none. The average is what a phase leaves:
             what is saved, teaches the tokenizer, and is gone on from; it teaches in `joint` and `alternate`, too.
+        levels_join_at: masked accuracy of a level of codes at which the next one joins the loss; 0: all are in it.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -72,6 +75,7 @@ class Interleaving:
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
         encoder_ema: float = 0.0,
+        levels_join_at: float = 0.0,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -84,6 +88,9 @@ class Interleaving:
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.average: BridleForPreTraining | None = None
+        self.levels_join_at = levels_join_at
+        # Levels in the loss, and a moving average of the masked accuracy of the last of them.
+        self.levels, self.level_accuracy = 1 if levels_join_at else encoder_config.num_codebooks, 0.0
         self.tokenizer: nn.Module | None = None
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -107,6 +114,8 @@ class Interleaving:
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
+            if self.levels_join_at:
+                self.levels, self.level_accuracy = 1, 0.0
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
         if trains_tokenizer and (fresh or not self._is_distilled()):
@@ -147,6 +156,7 @@ class Interleaving:
         self.encoder.requires_grad_(phase.trains_encoder)
         self.tokenizer.requires_grad_(trains_tokenizer)
         if phase.trains_encoder:
+            self.encoder.levels_in_loss = self.levels
             if self.encoder_ema:
                 whole = self._averaged(self.encoder.state_dict() if average is None else average)
                 self.average = self.sharding.lay_out(whole)
@@ -279,6 +289,8 @@ class Interleaving:
             return {}
         if self.average is not None and sides[0]:
             self._move_average(step)
+        if self.levels_join_at and sides[0]:
+            sums["encoder/levels"] = self._join_levels(sums["encoder/accuracy"])
         if statistics:
             self.seed_step(step)
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
@@ -439,6 +451,20 @@ class Interleaving:
         for averaged, parameter in zip(self.average.parameters(), self.unwrapped_encoder.parameters(), strict=True):
             averaged.lerp_(parameter, rate)
 
+    def _join_levels(self, accuracy: torch.Tensor) -> torch.Tensor:
+        """How many levels the loss was over; from the next step on one more, if the last of them is predictable.
+
+        Args:
+            accuracy: (num_codebooks,), what this process adds to the mean over processes.
+        """
+        levels = accuracy.new_tensor(float(self.levels))
+        last = float(self.accelerator.reduce(accuracy, "mean")[self.levels - 1])
+        self.level_accuracy += LEVEL_RATE * (last - self.level_accuracy)
+        if self.level_accuracy >= self.levels_join_at and self.levels < len(accuracy):
+            self.levels, self.level_accuracy = self.levels + 1, 0.0
+            self.unwrapped_encoder.levels_in_loss = self.levels
+        return levels
+
     # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -453,6 +479,7 @@ class Interleaving:
             "optimizers": {
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
+            "levels": [self.levels, self.level_accuracy],
             "target": self.unwrapped_encoder.config.target,
             "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
@@ -468,6 +495,7 @@ class Interleaving:
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
+        self.levels, self.level_accuracy = state.get("levels", [self.levels, self.level_accuracy])
         average = state.get("average")
         self.average = None if average is None else self._averaged(average)
         weights = dict(state["tokenizer"])

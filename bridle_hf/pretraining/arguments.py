@@ -84,6 +84,10 @@ class PretrainArguments:
             "help": "decay of the average of the encoder's weights that is saved and teaches, as 0.999; 0: none"
         },
     )
+    levels_join_at: float = field(
+        default=0.0,
+        metadata={"help": "masked accuracy of a level at which the next joins the loss, as 0.05; 0: all at once"},
+    )
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient norm of each side"})
     mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "autocast"})
     deterministic: bool = field(default=False, metadata={"help": "deterministic algorithms, at a price in speed"})
@@ -138,6 +142,8 @@ class PretrainArguments:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
         if not 0 <= self.encoder_ema < 1:
             raise ValueError(f"--encoder_ema is {self.encoder_ema}: expected a number in [0, 1)")
+        if not 0 <= self.levels_join_at < 1:
+            raise ValueError(f"--levels_join_at is {self.levels_join_at}: expected an accuracy in [0, 1)")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.measure_normalization and self.modality != "audio":

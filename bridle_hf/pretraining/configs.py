@@ -31,6 +31,11 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
     fields = {"modality": args.modality, **args.encoder}
     if "features" in {fields.get("target"), *(phase.get("target") for phase in args.phases)}:
         fields["target_feature_size"] = args.tokenizer.get("code_dim", BridleTokenizerConfig.code_dim)
+    targets = {fields.get("target", "codes"), *(phase.get("target") or "codes" for phase in args.phases)}
+    if args.levels_join_at and targets != {"codes"}:
+        raise ValueError("--levels_join_at is for target: codes; patches and features have no levels")
+    if args.levels_join_at and not (fields.get("codebook_loss_weights") or [1])[0]:
+        raise ValueError("--levels_join_at: the first of encoder.codebook_loss_weights is 0, so that no level is left")
     given = None
     if args.encoder_from:
         given = load_config(args.encoder_from, "--encoder_from")

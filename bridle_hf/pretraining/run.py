@@ -120,6 +120,7 @@ class Run:
             encoder_from=self.encoder_from,
             bucket_by_length=args.bucket_by_length,
             encoder_ema=args.encoder_ema,
+            levels_join_at=args.levels_join_at,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)

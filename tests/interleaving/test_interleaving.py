@@ -710,8 +710,13 @@ KMEANS = {"tokenizer_type": "kmeans", "teacher_layers": [1, 2]}
 
 @pytest.mark.parametrize(
     ("phases", "options"),
-    [(TRAINED, {}), (TRAINED, {"encoder_ema": 0.9}), (FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9})],
-    ids=["trained", "averaged", "fitted"],
+    [
+        (TRAINED, {}),
+        (TRAINED, {"encoder_ema": 0.9}),
+        (FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9}),
+        (TRAINED, {"levels_join_at": 1e-3}),
+    ],
+    ids=["trained", "averaged", "fitted", "levels"],
 )
 def test_a_state_resumes_bit_equal_at_every_step(build, phases, options):
     """In the middle of phases and between them, whatever was trained before."""
@@ -875,3 +880,31 @@ def test_kmeans_codes_are_the_nearest_to_standardised_features(build):
 def test_what_kmeans_cannot_do_is_refused(phases):
     with pytest.raises(ValueError, match=r"phases\[\d\]: train is .* kmeans"):
         Schedule(phases, 1.0, kmeans=True)
+
+
+@pytest.mark.parametrize("given", [None, [1.0, 0.5, 0.25]], ids=str)
+def test_a_level_joins_once_the_one_before_is_predictable(build, given):
+    """The loss is that of a model whose weights are 0 from there on; a fresh encoder begins with one level."""
+    phases = [{"train": "encoder", "steps": 20, "learning_rate": 1e-2}] * 2
+    run = build(phases, encoder={"codebook_loss_weights": given}, levels_join_at=0.08, micro_batch_size=4)
+    weights, levels, average, seen = given or [1.0] * 3, 1, 0.0, []
+    for step in range(40):
+        if step in (0, 20):
+            run.enter_phase(step // 20, peek)
+            levels, average = 1, 0.0
+        masked = [*weights[:levels], *[0.0] * (3 - levels)]
+        before = copy.deepcopy(run.unwrapped_encoder.state_dict())
+        plain = build(phases, encoder={"codebook_loss_weights": masked})
+        batch = make_batch(0)
+        plain.encoder.load_state_dict(before)
+        labels = run._labels(batch["input_values"], batch["attention_mask"])
+        plain.seed_step(step)
+        expected = plain.encoder.train()(**batch, labels=labels)
+        found = run.step(step, batch)
+        torch.testing.assert_close(found["encoder/loss"], expected.loss, atol=1e-5, rtol=1e-5)
+        assert found["encoder/levels"] == levels
+        seen.append(levels)
+        average += 0.1 * (float(found["encoder/accuracy"][levels - 1]) - average)
+        if average >= 0.08 and levels < 3:
+            levels, average = levels + 1, 0.0
+    assert seen[0] == seen[20] == 1 and seen[19] > 1

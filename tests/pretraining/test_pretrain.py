@@ -170,6 +170,17 @@ def test_the_average_of_the_encoder_is_saved_and_resumed(data, tmp_path, quick):
     assert "--encoder_ema is 1.0" in refusal(str(tmp_path / "recipe.yaml"), data, tmp_path / "x", "--encoder_ema", "1")
 
 
+def test_levels_that_join_are_resumed(data, tmp_path, quick):
+    phases = [{"train": "encoder", "steps": 4, "learning_rate": 1e-2}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", phases=phases, levels_join_at=0.005, save_every=1, log_every=1)
+    resume_from(2, recipe, data, tmp_path)
+    levels = [row["encoder/levels"] for row in rows(tmp_path / "whole") if "samples" in row]
+    assert levels[0] == 1 and levels[-1] == 2 and levels == sorted(levels)
+    for name, fields in {"target: codes": {"target": "patches"}, "weights": {"codebook_loss_weights": [0, 1]}}.items():
+        wrong = write_recipe(tmp_path / "wrong.yaml", phases=phases, levels_join_at=0.1, encoder=fields)
+        assert name in refusal(wrong, data, tmp_path / "x")
+
+
 def test_a_run_older_than_an_option_is_resumed(data, tmp_path, quick):
     """Its checkpoint does not name it: it was as it is by default."""
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "encoder", "steps": 2}])

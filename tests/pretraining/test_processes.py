@@ -80,7 +80,7 @@ def folder(tmp_path) -> Path:
         write_recipe(tmp_path / f"{name}.yaml", name, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
     write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
-    write_recipe(tmp_path / "options.yaml", "joint", tokenizer=tokenizer, encoder_ema=0.5)
+    write_recipe(tmp_path / "options.yaml", "joint", tokenizer=tokenizer, encoder_ema=0.5, levels_join_at=0.02)
     fitted = [{"train": "encoder", "steps": 4}, {"train": "alternate", "steps": 6, "switch_every": 3}]
     write_recipe(tmp_path / "kmeans.yaml", phases=fitted, tokenizer={"tokenizer_type": "kmeans"})
     return tmp_path
