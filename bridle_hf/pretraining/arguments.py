@@ -30,6 +30,9 @@ class PretrainArguments:
     layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
+    mixture: float = field(
+        default=0.0, metadata={"help": "audio: share of the samples that another recording is laid over; 0: none"}
+    )
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
     encoder: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
@@ -130,7 +133,7 @@ class PretrainArguments:
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
-            "masks_per_sample": (1, 1e4),
+            "masks_per_sample": (1, 1e4), "mixture": (0, 1),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
@@ -146,6 +149,8 @@ class PretrainArguments:
             raise ValueError(f"--levels_join_at is {self.levels_join_at}: expected an accuracy in [0, 1)")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.mixture and self.modality != "audio":
+            raise ValueError("--mixture is for audio: sounds add up, pictures hide each other")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
 

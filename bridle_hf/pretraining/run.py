@@ -32,6 +32,7 @@ from bridle_hf.data.batches import (
     without_interruptions,
 )
 from bridle_hf.data.finding import find_asked
+from bridle_hf.data.loaders import MixtureLoader
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
@@ -167,9 +168,8 @@ class Run:
     def _make_dataset(self) -> DrawDataset:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
-        return DrawDataset(
-            self.samples, MaskedLoader(self.load, config, args.masks, args.masks_per_sample), seed=args.seed
-        )
+        load = MixtureLoader(self.load, self.samples, args.mixture) if args.mixture else self.load
+        return DrawDataset(self.samples, MaskedLoader(load, config, args.masks, args.masks_per_sample), seed=args.seed)
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:
         """[`check_unchanged`]; the schedule stays as long as it was, wherever epochs say how long that is."""

@@ -181,6 +181,16 @@ def test_levels_that_join_are_resumed(data, tmp_path, quick):
         assert name in refusal(wrong, data, tmp_path / "x")
 
 
+def test_mixtures_are_resumed_and_no_part_of_the_evaluation(data, tmp_path, quick):
+    options = {"phases": [{"train": "encoder", "steps": 3}], "save_every": 1, "mixture": 0.5}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    resume_from(1, recipe, data, tmp_path)
+    pretrain(recipe, data, tmp_path / "plain", "--mixture", "0")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "plain")
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "--mixture is for audio" in refusal(recipe, data, tmp_path / "x", "--modality", "image")
+
+
 def test_a_run_older_than_an_option_is_resumed(data, tmp_path, quick):
     """Its checkpoint does not name it: it was as it is by default."""
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "encoder", "steps": 2}])
