@@ -356,12 +356,12 @@ class BridleConfig(BridleEncoderConfig):
     decoder_encoder_layers: list[int] | None = None
     num_codebooks: int = 4
     codebook_size: int = 256
-    codebook_loss_weights: list[float] | None = None
+    codebook_loss_weights: list[float | int] | None = None
     target: Literal["codes", "patches", "features"] = "codes"
     target_feature_size: int | None = None
     visible_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
-    patch_dropout: list[float] | tuple[float, float] = (0.0, 0.0)
+    patch_dropout: list[float | int] | tuple[float | int, float | int] = (0.0, 0.0)
     pooling: Literal["mean", "cls"] = "mean"
 
     def __post_init__(self, **kwargs):
