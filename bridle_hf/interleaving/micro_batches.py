@@ -149,8 +149,8 @@ def shares(parts: list[MicroBatch], accelerator: Accelerator) -> tuple[torch.Ten
 
     Returns:
         (micro batches, 3): shares of the decoded, the real and the visible patches, times the number of processes,
-        because gradients are averaged over them. And metrics: `input/padding`, the share of the patches that is padding, and
-        `input/patches`, how many a sample has, padding included.
+        because gradients are averaged over them. And metrics: `input/padding`, the share of the patches that is
+        padding, and `input/patches`, how many a sample has, padding included.
     """
     counts = [
         [part.all_decoded, sum(part.num_real), part.all_visible, part.num_patches, len(part.samples)] for part in parts
