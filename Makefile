@@ -14,7 +14,7 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo demo test test-all test-lowest bench profile lint format clean
+.PHONY: help install install-demo demo release test test-all test-lowest bench profile lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,9 @@ help: ## list the targets
 
 demo: install-demo ## pretrain, probe and fine-tune on real data, in minutes on a laptop (MODALITY=audio)
 	$(RUN) -m bridle_hf.commands demo --modality $(MODALITY) --output_dir $(DEMO_DIR) --overwrite
+
+release: install-demo ## the released checkpoints from nothing, into model_cards/released: hours
+	$(RUN) -m bridle_hf.release --output_dir runs/release --checkpoints_dir model_cards/released
 
 test: install ## the tests, in parallel, with the coverage of bridle_hf
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" --cov --cov-report=term

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .embedding.embedder import Embedder
     from .feature_extraction_bridle import BridleFeatureExtractor
     from .finetuning.finetune import finetune
-    from .image_processing_bridle import BridleImageProcessor, make_image_processor
+    from .image_processing_bridle import BridleImageProcessor, BridleVideoProcessor, make_image_processor
     from .modeling_bridle import (
+        BridleBackbone,
         BridleForAudioClassification,
         BridleForAudioFrameClassification,
         BridleForImageClassification,
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BridleAudioClassificationPipeline",
+    "BridleBackbone",
     "BridleConfig",
     "BridleFeatureExtractor",
     "BridleForAudioClassification",
@@ -55,6 +57,7 @@ __all__ = [
     "BridleTokenizerConfig",
     "BridleTokenizerModel",
     "BridleVideoClassificationPipeline",
+    "BridleVideoProcessor",
     "Embedder",
     "embed",
     "finetune",
@@ -78,6 +81,7 @@ _FUNCTIONS = {
 def load() -> None:
     """Import the models and register them with the Auto classes; called again, it changes nothing."""
     from transformers import (
+        AutoBackbone,
         AutoConfig,
         AutoFeatureExtractor,
         AutoImageProcessor,
@@ -94,8 +98,13 @@ def load() -> None:
 
     from .configuration_bridle import BridleConfig, BridleTokenizerConfig
     from .feature_extraction_bridle import BridleFeatureExtractor
-    from .image_processing_bridle import BridleImageProcessor, make_image_processor  # noqa: F401 (a public name)
+    from .image_processing_bridle import (  # noqa: F401 (a public name)
+        BridleImageProcessor,
+        BridleVideoProcessor,
+        make_image_processor,
+    )
     from .modeling_bridle import (
+        BridleBackbone,
         BridleForAudioClassification,
         BridleForAudioFrameClassification,
         BridleForImageClassification,
@@ -112,6 +121,7 @@ def load() -> None:
 
     AutoConfig.register("bridle", BridleConfig, exist_ok=True)
     AutoConfig.register("bridle_tokenizer", BridleTokenizerConfig, exist_ok=True)
+    AutoBackbone.register(BridleConfig, BridleBackbone, exist_ok=True)
     AutoModel.register(BridleConfig, BridleModel, exist_ok=True)
     AutoModel.register(BridleTokenizerConfig, BridleTokenizerModel, exist_ok=True)
     AutoModelForPreTraining.register(BridleConfig, BridleForPreTraining, exist_ok=True)
@@ -129,6 +139,9 @@ def load() -> None:
         # One class for both backends: a working torchvision changes nothing for it.
         backends = {"torchvision": BridleImageProcessor, "pil": BridleImageProcessor}
         AutoImageProcessor.register(BridleConfig, image_processor_classes=backends, exist_ok=True)
+        # A config has one class, whatever its modality; that of a tokenizer is free. Folders name theirs.
+        backends = {"torchvision": BridleVideoProcessor, "pil": BridleVideoProcessor}
+        AutoImageProcessor.register(BridleTokenizerConfig, image_processor_classes=backends, exist_ok=True)
         # Every pipeline also looks for a video processor, and would ask to run remote code where it knows of no entry.
         VIDEO_PROCESSOR_MAPPING.register(BridleConfig, {"torchvision": None}, exist_ok=True)
     globals().update({name: value for name, value in locals().items() if name in __all__})

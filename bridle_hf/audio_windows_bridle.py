@@ -6,7 +6,7 @@ However long a recording is, no more of it is held than a window and what it ove
 `ValueError` that says what is wrong with the recording, without its name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,4 +155,52 @@ def patch_times(config: BridleEncoderConfig, num_steps: int | None = None, rate:
     return (steps * patch * frame_shift(rate) + num_samples(patch, rate) / 2) / rate
 
 
-__all__ = ["array_blocks", "cut_windows", "media_of_mapping", "mono_blocks", "patch_times"]
+def stitch_steps(starts: Sequence[int], windows: Sequence[np.ndarray], config: BridleEncoderConfig) -> np.ndarray:
+    """Values of every step of a recording from those of windows that overlap, each for what is nearest its middle.
+
+    Args:
+        starts: first frame of each window, as [`cut_windows`] gives them.
+        windows: (steps, ...) of each, without padding.
+
+    Returns:
+        (steps of the recording, ...).
+    """
+    firsts = [start // config.patch_shape[1] for start in starts]
+    ends = [first + len(window) for first, window in zip(firsts, windows)]
+    cuts = [0, *((end + first) // 2 for end, first in zip(ends, firsts[1:])), ends[-1]]
+    return np.concatenate([
+        window[cut - first : end - first] for window, first, cut, end in zip(windows, firsts, cuts, cuts[1:])
+    ])  # fmt: skip
+
+
+def find_events(
+    scores: np.ndarray, seconds_per_step: float, threshold: float = 0.5, start: float = 0.0
+) -> list[tuple[float, float, int, float]]:
+    """Events in the scores of the classes over time: where one of them stays at the threshold or over it.
+
+    Args:
+        scores: (steps, classes).
+        start: second at which the first step begins.
+
+    Returns:
+        Onset and offset in seconds, class, and mean score of each, in the order of their onsets.
+    """
+    active = np.pad(scores >= threshold, ((1, 1), (0, 0)))
+    found = []
+    for number in range(scores.shape[1]):
+        bounds = np.flatnonzero(active[1:, number] != active[:-1, number]).reshape(-1, 2).tolist()
+        for first, end in bounds:
+            times = start + first * seconds_per_step, start + end * seconds_per_step
+            found.append((*times, number, float(scores[first:end, number].mean())))
+    return sorted(found)
+
+
+__all__ = [
+    "array_blocks",
+    "cut_windows",
+    "find_events",
+    "media_of_mapping",
+    "mono_blocks",
+    "patch_times",
+    "stitch_steps",
+]

@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 # What the three modalities differ in, as data: the values that a field left at None takes (the reference's ViT-B,
@@ -205,7 +206,7 @@ class BridleEncoderConfig(PreTrainedConfig):
         fields.pop("custom_pipelines", None)
         for model_class in set(self._custom_pipelines).intersection(self.architectures or ()):
             task, pipeline_class = self._custom_pipelines[model_class]
-            auto_class = model_class.replace("BridleFor", "AutoModelFor")
+            auto_class = f"AutoModelFor{self.modality.capitalize()}Classification"
             fields["custom_pipelines"] = {task: {"impl": pipeline_class, "pt": [auto_class], "type": self.modality}}
         return fields
 
@@ -264,9 +265,9 @@ class BridleEncoderConfig(PreTrainedConfig):
 
 
 @strict
-class BridleConfig(BridleEncoderConfig):
+class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
     r"""
-    Configuration of [`BridleModel`], [`BridleForPreTraining`] and the classifiers.
+    Configuration of [`BridleModel`], [`BridleForPreTraining`], the classifiers and [`BridleBackbone`].
 
     Args (beside those of [`BridleEncoderConfig`]):
         mask_ratio (`float`, *optional*, defaults to `None`):
@@ -314,6 +315,9 @@ class BridleConfig(BridleEncoderConfig):
             (2-D patch dropout; for video of space alone).
         pooling (`str`, *optional*, defaults to `"mean"`):
             What `pooler_output` and the classifiers see: `"mean"` of the patches, or `"cls"`, the class token.
+        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+            Stages whose feature maps [`BridleBackbone`] returns, by name (`"stem"`, the embedding, `"stage1"`, ...) or
+            by index (0 is the stem); the last layer if neither is given.
 
     Example:
 
@@ -328,6 +332,7 @@ class BridleConfig(BridleEncoderConfig):
     model_type = "bridle"
     _auto_map = {
         "AutoConfig": "configuration_bridle.BridleConfig",
+        "AutoBackbone": "modeling_bridle.BridleBackbone",
         "AutoModel": "modeling_bridle.BridleModel",
         "AutoModelForPreTraining": "modeling_bridle.BridleForPreTraining",
         "AutoModelForAudioClassification": "modeling_bridle.BridleForAudioClassification",
@@ -336,11 +341,11 @@ class BridleConfig(BridleEncoderConfig):
         "AutoModelForVideoClassification": "modeling_bridle.BridleForVideoClassification",
     }
     _custom_pipelines = {
-        f"BridleFor{name}Classification": (
+        f"BridleFor{kind}Classification": (
             f"{name.lower()}-classification",
             f"pipeline_bridle.Bridle{name}ClassificationPipeline",
         )
-        for name in ("Audio", "Image", "Video")
+        for kind, name in (("Audio", "Audio"), ("AudioFrame", "Audio"), ("Image", "Image"), ("Video", "Video"))
     }
 
     mask_ratio: float | None = None
@@ -365,6 +370,7 @@ class BridleConfig(BridleEncoderConfig):
     pooling: Literal["mean", "cls"] = "mean"
 
     def __post_init__(self, **kwargs):
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
@@ -409,6 +415,20 @@ class BridleConfig(BridleEncoderConfig):
             raise ValueError("`decoder_type='swin'` works on 2-D grids; use 'plain' for video")
         if self.pooling == "cls" and not self.use_class_token:
             raise ValueError("`pooling='cls'` needs `use_class_token=True`")
+
+    def to_dict(self) -> dict:
+        """As in [`BridleEncoderConfig`]; the stages of a backbone alone where they are not the last layer, as if not
+        given: it stays the last where the layers become more or fewer."""
+        fields = super().to_dict()
+        if fields["out_features"] == self.stage_names[-1:]:
+            del fields["out_features"], fields["out_indices"]
+        return fields
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What a backbone can return maps of: the embedding, and each layer."""
+        # Sizes are checked later than this is asked for.
+        return ["stem", *(f"stage{number}" for number in range(1, min(self.num_hidden_layers, MAX_LAYERS) + 1))]
 
     @property
     def target_shape(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -151,11 +152,29 @@ class BridleLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
 
+class _UnitVectors(torch.autograd.Function):
+    """`F.normalize` along the last axis, which keeps its result for the backward and not its input, too."""
+
+    @staticmethod
+    def forward(ctx, vectors: torch.Tensor) -> torch.Tensor:
+        # Padding may be all zeros, and float16 rounds the default eps of `F.normalize` to zero.
+        norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(1e-6)
+        unit = vectors / norms
+        ctx.save_for_backward(unit, norms)
+        return unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        unit, norms = ctx.saved_tensors
+        return (gradient - unit * (gradient * unit).sum(dim=-1, keepdim=True)) / norms
+
+
 class BridleSwinAttention(nn.Module):
     """Cosine attention within windows, with a log-spaced continuous position bias (Swin v2, arXiv 2111.09883).
 
     The bias rules out transformers' attention interface, and, because it is learned, torch's fused kernels while it is
-    trained: `scaled_dot_product_attention` then takes its plain path. Of windows of 16 tokens that is 2% of a step.
+    trained. So it is written out, with as little kept for the backward as it takes.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, window: tuple[int, int]):
@@ -180,17 +199,16 @@ class BridleSwinAttention(nn.Module):
             mask: additive, broadcastable to (batch, windows, 1, tokens, tokens), or `None`.
         """
         batch, count, tokens, _ = windows.shape
-        qkv = self.qkv(windows).view(batch, count, tokens, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
-        # Padding may be all zeros, and float16 rounds the default eps to zero.
-        query, key = F.normalize(query, dim=-1, eps=1e-6), F.normalize(key, dim=-1, eps=1e-6)
-        query = query / self.tau.clamp(min=0.01)[:, None, None]
-        bias = self._bias().to(query.dtype)
-        mask = bias if mask is None else bias + mask.to(query.dtype)
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask.expand(batch, count, -1, -1, -1), scale=1.0
-        )
-        return self.o_proj(output.transpose(2, 3).reshape(windows.shape))
+        qkv = self.qkv(windows).view(batch * count, tokens, 3, self.num_heads, -1)
+        # Copied one by one, so that the product of the projection can be freed.
+        query, key, value = (part.contiguous() for part in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        scores = _UnitVectors.apply(query) @ _UnitVectors.apply(key).transpose(2, 3)
+        scores = scores / self.tau.clamp(min=0.01).to(scores.dtype)[:, None, None]
+        bias = self._bias().to(scores.dtype)
+        bias = bias if mask is None else bias + mask.to(scores.dtype)
+        weights = (scores.unflatten(0, (batch, count)) + bias).flatten(0, 1).softmax(dim=-1)
+        output = weights.to(value.dtype) @ value
+        return self.o_proj(output.transpose(1, 2).reshape(windows.shape))
 
     def _bias(self) -> torch.Tensor:
         """(heads, tokens, tokens), a function of the log-spaced offset between two tokens."""

@@ -22,8 +22,8 @@ MEL_FLOOR = float(np.finfo(np.float32).eps)
 # power spectrum would overflow, and long before, one such sample would hide all others in the clip's mean.
 MAX_AMPLITUDE = 2.0**31
 
-# 7 MB of intermediates: smaller blocks pay more for setting up the FFT, larger ones miss the cache.
-FRAMES_PER_BLOCK = 1024
+# 4 MB of intermediates: smaller blocks pay more for setting up the FFT, larger ones miss the cache.
+FRAMES_PER_BLOCK = 512
 MELS_PER_BAND = 16
 RESAMPLING_MARGIN = 0.25  # seconds kept beyond the cut, so that the resampler's filter never sees it
 
@@ -326,20 +326,21 @@ def log_mel_spectrogram(
     frame_length, frame_shift, fft_length = _frame_sizes(sampling_rate)
     window = _hann_window(frame_length)
     # Each frame loses its own mean below, so a clip cut by truncation may as well lose the mean of what is left of it.
-    frames = (waveform - waveform.mean()).unfold(0, frame_length, frame_shift)
+    waveform = waveform - waveform.mean()
+    # Of the whole clip at once: frames overlap. A frame's first sample is then another than Kaldi's, but the window is
+    # 0 there. Kaldi rounds the product: `alpha=` would not, and doubles the difference in bins near the floor.
+    emphasized = torch.zeros_like(waveform)
+    torch.sub(waveform[1:], waveform[:-1] * PREEMPHASIS, out=emphasized[1:])
+    means = waveform.unfold(0, frame_length, frame_shift).mean(dim=1, keepdim=True) * (1 - PREEMPHASIS)
+    frames = emphasized.unfold(0, frame_length, frame_shift)
     if out is None:
         out = torch.empty(len(frames), num_mel_bins)
 
-    for block, log_mel in zip(frames.split(FRAMES_PER_BLOCK), out.split(FRAMES_PER_BLOCK)):
-        padded = torch.empty(len(block), fft_length)
-        padded[:, frame_length:] = 0
-        windowed = padded[:, :frame_length]
-        torch.sub(block, block.mean(dim=1, keepdim=True), out=windowed)
-        # Kaldi rounds the product: `alpha=` would not, and doubles the difference in bins near the floor. How Kaldi
-        # pre-emphasises the first sample does not matter: the window is 0 there.
-        windowed[:, 1:].sub_(windowed[:, :-1] * PREEMPHASIS)
-        windowed.mul_(window)
-        squares = torch.view_as_real(torch.fft.rfft(padded)).square_()
+    padded = torch.zeros(min(len(frames), FRAMES_PER_BLOCK), fft_length)
+    for block, mean, log_mel in zip(*(tensor.split(FRAMES_PER_BLOCK) for tensor in (frames, means, out))):
+        windowed = padded[: len(block), :frame_length]
+        torch.sub(block, mean, out=windowed).mul_(window)
+        squares = torch.view_as_real(torch.fft.rfft(padded[: len(block)])).square_()
         power = squares[..., 0] + squares[..., 1]
         for bins, mels, weights in _mel_bands(num_mel_bins, sampling_rate):
             torch.mm(power[:, bins], weights, out=log_mel[:, mels])

@@ -1,7 +1,8 @@
-"""Pictures of any kind into the image model's input, where transformers' own processors cannot do it.
+"""Pictures and videos of any kind into a model's input, where transformers' own processors cannot do it.
 
-Colour images and videos are read by `ViTImageProcessor` and `VideoMAEImageProcessor`. They know 3 channels alone;
-[`BridleImageProcessor`] serves models of any other number, and [`make_image_processor`] chooses.
+Colour images are read by `ViTImageProcessor`. It knows 3 channels alone; [`BridleImageProcessor`] serves models of any
+other number. Videos are read by [`BridleVideoProcessor`], with Pillow: transformers' classes for them need
+torchvision, but for one that belongs to VideoMAE. [`make_image_processor`] chooses.
 """
 
 import math
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from transformers import ViTImageProcessorPil
 from transformers.image_processing_backends import PilBackend
+from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import convert_to_rgb
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_nested_list_of_images
 
 from .configuration_bridle import BridleEncoderConfig
 
@@ -161,6 +163,59 @@ class BridleImageProcessor(PilBackend):
         return np.concatenate([super(BridleImageProcessor, self).resize(c[None], size, resample) for c in image])
 
 
+class BridleVideoProcessor(BridleImageProcessor):
+    r"""
+    Videos frame by frame, each as [`BridleImageProcessor`] does an image; the settings are those of
+    `VideoMAEImageProcessor`, which it reads, too.
+
+    Takes one video, a path or URL, a list of frames or an array (frames, height, width, channels) or (frames,
+    channels, height, width), or several, as a list or an array. Returns `pixel_values` (batch, frames, channels,
+    height, width).
+    """
+
+    _read = ("BridleVideoProcessor", "VideoMAEImageProcessor", "VideoMAEImageProcessorFast")
+    image_mean = (0.485, 0.456, 0.406)
+    image_std = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        """As in [`BridleImageProcessor`]; settings of images are refused, too."""
+        kind = image_processor_dict.get("image_processor_type")
+        if kind is not None and kind not in cls._read:
+            raise ValueError(f"these are the settings of {kind}, not of a video processor")
+        return super().from_dict(image_processor_dict, **kwargs)
+
+    def _prepare_images_structure(self, images, expected_ndims=3):
+        if getattr(images, "ndim", None) == 5:
+            images = list(images)
+        return make_nested_list_of_images(images, expected_ndims=expected_ndims)
+
+    def preprocess(self, videos, num_frames=None, do_sample_frames=None, **kwargs) -> BatchFeature:
+        """Videos as `pixel_values`.
+
+        Of one by its path or URL, the first `num_frames` frames are read with PyAV, as transformers' pipeline does
+        where it reads them itself; where it does not, it gives `num_frames` and `do_sample_frames`.
+        """
+        if isinstance(videos, str) != (num_frames is not None):
+            raise ValueError("`num_frames` is for a video by its path or URL, which needs it")
+        if isinstance(videos, str):
+            from transformers.video_utils import load_video
+
+            videos, _ = load_video(videos, backend="pyav", sample_indices_fn=lambda *_, **__: np.arange(num_frames))
+        return super().preprocess(videos, **kwargs)
+
+    def _preprocess(self, images, return_tensors=None, **kwargs) -> BatchFeature:
+        videos = [super(BridleVideoProcessor, self)._preprocess(frames, return_tensors=None, **kwargs)
+                  for frames in images]  # fmt: skip
+        return BatchFeature({"pixel_values": [video["pixel_values"] for video in videos]}, tensor_type=return_tensors)
+
+    def resize(self, image, size, resample=None, **kwargs):
+        """Resize (channels, height, width); three channels together, which Pillow takes."""
+        if len(image) == 3:
+            return super(BridleImageProcessor, self).resize(image, size, resample)
+        return super().resize(image, size, resample)
+
+
 def make_image_processor(
     config: BridleEncoderConfig,
     image_mean: list[float] | None = None,
@@ -177,19 +232,14 @@ def make_image_processor(
 
     Returns:
         For images `ViTImageProcessor`, or [`BridleImageProcessor`] where there are not 3 channels; for video
-        `VideoMAEImageProcessor`, which returns `pixel_values` (batch, frames, channels, height, width). Without
-        torchvision these are transformers' classes on top of Pillow, saved under the same names.
+        [`BridleVideoProcessor`]. Without torchvision, the first is transformers' class on top of Pillow, saved under
+        the same name.
 
     Raises:
-        ValueError: the config is for audio, or for video of other than 3 channels; `image_mean` or `image_std` does
-            not have one number per channel.
+        ValueError: the config is for audio; `image_mean` or `image_std` does not have one number per channel.
     """
-    from transformers import VideoMAEImageProcessorPil
-
     if config.modality == "audio":
         raise ValueError("the config is for audio: use BridleFeatureExtractor")
-    if config.modality == "video" and config.num_channels != 3:
-        raise ValueError(f"`num_channels` is {config.num_channels}: there is no processor for video of other than 3")
     image_mean = [0.5] * config.num_channels if image_mean is None else list(image_mean)
     image_std = [0.5] * config.num_channels if image_std is None else list(image_std)
     for name, values in (("image_mean", image_mean), ("image_std", image_std)):
@@ -205,10 +255,17 @@ def make_image_processor(
         "image_std": image_std,
     }
     if config.modality == "video":
-        return VideoMAEImageProcessorPil(**settings)
+        return BridleVideoProcessor(**settings)
     if config.num_channels == 3:
         return ViTImageProcessorPil(**settings, do_convert_rgb=True)
     return BridleImageProcessor(**settings)
 
 
-__all__ = ["BridleImageProcessor", "check_size", "fit_channels", "image_to_array", "make_image_processor"]
+__all__ = [
+    "BridleImageProcessor",
+    "BridleVideoProcessor",
+    "check_size",
+    "fit_channels",
+    "image_to_array",
+    "make_image_processor",
+]

@@ -1,5 +1,6 @@
 """Models: the BRIDLE encoder, its pretraining head and the classifiers (audio, image, video; arXiv 2502.02118)."""
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
+    BackboneOutput,
     BaseModelOutputWithPooling,
     ImageClassifierOutput,
     SequenceClassifierOutput,
@@ -66,6 +69,12 @@ class BridleForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
+# Fields of a config that say how large an input is; and those arguments of `from_pretrained` that say where a file is.
+SIZES = ("image_size", "num_frames", "max_length", "num_mel_bins")
+_HUB_OPTIONS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+
 # The parts of the models, in the order in which they are told of.
 PARTS = ("layers", "embeddings", "decoder", "projection", "estimator")
 
@@ -96,6 +105,52 @@ class BridlePreTrainedModel(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         self.main_input_name = INPUT_NAMES[config.modality]
         self.input_modalities = (config.modality,)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers; and a stored table of positions goes to the sizes that are asked for.
+
+        `image_size`, `num_frames`, `max_length` and `num_mel_bins` may be others than the checkpoint's, by name or in
+        `config`: see [`~BridlePreTrainedModel.resize`].
+        """
+        sizes = {name: kwargs.pop(name) for name in SIZES if name in kwargs}
+        if isinstance(config, BridleEncoderConfig):
+            sizes = {name: getattr(config, name) for name in SIZES} | sizes
+        if not sizes or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        where = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        saved = cls.config_class.from_pretrained(pretrained_model_name_or_path, **where)
+        if isinstance(config, BridleEncoderConfig):
+            config = copy.deepcopy(config)
+            for name in SIZES:
+                setattr(config, name, getattr(saved, name))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).resize(**sizes)
+        return loaded
+
+    def resize(self, **sizes: int | list[int] | tuple[int, int]) -> None:
+        """Take inputs of other sizes from now on; tables of positions go to their grid.
+
+        A table that is computed is computed anew. A stored one is interpolated (bicubic, of videos trilinear), or, for
+        recordings that are shorter, cut.
+
+        Args:
+            sizes: `image_size`, `num_frames`, `max_length` or `num_mel_bins`, as in the config.
+
+        Raises:
+            ValueError: a name or a size that cannot be.
+        """
+        if unknown := set(sizes) - set(SIZES):
+            raise ValueError(f"{sorted(unknown)} are not sizes of an input; give some of {', '.join(SIZES)}")
+        tried = copy.deepcopy(self.config)
+        for name, size in sizes.items():
+            setattr(tried, name, size)
+        tried.validate_architecture()
+        for name, size in sizes.items():
+            setattr(self.config, name, size)
+        for module in self.modules():
+            if isinstance(module, BridlePositions):
+                module.resize(self.config.patch_grid)
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
         """The parameters by the part of the model that they belong to, of those of `PARTS` that it has."""
@@ -196,7 +251,8 @@ class BridleModel(BridlePreTrainedModel):
             bool_masked_pos: (batch, patches) bool, True = hidden from the encoder; or (batch, masks, patches): then
                 every output has batch * masks rows, those of a sample in a row.
             interpolate_pos_encoding: of an input of another size than the config's, take the positions between those
-                of the config's grid (bicubic), as ViT's models do, and not those computed for its own.
+                of the config's grid (bicubic, of videos trilinear), as ViT's models do, and not those computed for its
+                own. A recording that is shorter than the config's has the first of them.
             num_visible: how many patches each mask leaves visible, where all leave as many; then they need not be
                 counted, for which a host would wait for its GPU.
 
@@ -547,10 +603,16 @@ class BridleForAudioClassification(BridleForClassification):
 
     def pipeline(self, feature_extractor: Any, **options: Any) -> Any:
         """What `pipeline("audio-classification")` gives for this model: see [`BridleAudioClassificationPipeline`]."""
-        # The import has transformers save the pipeline's file with the model, and find it there.
+        # The import has transformers save the pipeline's file with any model of this file, and find it there.
         from .pipeline_bridle import BridleAudioClassificationPipeline
 
         return BridleAudioClassificationPipeline(model=self, feature_extractor=feature_extractor, **options)
+
+    def of_steps(self) -> "BridleForAudioFrameClassification":
+        """A classifier of every time step with the same weights, as what both kinds of folders hold has one form."""
+        model = BridleForAudioFrameClassification(self.config).to(self.device, self.dtype)
+        model.load_state_dict(self.state_dict())
+        return model.train(self.training)
 
 
 class BridleForAudioFrameClassification(BridleForClassification):
@@ -646,8 +708,64 @@ class BridleForVideoClassification(BridleForClassification):
         return BridleVideoClassificationPipeline(model=self, image_processor=image_processor, **options)
 
 
+class BridleBackbone(BackboneMixin, BridlePreTrainedModel):
+    """The encoder as the backbone of dense tasks, as segmentation, detection and depth; of images and audio.
+
+    `config.out_features` or `config.out_indices` say which stages it returns the feature maps of. A folder is opened
+    by this class: transformers' `AutoBackbone.from_pretrained` takes ids of the Hub alone.
+    """
+
+    _auto_class = "AutoBackbone"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier", r"^fc_norm\."]
+
+    def __init__(self, config: BridleConfig):
+        if len(config.patch_grid) != 2:
+            raise ValueError(f"{type(self).__name__} is for images and audio, got a config of {config.modality}")
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.bridle = BridleModel(config)
+        self.post_init()
+
+    def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
+        return self.bridle.parameters_by_part()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        inputs: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        input_values: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """Encode an input of any size that patches divide; positions of another grid are interpolated.
+
+        Args:
+            inputs, attention_mask, input_values, pixel_values: as in [`BridleModel.forward`].
+
+        Returns:
+            `feature_maps`, one for each stage of `config.out_features`: (batch, hidden, height, width), in patches;
+            of audio (batch, hidden, time, mel). All go through the encoder's final norm, so that the last layer's is
+            `last_hidden_state` of [`BridleModel`].
+
+        Raises:
+            ValueError: as [`BridleModel.forward`].
+        """
+        values = select_input(self.config, inputs, input_values, pixel_values)
+        outputs = self.bridle(values, attention_mask, **{"interpolate_pos_encoding": True, **kwargs})
+        grid, first = patch_grid_of(values, self.config), int(self.config.use_class_token)
+        maps = tuple(
+            self.bridle.layernorm(state)[:, first:].transpose(1, 2).unflatten(2, grid)
+            for stage, state in zip(self.stage_names, outputs.hidden_states)
+            if stage in self.out_features
+        )
+        return BackboneOutput(feature_maps=maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
+
+
 __all__ = [
     "PARTS",
+    "BridleBackbone",
     "BridleForAudioClassification",
     "BridleForAudioFrameClassification",
     "BridleForImageClassification",

@@ -13,15 +13,19 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_bridle import BridleTokenizerConfig
 from .encoder_bridle import BridleLayer
+from .masking_bridle import visible_patches
 from .modeling_bridle import BridleModel, BridlePreTrainedModel
 from .patching_bridle import (
     BridlePositions,
+    check_mask_shape,
+    mask_rows,
     parameter_dtype,
     patch_attention_mask,
     patch_grid_of,
     patchify,
     select_input,
     silence_padding,
+    take_patches,
 )
 from .quantization_bridle import (
     BridleResidualQuantizer,
@@ -105,10 +109,20 @@ class BridleEstimator(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, config.teacher_hidden_size)
 
-    def forward(self, quantized: torch.Tensor, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
-        """(batch, patches, code_dim) -> (batch, patches, teacher_hidden_size)."""
+    def forward(
+        self,
+        quantized: torch.Tensor,
+        grid: tuple[int, ...],
+        real: torch.Tensor | None,
+        indices: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, patches, code_dim) -> (batch, patches, teacher_hidden_size), of all patches of the grid or of those
+        of `indices` (batch, patches)."""
         hidden_states = self.embed(quantized.to(parameter_dtype(self)))
-        hidden_states = hidden_states + self.positions(grid).to(hidden_states.dtype)
+        positions = self.positions(grid)
+        if indices is not None:
+            positions = take_patches(positions.expand(len(indices), -1, -1), indices)
+        hidden_states = hidden_states + positions.to(hidden_states.dtype)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=real)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask)
@@ -274,6 +288,8 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         input_values: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        num_visible: int | None = None,
         **kwargs,
     ) -> BridleTokenizerOutput:
         """Quantize, estimate the teacher's features, and, in training mode, move the codebooks.
@@ -281,12 +297,18 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         Args:
             inputs, attention_mask, input_values, pixel_values, pixel_values_videos: as in [`BridleModel.forward`].
             teacher_hidden_states: (batch, patches, teacher_hidden_size), see [`teacher_features`].
+            bool_masked_pos, num_visible: (batch, patches) bool, True = left out, and how many are not, as in
+                [`BridleModel.forward`]. Codes, estimate and teacher are then of the other patches, in grid order;
+                a row that has fewer than another is padded with code 0.
 
         Raises:
-            ValueError: a teacher for a random projection, or features that do not fit the patches.
+            ValueError: a mask that does not fit the input; a teacher for a random projection, or features that do not
+                fit the patches.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        quantized, grid, real, encoded = self._quantize(values, attention_mask, **kwargs)
+        quantized, grid, real, indices, encoded = self._quantize(
+            values, attention_mask, bool_masked_pos, num_visible, **kwargs
+        )
         output = BridleTokenizerOutput(
             loss=quantized.loss,
             codebook_loss=quantized.loss,
@@ -299,25 +321,33 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         )
         if teacher_hidden_states is not None:
             self._check_teacher(teacher_hidden_states, quantized.codes)
-            output.estimate = self.estimator(quantized.quantized, grid, real)
+            output.estimate = self.estimator(quantized.quantized, grid, real, indices)
             output.cosine_loss = self._cosine_loss(output.estimate, teacher_hidden_states, real)
             output.loss = output.cosine_loss + output.codebook_loss
         return output
 
     def _quantize(
-        self, values: torch.Tensor, attention_mask: torch.Tensor | None, **options
-    ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None, BaseModelOutputWithPooling]:
-        """The quantizer's output laid out as (batch, patches, ...), the grid, which patches are real, the encoder's
-        output."""
+        self,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None = None,
+        num_visible: int | None = None,
+        **options,
+    ) -> tuple[QuantizerOutput, tuple[int, ...], torch.Tensor | None, torch.Tensor | None, BaseModelOutputWithPooling]:
+        """The quantizer's output laid out as (batch, patches, ...), the grid, which patches are real, which of the
+        grid they are (`None`: all), the encoder's output."""
+        grid, indices = patch_grid_of(values, self.config), None
+        real = None if attention_mask is None else patch_attention_mask(attention_mask, self.config)
+        if bool_masked_pos is not None:
+            check_mask_shape("bool_masked_pos", bool_masked_pos, len(values), grid)
+            indices, real = visible_patches(mask_rows(~bool_masked_pos.bool(), real), num_visible)
+            real = real if num_visible is None else None
+            options |= {"bool_masked_pos": bool_masked_pos, "num_visible": num_visible}
         latents, encoded = self._encode(values, attention_mask, **options)
-        grid = patch_grid_of(values, self.config)
-        if attention_mask is None:
-            quantized = self.quantizer(latents.flatten(0, 1))
-            real = None
-        else:
-            # Padding must neither be counted nor move the codes.
-            real = patch_attention_mask(attention_mask, self.config)
-            quantized = self.quantizer(latents[real])
+        if indices is not None and not self.is_trained:
+            latents = take_patches(latents, indices)  # a random projection is of all patches
+        # Padding must neither be counted nor move the codes.
+        quantized = self.quantizer(latents.flatten(0, 1) if real is None else latents[real])
         for name in ("quantized", "codes", "soft_codes"):
             rows = quantized.get(name)
             if rows is not None and real is not None:
@@ -326,7 +356,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
                 )
             elif rows is not None:
                 quantized[name] = rows.unflatten(0, latents.shape[:2])
-        return quantized, grid, real, encoded
+        return quantized, grid, real, indices, encoded
 
     def _check_teacher(self, teacher: torch.Tensor, codes: torch.Tensor) -> None:
         if not self.is_trained:
@@ -351,17 +381,22 @@ def teacher_features(
     inputs: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     layers: list[int] | None = None,
+    bool_masked_pos: torch.Tensor | None = None,
+    num_visible: int | None = None,
 ) -> torch.Tensor:
     """The teacher of the tokenizer phase: features of the unmasked input, class token dropped.
 
     Args:
         layers: indices into the encoder's `hidden_states` (0 is the embedding, -1 the last layer), each standardised
             token by token and averaged; `None` takes the encoder's output as it is (paper).
+        bool_masked_pos, num_visible: (batch, patches) bool, True = left out, as in [`BridleModel.forward`]; features
+            are then of the other patches.
 
     Returns:
         (batch, patches, hidden).
     """
-    outputs = encoder(inputs, attention_mask, output_hidden_states=layers is not None)
+    dropout = {"bool_masked_pos": bool_masked_pos, "num_visible": num_visible}
+    outputs = encoder(inputs, attention_mask, output_hidden_states=layers is not None, **dropout)
     first = int(encoder.config.use_class_token)
     if layers is None:
         return outputs.last_hidden_state[:, first:]

@@ -187,6 +187,7 @@ class BridlePositions(nn.Module):
     def __init__(self, config: BridleEncoderConfig, dim: int):
         super().__init__()
         self.grid, self.dim = config.patch_grid, dim
+        self.cuts_time = config.modality == "audio"
         self.stored = config.position_embedding_type == "table"
         # Buffers: a table that can be computed need not be saved.
         self.register_buffer("table", sincos_positions(self.grid, dim), persistent=self.stored)
@@ -194,13 +195,23 @@ class BridlePositions(nn.Module):
     def reset(self) -> None:
         init.copy_(self.table, sincos_positions(self.grid, self.dim))
 
+    def resize(self, grid: tuple[int, ...]) -> None:
+        """Take `grid` for the full-size one: a stored table goes to it, and any other is that which is computed."""
+        if tuple(grid) != tuple(self.grid):
+            table = self(grid, interpolate=True)[0] if self.stored else sincos_positions(grid, self.dim)
+            self.grid, self.table = grid, table.to(self.table)
+
     def forward(self, grid: tuple[int, ...], interpolate: bool = False) -> torch.Tensor:
-        """(1, patches of `grid`, dim) float32; with `interpolate`, of another grid than the table's, between its."""
-        if interpolate and tuple(grid) != tuple(self.grid):
-            return self._interpolated(grid)
+        """(1, patches of `grid`, dim) float32; with `interpolate`, of another grid than the table's, between its.
+
+        A recording that is shorter than the table has the table's first steps, interpolated or not.
+        """
         # An exported program takes any length: comparing lengths would hold it to one side of the table's.
         exported = torch.compiler.is_exporting() and not self.stored
-        if not exported and tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]:
+        is_prefix = not exported and tuple(grid[1:]) == tuple(self.grid[1:]) and grid[0] <= self.grid[0]
+        if interpolate and tuple(grid) != tuple(self.grid) and not (is_prefix and self.cuts_time):
+            return self._interpolated(grid)
+        if is_prefix:
             # Row-major order: fewer steps along the first axis are a prefix.
             return self.table[None, : math.prod(grid)]
         if self.stored:
@@ -212,11 +223,10 @@ class BridlePositions(nn.Module):
         return sincos_positions(grid, self.dim).to(self.table.device)[None]
 
     def _interpolated(self, grid: tuple[int, ...]) -> torch.Tensor:
-        """(1, patches, dim), bicubic."""
-        if len(grid) == 3:
-            raise ValueError("positions of videos are not interpolated: they are computed for any grid")
-        table = self.table.float().unflatten(0, self.grid).permute(2, 0, 1)[None]
-        table = nn.functional.interpolate(table, size=tuple(grid), mode="bicubic", align_corners=False)
+        """(1, patches, dim), bicubic; of videos trilinear."""
+        table = self.table.float().unflatten(0, self.grid).movedim(-1, 0)[None]
+        mode = "bicubic" if len(grid) == 2 else "trilinear"
+        table = nn.functional.interpolate(table, size=tuple(grid), mode=mode, align_corners=False)
         return table.flatten(2).transpose(1, 2)
 
 

@@ -4,7 +4,8 @@ They are what `pipeline("audio-classification")`, image and video give for our m
 (`custom_pipelines`), and read as loaders do, in bounded memory. transformers' own for audio wants an ffmpeg binary for
 a path, torchaudio for another rate, and mono, and hears the first seconds alone; ours reads with libsndfile or PyAV,
 resamples with soxr, and can go through a long recording window by window. Those for pictures and videos decode
-whatever they are given, be it gigabytes, and leave videos as they were filmed, not upright.
+whatever they are given, be it gigabytes, and leave videos as they were filmed, not upright. Of a model that classifies
+every time step, the one for audio tells the events.
 """
 
 import base64
@@ -26,7 +27,16 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
 from .audio_decoding_bridle import read_blocks
-from .audio_windows_bridle import array_blocks, cut_windows, frame_shift, media_of_mapping, mono_blocks
+from .audio_windows_bridle import (
+    array_blocks,
+    cut_windows,
+    find_events,
+    frame_shift,
+    media_of_mapping,
+    mono_blocks,
+    stitch_steps,
+)
+from .feature_extraction_bridle import num_frames
 from .pixel_decoding_bridle import open_video, read_image
 
 
@@ -59,14 +69,24 @@ class _BridlePipeline:
 
 class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioClassificationPipeline):
     """
-    Audio classification with `BridleForAudioClassification`.
+    Audio classification with `BridleForAudioClassification`, or `BridleForAudioFrameClassification`.
 
     Of a recording longer than the model's input, the beginning is classified, as in transformers, with a warning; or,
     with `return_timeline`, all of it, in windows that overlap: its scores are their mean, each window counting for the
-    time that is nearest to its middle. For a model of another kind, this makes transformers' own pipeline.
+    time that is nearest to its middle. Of a model that classifies every time step, the score of a recording is the
+    highest of its steps, and the timeline tells the steps. For a model of another kind, this makes transformers' own
+    pipeline.
     """
 
     stock = AudioClassificationPipeline
+
+    def __init__(self, model, *args, **kwargs):
+        # transformers opens a folder of either kind by AutoModelForAudioClassification.
+        saved_of_steps = "BridleForAudioFrameClassification" in (model.config.architectures or ())
+        if saved_of_steps and hasattr(model, "of_steps"):
+            model = model.of_steps()
+        self.of_steps = not hasattr(model, "of_steps")
+        super().__init__(model, *args, **kwargs)
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
         """
@@ -82,19 +102,24 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
                 `problem_type` if not given.
             return_timeline (`bool`, *optional*, defaults to `False`): Classify all of a long recording, and tell the
                 labels of each window, too.
+            threshold (`float`, *optional*, defaults to 0.5): Of a model of time steps: the score from which on a label
+                is an event.
             overlap (`float`, *optional*, defaults to 0.25): Fraction of a window that the next one shares.
             batch_size (`int`, *optional*): Windows that are run together.
 
         Returns:
             A list of {"score", "label"}, the highest first; with `return_timeline` {"labels": that list, "timeline":
-            [{"start", "end", "labels"}, ...]} with the seconds of each window.
+            [{"start", "end", "labels"}, ...]} with the seconds of each window. Of a model of time steps, with those of
+            each step, and "events": [{"start", "end", "label", "score"}, ...], where a label stays over the threshold.
 
         Raises:
             ValueError: a recording that cannot be read: names it and says why.
         """
         return super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(self, return_timeline=None, overlap=None, function_to_apply=None, **kwargs):
+    def _sanitize_parameters(
+        self, return_timeline=None, overlap=None, function_to_apply=None, threshold=None, **kwargs
+    ):
         _, _, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
         if function_to_apply is None:
             # Older releases of transformers put a softmax here, whatever the model's problem is.
@@ -106,6 +131,10 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
             if not 0 <= overlap < 1:
                 raise ValueError(f"`overlap` is {overlap}: from 0 to under 1")
             preprocess["overlap"] = overlap
+        if threshold is not None:
+            if not self.of_steps or not return_timeline:
+                raise ValueError("`threshold` is of the events of `return_timeline`, with a model of time steps")
+            postprocess["threshold"] = threshold
         return preprocess, {}, postprocess
 
     def preprocess(self, inputs: Any, overlap: float = 0.25, whole: bool = False) -> Iterator[dict[str, Any]]:
@@ -142,13 +171,15 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         kept = {name: model_inputs.pop(name) for name in ("is_last", "span")}
         return {"logits": self.model(**model_inputs).logits, **kept}
 
-    def postprocess(self, model_outputs, top_k=5, function_to_apply=None, return_timeline=False) -> Any:
+    def postprocess(self, model_outputs, top_k=5, function_to_apply=None, return_timeline=False, threshold=0.5) -> Any:
         if function_to_apply is None:
             by_problem = {"regression": "none", "multi_label_classification": "sigmoid"}
             function_to_apply = by_problem.get(self.model.config.problem_type, "softmax")
         logits = torch.cat([output["logits"] for output in model_outputs]).float()
         scores = _FUNCTIONS[function_to_apply](logits)
         spans = np.array([_span(output["span"]) for output in model_outputs])
+        if self.of_steps:
+            return self._of_steps(scores, spans, top_k, return_timeline, threshold)
         bounds = [spans[0, 0], *((spans[:-1, 1] + spans[1:, 0]) / 2), spans[-1, 1]]
         weights = torch.tensor(np.diff(bounds), dtype=scores.dtype)
         labels = self._labels((scores * weights[:, None]).sum(dim=0) / weights.sum(), top_k)
@@ -159,6 +190,28 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
             for (start, end), row in zip(spans.tolist(), scores)
         ]
         return {"labels": labels, "timeline": timeline}
+
+    def _of_steps(
+        self, scores: torch.Tensor, spans: np.ndarray, top_k: int, return_timeline: bool, threshold: float
+    ) -> Any:
+        """Of scores (windows, steps, classes)."""
+        config, rate = self.model.config, self.feature_extractor.sampling_rate
+        patch, seconds = config.patch_shape[1], config.seconds_per_frame
+        frames = [num_frames(round(float(end - start) * rate), rate) for start, end in spans]
+        windows = [window[: -(-count // patch)] for window, count in zip(scores.numpy(), frames)]
+        steps = stitch_steps([round(float(start) * rate / frame_shift(rate)) for start, _ in spans], windows, config)
+        labels = self._labels(torch.from_numpy(steps).amax(dim=0), top_k)
+        if not return_timeline:
+            return labels
+        timeline = [
+            {"start": number * seconds, "end": (number + 1) * seconds, "labels": self._labels(row, top_k)}
+            for number, row in enumerate(torch.from_numpy(steps))
+        ]
+        events = [
+            {"start": onset, "end": offset, "label": config.id2label[number], "score": score}
+            for onset, offset, number, score in find_events(steps, seconds, threshold)
+        ]
+        return {"labels": labels, "timeline": timeline, "events": events}
 
     def _labels(self, scores: torch.Tensor, top_k: int) -> list[dict[str, Any]]:
         found = scores.topk(top_k)

@@ -139,6 +139,11 @@ class _Video:
         self._reformatter = av.video.reformatter.VideoReformatter()
         self.has_own_duration = True
         self.total = max(round(self._seconds() * self.rate), 1)
+        if 0 < container.size < self.total:
+            # Whoever goes through all of it would never end.
+            raise ValueError(
+                f"claims {self.total} frames in {container.size} bytes: its timestamps or its frame rate are wrong"
+            )
 
     def read(self, chosen: np.ndarray, view: Callable[[np.ndarray], np.ndarray] | None = None) -> np.ndarray:
         """Frames by their indices, an integer array of any shape and order.

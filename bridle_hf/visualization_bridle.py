@@ -1,13 +1,15 @@
-"""Pictures of one input: which patches are hidden, their codes, and the predicted codes beside the true ones.
+"""Pictures of inputs: which patches are hidden, their codes, and the predicted codes beside the true ones; of several
+beside each other; and of what sounds when.
 
-Every function takes one clip, image or video without its batch dimension and returns a matplotlib `Figure` that
+Every function takes clips, images or videos without their batch dimension and returns a matplotlib `Figure` that
 belongs to no window: `figure.savefig("codes.png")` writes it. Needs matplotlib, and librosa for the mel axis of audio:
 `pip install 'bridle_hf[viz,audio]'`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ try:
     from matplotlib.colors import ListedColormap, hsv_to_rgb, to_rgb
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 except ImportError:
     Figure = None  # An extra: remote code must load without it.
 
@@ -32,6 +34,7 @@ except ImportError:
 HIDDEN_COLOR, HATCH_COLOR = "#b4cadb", "#6d8ca5"
 # Told apart by colour-blind readers too.
 RIGHT_COLOR, WRONG_COLOR, NEUTRAL_COLOR = "#0072b2", "#f0b04a", "#ececec"
+EVENT_COLOR = "#d55e00"
 # With more patches than this, the number of a code no longer fits into its patch.
 MAX_NUMBERED_PATCHES = 150
 TITLE_SIZE = 10
@@ -137,6 +140,85 @@ def plot_predictions(
     return figure
 
 
+def plot_inputs(
+    inputs: Sequence[torch.Tensor],
+    titles: Sequence[str],
+    config: BridleEncoderConfig,
+    title: str | None = None,
+    sampling_rate: int = 16000,
+) -> "Figure":
+    """Several inputs beside each other, as a query and its nearest neighbours.
+
+    Args:
+        inputs: as `values` of [`plot_masked_input`]; recordings may be of any lengths.
+        titles: of each of them.
+    """
+    columns = min(len(inputs), {"audio": 3, "image": 4, "video": 1}[config.modality])
+    rows = math.ceil(len(inputs) / columns)
+    figure = _new_figure((9.0, rows * (2.1 if config.modality != "video" else 1.6) + 0.5))
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[len(inputs) :]:
+        unused.remove()
+    for number, (values, name) in enumerate(zip(inputs, titles, strict=True)):
+        volume = to_volume(torch.as_tensor(values).detach().float().cpu()[None], config)[0].numpy()
+        grid = tuple(size // patch for size, patch in zip(volume.shape[1:], config.patch_shape))
+        style = {"cmap": "magma" if config.modality == "audio" else "gray"}
+        ax = axes[number]
+        _Canvas(config, grid, sampling_rate).draw(ax, _displayable(volume[:, :: config.patch_shape[0]]), **style)
+        if config.modality == "audio":
+            ax.set_xlim(0, len(values) * FRAME_SHIFT_MS / 1000)  # without what fills the last patch
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.set_ylabel("" if number % columns else ax.get_ylabel(), fontsize=8)
+        ax.set_xlabel(ax.get_xlabel() if number + columns >= len(inputs) else "", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=TITLE_SIZE)
+    return figure
+
+
+def plot_timeline(found: Mapping[str, Any], title: str | None = None, most: int = 10) -> "Figure":
+    """Label scores over time, and events as frames around them.
+
+    Args:
+        found: what `pipeline("audio-classification")` of our models returns with `return_timeline=True`. A label that
+            is not among the `top_k` of a window is blank there.
+        most: how many labels are drawn, those of the highest scores.
+    """
+    names = [entry["label"] for entry in found["labels"][:most]]
+    spans = np.array([(entry["start"], entry["end"]) for entry in found["timeline"]])
+    # Windows that overlap meet in the middle of what they share.
+    bounds = [spans[0, 0], *((spans[:-1, 1] + spans[1:, 0]) / 2), spans[-1, 1]]
+    scores = np.full((len(names), len(spans)), np.nan)
+    for column, entry in enumerate(found["timeline"]):
+        for label in entry["labels"]:
+            if label["label"] in names:
+                scores[names.index(label["label"]), column] = label["score"]
+    figure = _new_figure((9.0, 0.32 * len(names) + 1.3))
+    ax = figure.subplots()
+    mesh = ax.pcolormesh(bounds, np.arange(len(names) + 1), np.ma.masked_invalid(scores), cmap="viridis",
+                         vmin=0.0, vmax=max(1.0, float(np.nanmax(scores))))  # fmt: skip
+    ax.hlines(np.arange(1, len(names)), bounds[0], bounds[-1], color="white", linewidth=2, zorder=1)
+    for event in found.get("events", ()):
+        if event["label"] in names:
+            corner, length = (event["start"], names.index(event["label"])), event["end"] - event["start"]
+            ax.add_patch(Rectangle(corner, length, 1, fill=False, edgecolor=EVENT_COLOR, linewidth=2, zorder=2))
+    if found.get("events"):
+        handle = Patch(facecolor="none", edgecolor=EVENT_COLOR, linewidth=2, label="event")
+        ax.legend(handles=[handle], fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
+    ax.set_yticks(np.arange(len(names)) + 0.5, names)
+    ax.invert_yaxis()
+    ax.set(xlabel="time (s)")
+    ax.set_title(title or "What sounds when", fontsize=TITLE_SIZE)
+    figure.colorbar(mesh, ax=ax, label="score", pad=0.02)
+    return figure
+
+
+def _new_figure(size: tuple[float, float]) -> "Figure":
+    if Figure is None:
+        raise ImportError("pictures need matplotlib: pip install 'bridle_hf[viz]'")
+    return Figure(figsize=size, dpi=120, layout="constrained")
+
+
 def code_colors(codes: np.ndarray) -> np.ndarray:
     """A fixed colour for every code number: (...) int -> (..., 3) RGB in 0..1. Numbers that follow differ clearly."""
     # The R2 sequence fills the plane of hue and lightness evenly, however many codes there are.
@@ -229,15 +311,13 @@ class _Canvas:
 
     def figure(self, panels: int) -> tuple["Figure", list["Axes"]]:
         """A figure with so many panels: one above the other where they are wide, else beside each other."""
-        if Figure is None:
-            raise ImportError("pictures need matplotlib: pip install 'bridle_hf[viz]'")
         x, y = self.edges()
         aspect = (len(x) - 1) / (len(y) - 1)
         columns = 1 if aspect >= 1.8 else min(2, panels)
         width = 8.0 / columns
         height = max((width - 0.8) / max(aspect, 0.8), 1.4) + 0.8
         rows = math.ceil(panels / columns)
-        figure = Figure(figsize=(8.0, rows * height + 0.5), dpi=120, layout="constrained")
+        figure = _new_figure((8.0, rows * height + 0.5))
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for unused in axes[panels:]:
             unused.remove()
@@ -315,4 +395,4 @@ def _to_grid(name: str, values: torch.Tensor, config: BridleEncoderConfig, grid:
     return values.reshape((1,) * (3 - len(grid)) + grid + values.shape[1:])
 
 
-__all__ = ["code_colors", "plot_codes", "plot_masked_input", "plot_predictions"]
+__all__ = ["code_colors", "plot_codes", "plot_inputs", "plot_masked_input", "plot_predictions", "plot_timeline"]

@@ -125,7 +125,7 @@ def test_no_auto_class_takes_another_modalitys_processor(tmp_path):
     found = load_processors(str(tmp_path), trust_remote_code=False, again=tmp_path / "again")
     assert_right_processors(tmp_path, found)
     assert "settings of BridleFeatureExtractor" in found["audio AutoImageProcessor"]
-    assert "settings of VideoMAEImageProcessor" in found["video AutoFeatureExtractor"]
+    assert "settings of BridleVideoProcessor" in found["video AutoFeatureExtractor"]
     assert "settings of ViTImageProcessor" in found["image AutoFeatureExtractor"]
     assert "settings of BridleImageProcessor" in found["grey AutoFeatureExtractor"]
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bridle_hf import BridleConfig, BridleForPreTraining
 from bridle_hf.decoder_bridle import BridleCrossLayer
+from bridle_hf.encoder_bridle import BridleSwinAttention
 from bridle_hf.masking_bridle import chosen_patches, draw_share, make_mask
 
 
@@ -49,6 +50,31 @@ def test_cross_attention_equals_that_of_torch(tiny_config):
     expected = expected + layer.mlp(layer.layernorm_after(expected))
     output = layer(tokens, context, real[:, None, None].expand(-1, -1, 5, -1))
     torch.testing.assert_close(output, expected, **EXACT)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_window_attention_equals_that_of_torch(masked):
+    """Outputs and gradients, also of a token of zeros, as padding may be."""
+    layer = BridleSwinAttention(32, 4, (2, 3)).double().eval()
+    with torch.no_grad():
+        layer.tau.copy_(torch.tensor([0.001, 0.1, 1.0, 3.0]))
+        layer.qkv.bias.zero_()
+    windows = torch.randn(2, 5, 6, 32, dtype=torch.double)
+    windows[0, 0, 0] = 0.0
+    windows.requires_grad_()
+    mask = torch.where(torch.rand(5, 1, 6, 6) < 0.3, -1e4, 0.0).double() if masked else None
+    query, key, value = layer.qkv(windows).unflatten(-1, (3, 4, 8)).permute(3, 0, 1, 4, 2, 5)
+    query, key = F.normalize(query, dim=-1, eps=1e-6), F.normalize(key, dim=-1, eps=1e-6)
+    bias = (layer._bias() if mask is None else layer._bias() + mask).expand(2, 5, -1, -1, -1)
+    query = query / layer.tau.clamp(min=0.01)[:, None, None]
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    expected = layer.o_proj(attended.transpose(2, 3).flatten(3))
+    found, weights = layer(windows, mask), torch.randn_like(expected)
+    torch.testing.assert_close(found, expected)
+    tensors = [windows, *layer.parameters()]
+    gradients = (torch.autograd.grad((output * weights).sum(), tensors) for output in (found, expected))
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-6)
 
 
 @torch.no_grad()

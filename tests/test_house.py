@@ -16,7 +16,7 @@ PACKAGE = ROOT / "bridle_hf"
 # From the bottom up: a room imports itself and what stands before it.
 ROOMS = (
     "common", "data", "embedding", "exporting", "interleaving", "monitoring", "probing", "cards", "finetuning",
-    "pretraining", "sets", "demos", "study", "commands",
+    "pretraining", "sets", "demos", "study", "release", "commands",
 )  # fmt: skip
 MODEL_FILES = sorted(PACKAGE.glob("*_bridle*.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))

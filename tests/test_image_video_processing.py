@@ -1,6 +1,7 @@
 """Processors of image and video folders: channels, Auto classes, pipelines, remote code; all without torchvision."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -25,8 +26,11 @@ from bridle_hf import (
     BridleImageProcessor,
     BridleTokenizerConfig,
     BridleTokenizerModel,
+    BridleVideoProcessor,
     make_image_processor,
 )
+from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.sample import Sample
 from bridle_hf.image_processing_bridle import fit_channels
 
 
@@ -44,7 +48,7 @@ CLASSES = {
     "grey": BridleImageProcessor,
     "colour": ViTImageProcessorPil,
     "five": BridleImageProcessor,
-    "video": VideoMAEImageProcessorPil,
+    "video": BridleVideoProcessor,
 }
 
 
@@ -76,6 +80,77 @@ def settings_of(processor):
 
 def scores(answers):
     return torch.tensor([answer["score"] for answer in sorted(answers, key=lambda answer: answer["label"])])
+
+
+# --- videos ---
+
+
+@pytest.mark.parametrize("form", ["array", "channels first", "frames", "tensor", "Pillow", "batch"])
+def test_videos_are_read_as_by_video_mae(form):
+    """Pixel for pixel, in every form that transformers' class takes."""
+    config = BridleConfig(modality="video", **{**TINY, "image_size": [24, 32]})
+    ours = make_image_processor(config, [0.3, 0.4, 0.5], [0.2, 0.3, 0.4])
+    theirs = VideoMAEImageProcessorPil(**{k: v for k, v in settings_of(ours).items() if k != "image_processor_type"})
+    frames = np.random.default_rng(0).integers(0, 256, (5, 40, 50, 3), dtype=np.uint8)
+    video = {
+        "array": frames,
+        "channels first": frames.transpose(0, 3, 1, 2),
+        "frames": list(frames),
+        "tensor": torch.from_numpy(frames),
+        "Pillow": [Image.fromarray(frame) for frame in frames],
+        "batch": [list(frames), list(frames[::-1])],
+    }[form]
+    found, wanted = (entry(video, return_tensors="pt")["pixel_values"] for entry in (ours, theirs))
+    assert found.shape == ((2 if form == "batch" else 1), 5, 3, 24, 32)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+def test_folders_with_video_mae_s_processor_still_load(root, tmp_path):
+    """Through transformers' Auto classes as long as it has the class, and by what reads samples in any case."""
+    shutil.copytree(root / "video", tmp_path / "old")
+    path = tmp_path / "old" / "preprocessor_config.json"
+    saved = json.loads(path.read_text())
+    del saved["auto_map"]
+    path.write_text(json.dumps(saved | {"image_processor_type": "VideoMAEImageProcessor"}))
+    frames = np.random.default_rng(1).integers(0, 256, (4, 40, 50, 3), dtype=np.uint8)
+    config = load_config(str(tmp_path / "old"))
+    loaders = [make_sample_loader(config, load_processor(root / name, config)) for name in ("video", tmp_path / "old")]
+    sample = Sample(str(root / "video.mp4"))
+    first, second = (load(sample)["pixel_values_videos"] for load in loaders)
+    assert torch.equal(first, second)
+    values = [AutoImageProcessor.from_pretrained(folder)(list(frames), return_tensors="pt")["pixel_values"]
+              for folder in (root / "video", tmp_path / "old")]  # fmt: skip
+    torch.testing.assert_close(*values, atol=1e-5, rtol=0)
+    answers = [pipeline("video-classification", model=str(folder))(str(root / "video.mp4"))
+               for folder in (root / "video", tmp_path / "old")]  # fmt: skip
+    torch.testing.assert_close(*map(scores, answers), atol=1e-5, rtol=0)
+
+
+def test_a_video_by_its_path_is_its_first_frames(root):
+    import av
+
+    processor = BridleVideoProcessor.from_pretrained(root / "video")
+    with av.open(str(root / "video.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:4]
+    found = processor(str(root / "video.mp4"), num_frames=4, do_sample_frames=True, return_tensors="pt")
+    assert torch.equal(found["pixel_values"], processor(frames, return_tensors="pt")["pixel_values"])
+    for video, options in ((str(root / "video.mp4"), {}), (frames, {"num_frames": 2})):
+        with pytest.raises(ValueError, match="`num_frames` is for a video by its path or URL, which needs it"):
+            processor(video, return_tensors="pt", **options)
+
+
+def test_grey_videos():
+    config = BridleConfig(modality="video", num_channels=1, **TINY)
+    processor = make_image_processor(config)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 1), dtype=np.uint8)
+    values = processor(frames.repeat(3, axis=-1), return_tensors="pt")["pixel_values"]
+    wanted = torch.from_numpy(frames / 127.5 - 1).permute(0, 3, 1, 2)[None].float()
+    torch.testing.assert_close(values, wanted, atol=1e-5, rtol=0)
+
+
+def test_settings_of_images_are_none_of_videos(root):
+    with pytest.raises(ValueError, match="settings of BridleImageProcessor, not of a video processor"):
+        BridleVideoProcessor.from_pretrained(root / "grey")
 
 
 # --- channels ---
@@ -147,8 +222,6 @@ def test_make_image_processor():
         assert type(make_image_processor(config_of(kind))) is processor_class
     with pytest.raises(ValueError, match="for audio: use BridleFeatureExtractor"):
         make_image_processor(BridleConfig(modality="audio"))
-    with pytest.raises(ValueError, match=r"`num_channels` is 1: .* video"):
-        make_image_processor(BridleConfig(modality="video", num_channels=1))
     with pytest.raises(ValueError, match=r"`image_std` is \[0\.5\]: give 3 numbers"):
         make_image_processor(config_of("colour"), image_std=[0.5])
 

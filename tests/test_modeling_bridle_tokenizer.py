@@ -28,6 +28,75 @@ def test_tokenizer_trains_what_it_should(tiny_tokenizer_config, tiny_input, moda
     assert output.codes.shape == (2, patches, 3) and output.usage.perplexity.shape == (3,)
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_patches_left_out_at_the_end_are_those_of_a_shorter_input(
+    tiny_config, tiny_tokenizer_config, tiny_input, modality, counted
+):
+    """Positions are a prefix: without its last step along the first axis, an input is a smaller one."""
+    torch.manual_seed(0)
+    config = tiny_tokenizer_config(modality)
+    tokenizer, encoder = BridleTokenizerModel(config).train(), BridleModel(tiny_config(modality)).eval()
+    tokenizer.quantizer.update_in_forward = False
+    values, grid = tiny_input(modality), config.patch_grid
+    first = config.patch_shape[0 if modality == "video" else 1]
+    axis = {"audio": 1, "image": 2, "video": 1}[modality]
+    shorter = values.narrow(axis, 0, values.shape[axis] - first)
+    patches, row = torch.Size(grid).numel(), torch.Size(grid[1:]).numel()
+    dropped = (torch.arange(patches) >= patches - row).expand(2, -1)
+    dropout = {"bool_masked_pos": dropped, "num_visible": patches - row if counted else None}
+    teacher = teacher_features(encoder, values, **dropout)
+    torch.testing.assert_close(teacher, teacher_features(encoder, shorter), **EXACT)
+    ours = tokenizer(values, teacher_hidden_states=teacher, **dropout)
+    theirs = tokenizer(shorter, teacher_hidden_states=teacher)
+    assert torch.equal(ours.codes, theirs.codes) and torch.equal(ours.counts, theirs.counts)
+    for name in ("loss", "cosine_loss", "estimate"):
+        torch.testing.assert_close(ours[name], theirs[name], **EXACT)
+    torch.testing.assert_close(ours.statistics.sums, theirs.statistics.sums, **EXACT)
+
+
+@pytest.mark.parametrize("tokenizer_type", ["random_projection", "self_distilled"])
+def test_codes_of_some_patches_are_in_grid_order(tiny_tokenizer_config, tiny_input, modality, tokenizer_type):
+    """Those of a random projection depend on nothing else."""
+    tokenizer = BridleTokenizerModel(tiny_tokenizer_config(modality, tokenizer_type=tokenizer_type)).eval()
+    values, patches = tiny_input(modality), torch.Size(tokenizer.config.patch_grid).numel()
+    dropped = torch.arange(patches).expand(2, -1) % 3 == torch.tensor([[0], [1]])
+    codes = tokenizer(values, bool_masked_pos=dropped).codes
+    if tokenizer_type == "random_projection":
+        whole = tokenizer.encode(values)
+        assert all(torch.equal(codes[row, : len(kept)], kept) for row, kept in enumerate(map(_kept, whole, dropped)))
+    assert codes.shape == (2, int((~dropped).sum(dim=1).max()), 3)
+    assert torch.equal(tokenizer(values, bool_masked_pos=torch.zeros_like(dropped)).codes, tokenizer.encode(values))
+
+
+def _kept(codes: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+    return codes[~dropped]
+
+
+def test_each_sample_may_leave_out_others_and_be_padded(tiny_config, tiny_tokenizer_config, tiny_input):
+    """A batch is its samples one by one; what is left out of padding is none."""
+    torch.manual_seed(0)
+    tokenizer = BridleTokenizerModel(tiny_tokenizer_config("audio")).eval()
+    encoder, values = BridleModel(tiny_config("audio")).eval(), tiny_input("audio", batch=3)
+    mask = (torch.arange(96) < torch.tensor([96, 50, 17])[:, None]).long()
+    dropped = torch.rand(3, 24) < 0.4
+    teacher = teacher_features(encoder, values, mask, bool_masked_pos=dropped)
+    batch = tokenizer(values, mask, teacher_hidden_states=teacher, bool_masked_pos=dropped)
+    counts, losses = 0, []
+    for number, patches in enumerate([24, 16, 8]):
+        one, left = (values[[number]], mask[[number]]), dropped[[number]]
+        kept = int((~left[:, :patches]).sum())
+        own = teacher_features(encoder, *one, bool_masked_pos=left)
+        torch.testing.assert_close(teacher[number, :kept], own[0], **EXACT)
+        single = tokenizer(*one, teacher_hidden_states=own, bool_masked_pos=left)
+        assert torch.equal(batch.codes[number, :kept], single.codes[0]) and not batch.codes[number, kept:].any()
+        torch.testing.assert_close(batch.estimate[number, :kept], single.estimate[0], **EXACT)
+        counts, losses = counts + single.counts, [*losses, *[single.cosine_loss] * kept]
+    assert torch.equal(batch.counts, counts)
+    torch.testing.assert_close(batch.cosine_loss, torch.stack(losses).mean(), **EXACT)
+    with pytest.raises(ValueError, match="bool_masked_pos"):
+        tokenizer(values, mask, bool_masked_pos=dropped[:, :20])
+
+
 @pytest.mark.parametrize("tokenizer_type", ["random_projection", "self_distilled"])
 def test_encode_and_decode(tiny_tokenizer_config, tiny_input, modality, tokenizer_type):
     config = tiny_tokenizer_config(modality, tokenizer_type=tokenizer_type, num_soft_codes=3)

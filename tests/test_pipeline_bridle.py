@@ -419,3 +419,76 @@ def test_bytes_of_a_stream(classify):
     buffer = io.BytesIO()
     soundfile.write(buffer, sound(0.5, 44_100), 44_100, format="FLAC")
     assert len(classify(buffer.getvalue())) == 3
+
+
+# A model that classifies every time step
+
+
+@pytest.fixture(scope="module")
+def folder_of_steps(tmp_path_factory):
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("of_steps")
+    config = bridle_hf.BridleConfig(**SIZES, **LABELS, problem_type="multi_label_classification")
+    model = bridle_hf.BridleForAudioFrameClassification(config)
+    model.classifier.weight.data *= 20
+    model.save_pretrained(folder)
+    bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=96).save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def test_timeline_and_events_of_time_steps(folder_of_steps, tmp_path):
+    """A clip of one window against the model itself; a long one, in windows, holds the same steps in its middles."""
+    model = bridle_hf.BridleForAudioFrameClassification.from_pretrained(folder_of_steps).eval()
+    extractor = bridle_hf.BridleFeatureExtractor.from_pretrained(folder_of_steps)
+    detect = pipeline("audio-classification", model=folder_of_steps)
+    assert isinstance(detect.model, bridle_hf.BridleForAudioFrameClassification)
+    waveform = sound(0.9)[:, 0].astype(np.float32)
+    scores = model(**extractor(waveform, sampling_rate=RATE, return_tensors="pt")).logits[0].sigmoid()[:6]
+    found = detect(waveform, return_timeline=True, top_k=None)
+    names = list(LABELS["id2label"].values())
+    assert len(found["timeline"]) == 6
+    for number, step in enumerate(found["timeline"]):
+        assert (step["start"], step["end"]) == pytest.approx((number * 0.16, number * 0.16 + 0.16))
+        by_name = {entry["label"]: entry["score"] for entry in step["labels"]}
+        np.testing.assert_allclose([by_name[name] for name in names], scores[number], atol=1e-5)
+    highest = {entry["label"]: entry["score"] for entry in found["labels"]}
+    np.testing.assert_allclose([highest[name] for name in names], scores.amax(dim=0), atol=1e-5)
+    assert_near(detect(waveform, top_k=None), found["labels"], atol=1e-6)
+    threshold = float(scores.median())
+    events = detect(waveform, return_timeline=True, threshold=threshold)["events"]
+    active = torch.zeros(6, 3, dtype=torch.bool)
+    for event in events:
+        first, end = round(event["start"] / 0.16), round(event["end"] / 0.16)
+        number = names.index(event["label"])
+        assert not active[first:end, number].any()
+        active[first:end, number] = True
+        assert event["score"] == pytest.approx(float(scores[first:end, number].mean()), abs=1e-5)
+    assert torch.equal(active, scores >= threshold) and 0 < active.sum() < 18
+    long = sound(4.0)[:, 0].astype(np.float32)
+    steps = detect(long, return_timeline=True, batch_size=2)["timeline"]
+    assert [step["start"] for step in steps] == pytest.approx([0.16 * number for number in range(25)])
+    alone = detect(long[: int(0.975 * RATE)], return_timeline=True)["timeline"]
+    assert_near(steps[0]["labels"], alone[0]["labels"])
+
+
+def test_events_by_remote_code(folder_of_steps, tmp_path):
+    path = write(tmp_path / "a.wav", 44_100, 2)
+    wanted = pipeline("audio-classification", model=folder_of_steps)(path, return_timeline=True, threshold=0.3)
+    code = f"""
+        import json
+        from transformers import pipeline
+
+        detect = pipeline("audio-classification", model={folder_of_steps!r}, trust_remote_code=True)
+        print(json.dumps(detect({path!r}, return_timeline=True, threshold=0.3)))
+    """
+    found = json.loads(run_fresh(code, tmp_path / "fresh", package=False).splitlines()[-1])
+    assert_near(found["labels"], wanted["labels"])
+    assert found["events"] == pytest.approx([pytest.approx(event) for event in wanted["events"]])
+
+
+def test_a_threshold_without_events_is_refused(classify, folder_of_steps):
+    detect = pipeline("audio-classification", model=folder_of_steps)
+    for run, options in ((classify, {"return_timeline": True}), (detect, {})):
+        with pytest.raises(ValueError, match="`threshold` is of the events of `return_timeline`"):
+            run(sound(0.9)[:, 0], threshold=0.3, **options)

@@ -19,8 +19,10 @@ from bridle_hf.visualization_bridle import (
     WRONG_COLOR,
     code_colors,
     plot_codes,
+    plot_inputs,
     plot_masked_input,
     plot_predictions,
+    plot_timeline,
 )
 
 
@@ -208,3 +210,47 @@ def test_remote_code_loads_without_matplotlib(monkeypatch):
     monkeypatch.setattr(visualization_bridle, "Figure", None)
     with pytest.raises(ImportError, match=r"bridle_hf\[viz\]"):
         plot_codes(torch.zeros(20, 4, dtype=torch.long), AUDIO)
+
+
+# Several inputs, and what sounds when
+
+
+@pytest.mark.parametrize(
+    ("modality", "shapes"),
+    [
+        ("audio", [(96, 64), (40, 64), (16, 64), (70, 64)]),
+        ("image", [(3, 64, 64)] * 5),
+        ("video", [(8, 3, 32, 32)] * 2),
+    ],
+)
+def test_inputs_have_a_panel_each(modality, shapes, tiny_config):
+    titles = [f"number {number}" for number in range(len(shapes))]
+    inputs = [torch.rand(*shape) for shape in shapes]
+    figure = plot_inputs(inputs, titles, tiny_config(modality), title="All of them")
+    assert [ax.get_title() for ax in figure.axes] == titles and figure.get_suptitle() == "All of them"
+    if modality == "audio":
+        assert [ax.get_xlim() for ax in figure.axes] == [(0, shape[0] / 100) for shape in shapes]
+
+
+def test_a_timeline_has_the_scores_at_their_times():
+    def labels(**scores):
+        ordered = sorted(scores.items(), key=lambda pair: -pair[1])
+        return [{"label": name, "score": score} for name, score in ordered]
+
+    timeline = [
+        {"start": 0.0, "end": 1.0, "labels": labels(dog=0.9, rain=0.2)},
+        {"start": 0.8, "end": 1.8, "labels": labels(rain=0.7)},  # dog is not among its top_k
+        {"start": 1.6, "end": 2.0, "labels": labels(dog=0.1, rain=0.6)},
+    ]
+    events = [{"start": 0.9, "end": 2.0, "label": "rain", "score": 0.65}]
+    figure = plot_timeline({"labels": labels(dog=0.5, rain=0.4), "timeline": timeline, "events": events})
+    ax = figure.axes[0]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["dog", "rain"]
+    (mesh,) = [entry for entry in ax.collections if hasattr(entry, "get_coordinates")]
+    np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0], [0.0, 0.9, 1.7, 2.0])
+    found = mesh.get_array()
+    np.testing.assert_allclose(found.filled(-1), [[0.9, -1, 0.1], [0.2, 0.7, 0.6]])
+    (frame,) = ax.patches
+    assert (frame.get_x(), frame.get_y(), frame.get_width()) == pytest.approx((0.9, 1, 1.1))
+    alone = plot_timeline({"labels": labels(dog=0.5, rain=0.4), "timeline": timeline}, most=1, title="One")
+    assert not alone.axes[0].patches and len(alone.axes[0].get_yticklabels()) == 1

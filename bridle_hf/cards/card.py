@@ -44,7 +44,9 @@ def write_card(
     Args:
         folder: a `save_pretrained` folder of an encoder, a tokenizer or a classifier, with its processor.
         run: what `run.json` holds: `arguments`, `versions`, `git_revision`, `seed`, `data`, `samples`, `seconds`, of a
-            pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown".
+            pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown". Of a
+            released checkpoint also `uses`, a paragraph, and `materials`, what its data is made of: mappings of
+            `name`, `client`, `licence` and `what`.
         results: what was measured on this model: by name, the fields of a [`Result`]; `run["results"]` if not given.
         repo_id: the name that the card's snippets load; the folder's own name if not given, so that they run as they
             stand in its parent.

@@ -55,7 +55,7 @@ class RunKind:
 PRETRAINING = RunKind(
     "pretraining",
     ("run.json", "metrics.jsonl", "skipped.jsonl", "report.html", "results.json", "figures/*.png", "tracker",
-     "checkpoints/step_*", "checkpoints/.step_*.tmp",
+     "checkpoints/step_*", "checkpoints/.step_*.tmp", "codes/*.codes",
      *(f"{folder}/{name}" for folder in _MODEL_FOLDERS for name in _MODEL_FILES)),
 )  # fmt: skip
 FINETUNING = RunKind(

@@ -16,7 +16,7 @@ from bridle_hf.data.layouts.lists import names_lists, read_lists
 from bridle_hf.data.layouts.table import LAYOUTS, find_layout, half_there, read_layout
 from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
 from bridle_hf.data.modalities import MODALITIES
-from bridle_hf.data.sample import HubRow, Sample
+from bridle_hf.data.sample import HubRow, Sample, garbage_left
 from bridle_hf.data.shards.entries import read_entries
 from bridle_hf.data.shards.listing import holds_shards, is_file_name, names_shards
 from bridle_hf.data.shards.parquets import class_names, class_order, column_names, media_column
@@ -53,7 +53,9 @@ def find_samples(
       `s3://bucket/train-{000000..000099}.tar`), any other fsspec URL, or an `index.jsonl`; see data/shards/entries.py;
     * a folder with `metadata.csv` or `metadata.jsonl`: column `file_name` (relative to the folder) and optionally
       `label` or `labels` (";"-separated, or a list: multi-label), `split`, `fold`, `group`; an empty cell means that
-      it is not known. Without a column `split`, files in folders that are all named like splits are of these;
+      it is not known. With columns `onset` and `offset` (seconds), a row is an event (strong labels), and a recording
+      in which nothing sounds has a row without. Without a column `split`, files in folders that are all named like
+      splits are of these;
     * a folder that is laid out as one of the sets of data/layouts/table.py is downloaded, or that holds one: its own
       lists give labels, the order of the classes, splits, folds and groups;
     * list files (`.csv`, `.json`, `.txt` of paths and labels): one, a pattern of them, or a folder with one for each
@@ -169,6 +171,7 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
 # --- Folders of media files ---
 
 
+@garbage_left()
 def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
     names = [name for name in walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
@@ -211,6 +214,7 @@ def _prefix(folder: Path) -> str:
 # --- Shards ---
 
 
+@garbage_left()
 def _shard_samples(
     shards: str | Sequence[str],
     data: str,
@@ -298,6 +302,7 @@ def _streamed_samples(hub: _HubSet, modality: str, split: str | None, columns: C
     return samples
 
 
+@garbage_left()
 def _dataset_samples(
     dataset: Any, name: str, split: str, modality: str, columns: Columns, media: str | None
 ) -> list[Sample]:

@@ -89,7 +89,7 @@ class AudioLoader:
         key = ("features", sample.path)
         if key in self._cache:
             return self.fit(self._cache[key], rng)
-        waveform, rate, is_whole = self._decode(sample, rng)
+        waveform, rate, _, is_whole = self._decode(sample, rng)
         features = self.features(waveform, rate)
         if is_whole:
             self._keep(key, features, features.nbytes)
@@ -97,15 +97,19 @@ class AudioLoader:
 
     def read(self, sample: Sample, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
         """Waveform (channels, samples) of at most `max_frames` frames, and its rate."""
-        key = ("waveform", sample.path)
+        return self.read_at(sample, rng)[:2]
+
+    def read_at(self, sample: Sample, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int, float]:
+        """[`read`], and at which second of the recording the waveform begins."""
+        key, first = ("waveform", sample.path), 0
         if key not in self._cache:
-            waveform, rate, is_whole = self._decode(sample, rng)
+            waveform, rate, first, is_whole = self._decode(sample, rng)
             if is_whole:
                 self._keep(key, (waveform, rate), waveform.nbytes)
         else:
             waveform, rate = self._cache[key]
         start, count = _crop(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
-        return waveform[:, start : start + count], rate
+        return waveform[:, start : start + count], rate, (first + start) / rate
 
     def mixed(
         self,
@@ -138,18 +142,20 @@ class AudioLoader:
         )
         return batch["input_values"][0]
 
-    def _decode(self, sample: Sample, rng: np.random.Generator | None) -> tuple[np.ndarray, int, bool]:
-        """(waveform, rate, whole): all of a recording that the cache would take, a crop of a longer one."""
-        is_whole = True
+    def _decode(self, sample: Sample, rng: np.random.Generator | None) -> tuple[np.ndarray, int, int, bool]:
+        """(waveform, rate, first sample, whole): all of a recording that the cache would take, a crop of a longer
+        one."""
+        first, is_whole = 0, True
 
         def crop(samples: int, rate: int) -> tuple[int, int]:
-            nonlocal is_whole
+            nonlocal first, is_whole
             wanted = num_samples(self.max_frames, rate)
             is_whole = samples <= 2 * wanted
-            return (0, samples) if is_whole else _crop(samples, wanted, rng)
+            first, count = (0, samples) if is_whole else _crop(samples, wanted, rng)
+            return first, count
 
         waveform, rate = read_audio(sample.media(), sample.path, crop)
-        return waveform, rate, is_whole
+        return waveform, rate, first, is_whole
 
     def fit(self, features: torch.Tensor, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         """Model input of (frames, num_mel_bins): cropped, see `read`, or padded to `max_frames`."""

@@ -2,20 +2,22 @@
 
 import difflib
 import logging
+import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridle_hf.common.tables import Rows, clean, read_table
 from bridle_hf.data.folds import are_splits, canonical_split, split_of
 from bridle_hf.data.labels import LABEL_ORDER, read_label_order
-from bridle_hf.data.sample import Sample, Source
+from bridle_hf.data.sample import Sample, Source, garbage_left
 
 
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+_EVENTS = "\0events"  # where a row holds those of a file: no column has this name
 _LIKE_LABEL = {
     "class", "classes", "classname", "class_name", "category", "categories", "target", "targets", "tag", "tags",
 }  # fmt: skip
@@ -66,18 +68,22 @@ def sample_of_row(
         return None if value is None else clean(value) or None
 
     label, labels, found = cell(columns.label), None, row.get(columns.label)
-    if columns.label == "labels" or isinstance(found, list | tuple):
+    events = row.get(_EVENTS)
+    if events is not None:
+        label, labels = None, tuple(sorted({name for _, _, name in events}))
+    elif columns.label == "labels" or isinstance(found, list | tuple):
         names = (found or "").split(";") if isinstance(found, str | None) else found
         names = names if isinstance(names, list | tuple) else [names]
         label, labels = None, tuple(name for name in map(clean, names) if name) or None
     split = cell("split")
     split = None if split is None else canonical_split(split)
-    return Sample(path, label, labels, split, cell("fold"), cell(columns.group), source, class_order)
+    return Sample(path, label, labels, split, cell("fold"), cell(columns.group), source, class_order, events)
 
 
 # --- metadata.csv, metadata.jsonl ---
 
 
+@garbage_left()
 def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, files: Sequence[str] = ()) -> list[Sample]:
     """The samples that these tables below `folder` list; `files` are all that there are. A `label_order.csv` in
     `folder` (see `read_label_order`) numbers the classes.
@@ -95,24 +101,74 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
         place, found = os.path.dirname(table), list(dict.fromkeys(name for _, row in rows for name in row))
         own = columns.among(found, folder / table)
         splits = {} if "split" in found else _splits_by_folder(place, rows)
-        for line, row in rows:
-            where, name = f"{folder / table}, line {line}", row["file_name"]
-            path = _path_of_name(folder / place, name)
-            first = listed.setdefault(os.path.normpath(path), where)
-            if first != where:
+        if {"onset", "offset"} <= set(found):
+            logger.info("%s: strong labels, by its columns onset and offset", folder / table)
+            rows = _with_events(folder / table, rows, own)
+        paths = _paths_of_names(folder / place, [row["file_name"] for _, row in rows])
+        for (line, row), path in zip(rows, paths):
+            first = listed.setdefault(_normal(path), (table, line))
+            if first != (table, line):
                 raise ValueError(
-                    f"{where}: {name!r} is listed before, at {first}: one row for each file; several labels of a "
-                    'file go into a column `labels`, as "dog;rain"'
+                    f"{folder / table}, line {line}: {row['file_name']!r} is listed before, at {folder / first[0]}, "
+                    f"line {first[1]}: one row for each file; several labels of a file go into a column `labels`, as "
+                    '"dog;rain"'
                 )
             samples.append(sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order))
     covered = tuple(f"{place}{os.sep}" for place in places)
     missing = [name for name in files if places and not name.startswith(covered)]
-    missing = [name for name in missing if os.path.normpath(folder / name) not in listed]
+    missing = [name for name in missing if _normal(str(folder / name)) not in listed]
     if missing:
         raise ValueError(
             f"{folder}: {used[0][0]} lists files, but {len(missing)} others, such as {missing[0]}, are in no table"
         )
     return sorted(samples, key=lambda sample: sample.path)
+
+
+def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
+    """Of a table with a row for each event (onset, offset, label), a row for each file, with its `events`.
+
+    Raises:
+        ValueError: times or labels that are none; rows of a file that differ in its other columns.
+    """
+    files: dict[str, tuple[int, dict[str, Any]]] = {}
+    events: dict[str, list[tuple[float, float, str]]] = {}
+    of_event = ("onset", "offset", columns.label)
+    for line, row in rows:
+        own = {name: value for name, value in row.items() if name not in of_event}
+        first, kept = files.setdefault(row["file_name"], (line, own))
+        if own != kept:
+            raise ValueError(f"{table}, line {line}: split, fold or group is not that of line {first}, the same file")
+        cells = [row.get(name) for name in of_event]
+        found = events.setdefault(row["file_name"], [])
+        if any(cell not in (None, "") for cell in cells):  # else nothing sounds in the recording
+            found.append(_event(f"{table}, line {line}", *cells))
+    return [(line, row | {_EVENTS: tuple(sorted(events[name]))}) for name, (line, row) in files.items()]
+
+
+def _event(where: str, onset: Any, offset: Any, label: Any) -> tuple[float, float, str]:
+    try:
+        onset, offset = float(onset), float(offset)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: onset {onset!r} and offset {offset!r} must be numbers, in seconds") from None
+    if not 0 <= onset < offset < math.inf:
+        raise ValueError(f"{where}: the event lasts from {onset} to {offset} s: expected 0 <= onset < offset")
+    if label is None or not clean(label):
+        raise ValueError(f"{where}: the event has no label")
+    return onset, offset, clean(label)
+
+
+def _paths_of_names(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    """`folder / name` of each, as a string; what folders make of it is made out once for each."""
+    prefixes: dict[str, str] = {}
+    for name in names:
+        last = name.rpartition("/")[2]
+        if "\\" in name or last in ("", "."):
+            yield _path_of_name(folder, name)
+            continue
+        place = name[: len(name) - len(last)]
+        if place not in prefixes:
+            prefixes[place] = str(folder / place / "_")[:-1]
+        yield prefixes[place] + last
 
 
 def _path_of_name(folder: Path, name: str) -> str:
@@ -122,14 +178,19 @@ def _path_of_name(folder: Path, name: str) -> str:
     return str(path)
 
 
+def _normal(path: str) -> str:
+    """`os.path.normpath` of what `Path` has spelled."""
+    return os.path.normpath(path) if ".." in path else path
+
+
 def _splits_by_folder(place: str, rows: Rows) -> dict[int, str]:
     """By line: the split of the folder that the table is in, else of the first folder of each file; {} if none is."""
     if place:
         part = _split_part(place)
         return {line: split_of(part) for line, _ in rows} if part else {}
-    firsts = {line: os.path.normpath(row["file_name"].replace("\\", "/")).split("/") for line, row in rows}
-    splits = {line: split_of(parts[0]) if len(parts) > 1 else None for line, parts in firsts.items()}
-    return splits if all(splits.values()) else {}
+    places = [row["file_name"].replace("\\", "/").rpartition("/")[0] for _, row in rows]
+    splits = {place: split_of(os.path.normpath(place).split("/")[0]) if place else None for place in set(places)}
+    return {line: splits[place] for (line, _), place in zip(rows, places)} if all(splits.values()) else {}
 
 
 def _split_part(place: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor
 
-from bridle_hf import BridleConfig, BridleFeatureExtractor, make_image_processor
+from bridle_hf import BridleConfig, BridleFeatureExtractor, BridleVideoProcessor, make_image_processor
 from bridle_hf.common.arguments import check_name
 from bridle_hf.common.errors import one_line
 from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader
@@ -53,7 +53,7 @@ MODALITIES = {
         ),
         VideoLoader,
         lambda config: {"num_frames": config.num_frames},
-        AutoImageProcessor,
+        BridleVideoProcessor,  # of older folders, too, which name VideoMAE's
     ),
 }  # fmt: skip
 
@@ -117,16 +117,17 @@ def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None
     return BridleFeatureExtractor(**{**sizes, **fields})
 
 
-def load_config(model: str, argument: str = "--model") -> Any:
-    """Configuration of a saved BRIDLE encoder or classifier; errors call it by the `argument` that named it.
+def load_config(model: str, argument: str = "--model", kind: str = "encoder") -> Any:
+    """Configuration of a saved BRIDLE encoder or classifier, or, if that is the `kind`, of a tokenizer; errors call it
+    by the `argument` that named it.
 
     Raises:
         ValueError: none is there, none that can be read, or one of another kind of model.
     """
     config = read_config(model, argument)
-    if config.model_type != "bridle":
+    if config.model_type != {"encoder": "bridle", "tokenizer": "bridle_tokenizer"}[kind]:
         raise ValueError(
-            f"{argument} {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE encoder"
+            f"{argument} {model} holds a {config.model_type!r}: give a folder or Hub id of a BRIDLE {kind}"
         )
     return config
 
@@ -141,11 +142,14 @@ def read_config(model: str | Path, argument: str = "") -> Any:
         return AutoConfig.from_pretrained(model)
 
 
-def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
+def load_weights(
+    auto_class: Any, model: str, unneeded: tuple[str, ...] = ("classifier.", "fc_norm."), **options: Any
+) -> Any:
     """A saved model, all of whose weights are there but perhaps those of a classifier's head.
 
     Args:
         auto_class: of transformers, that opens it.
+        unneeded: how the names of weights begin that may be missing.
         options: of its `from_pretrained`.
 
     Raises:
@@ -153,7 +157,7 @@ def load_weights(auto_class: Any, model: str, **options: Any) -> Any:
     """
     with _refused(f"{model}: its weights cannot be loaded"):
         loaded, found = auto_class.from_pretrained(model, output_loading_info=True, **options)
-    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(("classifier.", "fc_norm."))):
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(unneeded)):
         raise ValueError(f"{model}: {len(missing)} weights are missing, as {missing[0]}: it is not whole")
     return loaded
 

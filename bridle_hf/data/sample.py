@@ -1,5 +1,8 @@
 """Sample: one recording, image or clip before it is read, and where its bytes are."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,7 +53,8 @@ class Sample:
     `path` names it: a file, `<id>/<split>/<row>` for a row of a Hub set, or `<shard>/<name>` within a shard. A set has
     either `label` or `labels` (multi-label). `split` is `train`, `validation` or `test` wherever the data says so
     under one of their usual names. `class_order` names all classes by number where the data numbers them (a
-    `datasets.ClassLabel`).
+    `datasets.ClassLabel`). `events` are the strong labels of a recording, what sounds when: (onset, offset, label) in
+    seconds each; `labels` are then the labels of these.
     """
 
     path: str
@@ -61,6 +65,7 @@ class Sample:
     group: str | None = None
     source: Source | None = field(default=None, repr=False, compare=False)
     class_order: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
+    events: tuple[tuple[float, float, str], ...] | None = None
 
     @property
     def place(self) -> tuple[str, int] | None:
@@ -79,3 +84,15 @@ class Sample:
             return self.source.media()
         except MediaError as error:
             raise MediaError(self.path, error.reason) from error
+
+
+@contextmanager
+def garbage_left() -> Iterator[None]:
+    """While many samples are made: looking for garbage, Python would visit all of them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

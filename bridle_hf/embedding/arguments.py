@@ -49,3 +49,10 @@ class SearchArguments:
     file: str = field(metadata={"help": "recording, image or video to look for"})
     top_k: int = field(default=10, metadata={"help": "how many neighbours"})
     model: str | None = field(default=None, metadata={"help": "the model, where it is no more where it was"})
+    picture: str | None = field(
+        default=None, metadata={"help": "a .png to write: the file and its neighbours, which must be where they were"}
+    )
+
+    def __post_init__(self):
+        if self.picture is not None and not self.picture.endswith(".png"):
+            raise ValueError(f"--picture is {self.picture!r}: give a name that ends with .png")

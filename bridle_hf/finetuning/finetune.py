@@ -4,7 +4,8 @@
 
 Takes every option of `TrainingArguments` beside its own. OUT is a `from_pretrained` folder of the classifier with its
 processor and model card: `pipeline("audio-classification", OUT)`, or image, or video; beside them stand results.json,
-run.json, skipped.jsonl and checkpoints/.
+run.json, skipped.jsonl and checkpoints/. Of recordings with strong labels (columns onset and offset), it classifies
+every time step, and is measured by the F1 of its events.
 """
 
 import json
@@ -23,8 +24,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForAudioClassification,
+    AutoModelForAudioFrameClassification,
     AutoModelForImageClassification,
     AutoModelForVideoClassification,
+    EvalPrediction,
     TrainingArguments,
 )
 
@@ -40,10 +43,10 @@ from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_er
 from bridle_hf.data.loaders import Load
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
-from bridle_hf.finetuning.adapters import add_adapters
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
 from bridle_hf.finetuning.cross_validation import begin_folds, run_folds
+from bridle_hf.finetuning.events import EvaluationWindows, EventLoader, cut_into_windows
 from bridle_hf.finetuning.resume import global_batch_size, prepare_folder
 from bridle_hf.finetuning.task import Task, make_task
 from bridle_hf.finetuning.trainer import (
@@ -55,7 +58,8 @@ from bridle_hf.finetuning.trainer import (
 )
 from bridle_hf.finetuning.training_arguments import FinetuneTrainingArguments
 from bridle_hf.monitoring.flops import warn_of_slow_precision
-from bridle_hf.probing.metrics import METRIC_NAMES, TOP5, ClassificationMetric
+from bridle_hf.probing.event_metrics import EVENT_METRICS
+from bridle_hf.probing.metrics import ClassificationMetric
 
 
 logger = logging.getLogger(__name__)
@@ -66,12 +70,16 @@ AUTO_MODELS = {
     "image": AutoModelForImageClassification,
     "video": AutoModelForVideoClassification,
 }
+# The linear layers of an encoder's blocks, beside which adapters lie.
+ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 # Options that fit some modalities alone.
 OPTIONS_OF = {
     ("audio",): ("max_length", "mean", "std", "mel_mask", "time_mask"),
     ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
     ("video",): ("eval_clips", "eval_crops"),
 }
+# What is not known of single time steps, or would move them.
+OF_WHOLE_RECORDINGS = ("augment", "mixup_probability", "patch_dropout", "balanced_sampling")
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,9 @@ def check_arguments(
                 suited = " and ".join(modalities)
                 raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
     _check_training_arguments(training_args, task)
+    for name in OF_WHOLE_RECORDINGS if task.of_events else ():
+        if np.any(getattr(args, name)):
+            raise ValueError(f"--{name} is for labels of whole recordings, and these have strong ones: leave it out")
     if args.loader_timeout and not training_args.dataloader_num_workers:
         raise ValueError("--loader_timeout is for loader workers: give --dataloader_num_workers 1 or more")
     if training_args.remove_unused_columns or not 0 < args.layer_decay <= 1:
@@ -203,9 +214,7 @@ def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Ta
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(training_args, name) < 1:
             raise ValueError(f"--{name} must be 1 or more, got {getattr(training_args, name)}")
-    best, measured = training_args.metric_for_best_model, [METRIC_NAMES[task.kind], "loss"]
-    if task.kind == "single_label" and len(task.labels.names) > 5:
-        measured.append(TOP5)
+    best, measured = training_args.metric_for_best_model, [*task.metrics, "loss"]
     if best is not None and best != "auto" and best.removeprefix("eval_") not in measured:
         raise ValueError(f"--metric_for_best_model is {best}: expected auto, {', '.join(measured)}")
 
@@ -243,7 +252,7 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     config.drop_path_rate, config.patch_dropout = args.drop_path_rate, args.patch_dropout
     # The model smooths, mixed targets too; the Trainer's own smoother would take class numbers only.
     config.label_smoothing, training_args.label_smoothing_factor = training_args.label_smoothing_factor, 0.0
-    auto_model = AUTO_MODELS[config.modality]
+    auto_model = AutoModelForAudioFrameClassification if task.of_events else AUTO_MODELS[config.modality]
     processor = load_processor(args.model, config)
     for name in ("max_length", "mean", "std"):
         if getattr(args, name) is not None:
@@ -262,6 +271,28 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     return model, processor
 
 
+def add_adapters(encoder: nn.Module, rank: int) -> Any:
+    """Freeze an encoder and put an adapter beside each linear layer of its blocks, in place.
+
+    Args:
+        encoder: a `BridleModel`.
+        rank: of the adapters, which are scaled by 2.
+
+    Returns:
+        peft's tuner: its `merge_and_unload()` makes of both, in place, an encoder as it was.
+
+    Raises:
+        ArgumentError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError as error:
+        raise ArgumentError("--lora_rank needs peft: pip install 'bridle_hf[lora]'") from error
+    encoder.requires_grad_(False)
+    return LoraModel(encoder, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), "default")
+
+
 # --- Training ---
 
 
@@ -269,7 +300,7 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
 class Loaders:
     """What reads samples: to train on, to evaluate on after an epoch, and to evaluate on in the end."""
 
-    training: TrainingLoader
+    training: TrainingLoader | EventLoader
     epoch: Load
     final: Load
 
@@ -284,6 +315,9 @@ def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Tas
         make_sample_loader(config, processor, args.loader, augment, args.cache_mb << 20)
         for augment in (False, args.augment)
     )
+    if task.of_events:
+        events = EventLoader(load, config, task.labels.names, args)
+        return Loaders(events, events, events)
     training_loader = TRAINING_LOADERS[config.modality]
     return Loaders(
         training_loader(random_load, task.train, task.targets, len(task.labels.names), args),
@@ -307,6 +341,10 @@ def make_trainer(
         TooManyBadFiles: more than 10% of them cannot be read.
     """
     ledger = SkippedFiles(skipped_path, len(task.train) + len(task.evaluation) + len(task.test), shared=True)
+    if task.of_events:
+        task.evaluation, task.test = (
+            cut_into_windows(samples, loaders.final, ledger) for samples in (task.evaluation, task.test)
+        )
     # By the loader that reads the most of a file.
     task.evaluation = readable(task.evaluation, loaders.final, ledger, training_args.dataloader_num_workers)
     task.test = readable(task.test, loaders.final, ledger, training_args.dataloader_num_workers)
@@ -319,23 +357,35 @@ def make_trainer(
         args.draws_per_sample,
     )
     if training_args.metric_for_best_model == "auto":
-        training_args.metric_for_best_model = METRIC_NAMES[task.kind]
+        training_args.metric_for_best_model = task.metrics[0]
     metric = ClassificationMetric(config_name=task.kind, keep_in_memory=True)
-    return FinetuneTrainer(
+
+    def compute_metrics(outputs: EvalPrediction) -> dict[str, float]:
+        if task.of_events:
+            return trainer.evaluated.measure(outputs.predictions)
+        return metric.compute(predictions=outputs.predictions, references=outputs.label_ids.astype(np.int64))
+
+    trainer = FinetuneTrainer(
         model=model,
         args=training_args,
         train_dataset=draws,
-        eval_dataset=EvaluationSamples(task.evaluation, loaders.epoch, task.targets),
+        eval_dataset=evaluation_set(task, task.evaluation, loaders.epoch, model.config),
         data_collator=collate,
         processing_class=processor,
-        compute_metrics=lambda outputs: metric.compute(
-            predictions=outputs.predictions, references=outputs.label_ids.astype(np.int64)
-        ),
+        compute_metrics=compute_metrics,
         layer_decay=args.layer_decay,
         ledger=ledger,
         stop=StopRequest(),
         loader_timeout=args.loader_timeout,
     )
+    return trainer
+
+
+def evaluation_set(task: Task, samples: list[Any], load: Load, config: Any) -> EvaluationSamples | EvaluationWindows:
+    """`samples`, or windows of them, to evaluate on."""
+    if task.of_events:
+        return EvaluationWindows(samples, load, config)
+    return EvaluationSamples(samples, load, task.targets)
 
 
 def train(trainer: FinetuneTrainer, checkpoint: str | None) -> bool:
@@ -367,36 +417,37 @@ def readable(samples: list[Sample], load: Load, ledger: SkippedFiles, num_worker
 
 def evaluate(trainer: FinetuneTrainer, task: Task, load: Load, views_per_sample: int) -> dict[str, Any]:
     """What results.json holds: the final model's figures, how they came about, and the history."""
-    name = METRIC_NAMES[task.kind]
+    name, config = task.metrics[0], trainer.model.config
     history = [
-        {"epoch": entry["epoch"], **_measured(entry, "eval")}
+        {"epoch": entry["epoch"], **_measured(entry, "eval", task)}
         for entry in trainer.state.log_history
         if f"eval_{name}" in entry
     ]
     is_best = trainer.args.load_best_model_at_end
     results = {
         "metric": name,
-        "evaluation": _measured(trainer.evaluate(EvaluationSamples(task.evaluation, load, task.targets)), "eval"),
+        "evaluation": _measured(trainer.evaluate(evaluation_set(task, task.evaluation, load, config)), "eval", task),
         "evaluated_on": task.held_out,
         # A best epoch chosen on the very samples that it is measured on flatters itself: say so.
         "epoch": "the best, chosen on the same samples" if is_best else "the last",
         "views_per_sample": views_per_sample,
-        "samples": {"train": len(task.train), "evaluation": len(task.evaluation), "test": len(task.test)},
+        "samples": {
+            part: len({sample.path for sample in getattr(task, part)}) for part in ("train", "evaluation", "test")
+        },
         "classes": len(task.labels.names),
         "skipped_files": len(trainer.ledger.state_dict()),
         "skipped_steps": trainer.skip_non_finite.skipped_steps,
         "history": history,
     }
     if task.test:
-        test_samples = EvaluationSamples(task.test, load, task.targets)
-        results["test"] = _measured(trainer.evaluate(test_samples, metric_key_prefix="test"), "test")
+        test_set = evaluation_set(task, task.test, load, config)
+        results["test"] = _measured(trainer.evaluate(test_set, metric_key_prefix="test"), "test", task)
     return results
 
 
-def _measured(found: dict[str, float], prefix: str) -> dict[str, float]:
+def _measured(found: dict[str, float], prefix: str, task: Task) -> dict[str, float]:
     """Metrics and loss out of what the Trainer measured."""
-    names = (*METRIC_NAMES.values(), TOP5, "loss")
-    return {name: found[f"{prefix}_{name}"] for name in names if f"{prefix}_{name}" in found}
+    return {name: found[f"{prefix}_{name}"] for name in (*task.metrics, "loss") if f"{prefix}_{name}" in found}
 
 
 def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingArguments) -> dict[str, Any]:
@@ -420,7 +471,8 @@ def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[s
         "split": results["evaluated_on"],
         "note": note,
     }
-    run = run | {"seconds": round(seconds, 1), "results": {f"{modality} classification": measured}}
+    what = "sound event detection" if results["metric"] in EVENT_METRICS else f"{modality} classification"
+    run = run | {"seconds": round(seconds, 1), "results": {what: measured}}
     write_json(out / "results.json", results)
     write_json(out / "run.json", run)
     write_card(out, run)

@@ -1,5 +1,6 @@
 """Task of fine-tuning: the classes, and which samples train the classifier and which test it."""
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,22 +14,39 @@ from bridle_hf.data.folds import canonical_split, split_by_groups
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
+from bridle_hf.probing.event_metrics import EVENT_METRICS
+from bridle_hf.probing.metrics import METRIC_NAMES, TOP5
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Task:
-    """Who is to be told from whom: the classes, and the samples to train and to evaluate on."""
+    """Who is to be told from whom: the classes, and the samples to train and to evaluate on.
+
+    `of_events`: what sounds when is to be told, of recordings with strong labels.
+    """
 
     labels: Labels
     train: list[Sample]
     evaluation: list[Sample]
     test: list[Sample]
     held_out: str  # in words, for results.json
-    targets: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)  # by sample path
+    targets: dict[str, torch.Tensor] = field(repr=False, default_factory=dict)  # by sample path; none of events
+    of_events: bool = False
 
     @property
     def kind(self) -> str:
         return "multi_label" if self.labels.multi_label else "single_label"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured, the first of which a best epoch is chosen by."""
+        if self.of_events:
+            return EVENT_METRICS
+        more_than_5 = self.kind == "single_label" and len(self.labels.names) > 5
+        return (METRIC_NAMES[self.kind], *((TOP5,) if more_than_5 else ()))
 
     def describe(self) -> dict[str, int | str]:
         """What must be alike when a run is resumed: numbers, and hashes of names and labels, JSON-serialisable."""
@@ -40,7 +58,7 @@ class Task:
 
 def describe_samples(samples: list[Sample], name: str) -> dict[str, int | str]:
     """Their number, and hashes of names and labels, JSON-serialisable."""
-    labels = [repr(sample.label if sample.labels is None else sample.labels) for sample in samples]
+    labels = [repr(sample.events or (sample.label if sample.labels is None else sample.labels)) for sample in samples]
     return {
         f"number of {name} samples": len(samples),
         f"names of the {name} samples": hash_of_names([sample.path for sample in samples]),
@@ -56,6 +74,8 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     """
     samples = find_asked(args, config.modality, need_labels=True)
     train, evaluation, test, held_out = split_samples(samples, args, seed)
+    if any(sample.events is not None for sample in samples):
+        return _task_of_events(args, config, Task(_labels_of_events(train, args), train, evaluation, test, held_out))
     labels = Labels(train, args.label_order)
     labels.check_several(f"{args.data}: the training samples")
     if PartialState().is_main_process:
@@ -63,6 +83,33 @@ def make_task(args: FinetuneArguments, config: Any, seed: int) -> Task:
     task = Task(labels, train, evaluation, test, held_out)
     for part in (train, evaluation, test):
         task.targets |= {sample.path: target for sample, target in zip(part, labels.encode(part))}
+    return task
+
+
+def _labels_of_events(train: list[Sample], args: FinetuneArguments) -> Labels:
+    sounding = [sample for sample in train if sample.events]
+    if not sounding:
+        raise ValueError(f"{args.data}: no training sample has an event: fill onset, offset and {args.label_column}")
+    return Labels(sounding, args.label_order)
+
+
+def _task_of_events(args: FinetuneArguments, config: Any, task: Task) -> Task:
+    """Recordings in which nothing sounds are of the task, too."""
+    if config.modality != "audio":
+        raise ValueError(
+            f"{args.data}: strong labels are for audio, but --model {args.model} is for {config.modality}"
+        )
+    task.of_events = True
+    parts = {"training": task.train, f"evaluation ({task.held_out})": task.evaluation, "test": task.test}
+    for name, samples in parts.items():
+        if missing := [sample.path for sample in samples if sample.events is None]:
+            raise ValueError(f"{missing[0]} has no strong labels, and others have: give all an onset and an offset")
+        sounding = [sample for sample in samples if sample.events]
+        task.labels.encode(sounding)  # raises for a label that training has not
+        if PartialState().is_main_process and sounding:
+            count = sum(len(sample.events) for sample in sounding)
+            logger.info("%s: %d recordings, of which %d have %d events", name, len(samples), len(sounding), count)
+            task.labels.log({name: sounding})
     return task
 
 

@@ -210,7 +210,7 @@ class FinetuneTrainer(Trainer):
         return super()._prepare_inputs(inputs)
 
     def evaluate(self, eval_dataset: Dataset | None = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._evaluated = eval_dataset or self.eval_dataset
+        self.evaluated = eval_dataset or self.eval_dataset
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
@@ -221,15 +221,16 @@ class FinetuneTrainer(Trainer):
         """
         indices = inputs["index"].tolist()
         loss, scores, labels = self._predict(model, inputs, *args, **kwargs)
-        bad = (~torch.isfinite(scores).all(dim=-1)).tolist()
+        bad = (~torch.isfinite(scores).flatten(1).all(dim=1)).tolist()
         if any(bad):
-            files = [self._evaluated.samples[index].path for index, is_bad in zip(indices, bad) if is_bad]
+            files = [self.evaluated.samples[index].path for index, is_bad in zip(indices, bad) if is_bad]
             names = ", ".join(files)
             raise NonFiniteError(f"the classifier's output is not finite for {names}: lower --learning_rate")
         return loss, scores, labels
 
     def _predict(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple:
-        if "attention_mask" in inputs:
+        # Labels of time steps are for all of them.
+        if "attention_mask" in inputs and inputs["labels"].dim() < 3:
             return self._predict_by_length(model, inputs, *args, **kwargs)
         if "views" not in inputs:
             return super().prediction_step(model, inputs, *args, **kwargs)

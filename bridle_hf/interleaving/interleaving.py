@@ -1,8 +1,10 @@
 """Interleaving: encoder and tokenizer trained in turns, what each phase of a schedule sets up and its steps do."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +22,23 @@ from bridle_hf import (
     teacher_features,
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
+from bridle_hf.interleaving.code_cache import CodeCache
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks, kmeans_config
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
+from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
-from bridle_hf.modeling_bridle import BridleForPreTrainingOutput
+from bridle_hf.interleaving.teacher import Teacher
+from bridle_hf.masking_bridle import visible_patches
+from bridle_hf.modeling_bridle import BridleForPreTrainingOutput, BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
-from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions, mask_rows, take_patches
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 
 
+# What a tokenizer that the run did not train may have of its own.
+OF_FIRST_TOKENIZER = ("tokenizer_type", "teacher_hidden_size")
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
 # Of the moving average of a level's accuracy: a single batch should not let the next level in.
@@ -53,6 +61,12 @@ class Interleaving:
         encoder_ema: decay of a moving average of the encoder's weights; 0: none. The average is what a phase leaves:
             what is saved, teaches the tokenizer, and is gone on from; it teaches in `joint` and `alternate`, too.
         levels_join_at: masked accuracy of a level of codes at which the next one joins the loss; 0: all are in it.
+        tokenizer_from: a tokenizer of the same sizes but for its `teacher_hidden_size`, whose codes are predicted
+            until a phase trains a fresh one; a random projection if not given.
+        teacher: of the phases before the first that trains an encoder; from then on, and if it is not given, that is
+            the encoder.
+        code_cache: folder of a [`CodeCache`], which phases with a frozen tokenizer take codes from; its batches have
+            the samples' `fingerprint`.
 
     Raises:
         ValueError: as [`Sharding`].
@@ -76,6 +90,9 @@ class Interleaving:
         bucket_by_length: bool = True,
         encoder_ema: float = 0.0,
         levels_join_at: float = 0.0,
+        tokenizer_from: BridleTokenizerModel | None = None,
+        teacher: Teacher | None = None,
+        code_cache: Path | None = None,
     ):
         self.accelerator, self.schedule, self.seed = accelerator, schedule, seed
         self.encoder_config, self.tokenizer_config = encoder_config, tokenizer_config
@@ -85,6 +102,8 @@ class Interleaving:
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
         self.encoder_from, self.encoder_ema = encoder_from, encoder_ema
+        self.teacher = None if teacher is None else teacher.to(accelerator.device)
+        self.code_cache_folder, self.code_cache = code_cache, None
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.average: BridleForPreTraining | None = None
@@ -92,9 +111,14 @@ class Interleaving:
         # Levels in the loss, and a moving average of the masked accuracy of the last of them.
         self.levels, self.level_accuracy = 1 if levels_join_at else encoder_config.num_codebooks, 0.0
         self.tokenizer: nn.Module | None = None
+        if tokenizer_from is not None:
+            config = first_tokenizer_config(tokenizer_config, tokenizer_from.config)
+            self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+            start_from(self.tokenizer, tokenizer_from)
         self.teacher_mean: torch.Tensor | None = None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.plateau: Plateau | None = None
 
     # --- Phases ---
 
@@ -106,6 +130,7 @@ class Interleaving:
         """
         phase, trains_tokenizer = self.schedule.phases[number], self.schedule.trains_tokenizer(number)
         fresh = phase.start == "fresh"
+        self._dismiss_teacher(number)
         self.seed_step(self.schedule.starts[number])
         if self.average is not None:
             self.encoder, self.average = self.whole_models()[0], None
@@ -119,7 +144,7 @@ class Interleaving:
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
         if trains_tokenizer and (fresh or not self._is_distilled()):
-            self.tokenizer = self._build(BridleTokenizerModel, self.tokenizer_config, phase=number)
+            self.tokenizer = self._build(BridleTokenizerModel, self._new_tokenizer_config(), phase=number)
             self._initialize_codebooks(peek())
         if trains_tokenizer and self.tokenizer_config.center_teacher:
             self.teacher_mean = self._measure_teacher_mean(peek())
@@ -151,6 +176,8 @@ class Interleaving:
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
+        self.plateau = Plateau(self.accelerator, self.schedule, number) if phase.until else None
+        self.code_cache = self._open_code_cache() if phase.train == "encoder" else None
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
@@ -169,6 +196,22 @@ class Interleaving:
         average = self._build(BridleForPreTraining, self.encoder.config, phase=0).requires_grad_(False)
         average.load_state_dict(weights)
         return average.eval()
+
+    def _dismiss_teacher(self, number: int) -> None:
+        """Free the memory of a given teacher from the first phase on that trains an encoder."""
+        if number >= self.schedule.before_encoder:
+            self.teacher = None
+
+    def _new_tokenizer_config(self) -> BridleTokenizerConfig:
+        """That of a fresh tokenizer, as wide at its end as its teacher."""
+        if self.teacher is None:
+            return self.tokenizer_config
+        return taught_tokenizer_config(self.tokenizer_config, self.teacher)
+
+    def _open_code_cache(self) -> CodeCache | None:
+        if self.code_cache_folder is None or self.encoder.config.target != "codes":
+            return None
+        return CodeCache(self.code_cache_folder, self.tokenizer, self.accelerator.mixed_precision)
 
     def _encoder_config(self, target: str) -> BridleConfig:
         """That of an encoder which predicts `target`."""
@@ -276,7 +319,7 @@ class Interleaving:
             self.seed_step(step)
             self._place(sides, batch, part)
             with self.sharding.synchronized(trained, last=part is parts[-1]):
-                loss, metrics = self._losses(step, part, weight, sides, statistics)
+                loss, metrics = self._losses(step, batch, part, weight, sides, statistics)
                 self.accelerator.backward(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0) + value.detach()
@@ -293,12 +336,22 @@ class Interleaving:
             sums["encoder/levels"] = self._join_levels(sums["encoder/accuracy"])
         if statistics:
             self.seed_step(step)
-            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(statistics, sample_order(parts))
+            sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(
+                statistics, sample_order(parts, kept=True)
+            )
         return sums | norms
+
+    def is_over(self, step: int, metrics: dict[str, torch.Tensor]) -> bool:
+        """Whether the phase ends with step `step`, which gave `metrics`; by evidence, the schedule then has it so."""
+        number = self.schedule.phase_number(step)
+        if self.plateau is not None and self.plateau.update(step + 1, metrics):
+            self.schedule.end_phase(number, step + 1)
+        return step + 1 == self.schedule.starts[number] + self.schedule.lengths[number]
 
     def _losses(
         self,
         step: int,
+        batch: dict[str, Any],
         part: MicroBatch,
         weights: torch.Tensor,
         sides: tuple[bool, bool],
@@ -310,21 +363,23 @@ class Interleaving:
         phase = self.schedule.phases[self.schedule.phase_number(step)]
         with self.accelerator.autocast():
             # First: with gradient checkpointing, the encoder's layers run again in the mode that they are left in.
-            teacher = self._teacher(inputs, attention_mask) if sides[1] else None
+            teacher = self._teacher(part, **part.dropout) if sides[1] else None
             if sides[0]:
-                labels = self._labels(inputs, attention_mask)
+                labels, cached = self._labels(batch, part)
                 self.encoder.train()
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
                 numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
                 output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
                 metrics |= self._encoder_losses(output, weights)
                 loss = loss + metrics["encoder/loss"]
+                if cached is not None:
+                    metrics |= {"codes/cached": torch.tensor(cached, device=inputs.device)}
                 if output.accuracy is not None:
                     metrics |= {"encoder/accuracy": output.accuracy * weights[0]}
                     counts = self._count(labels, part)
             if sides[1]:
                 self.tokenizer.train()
-                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher)
+                output = self.tokenizer(inputs, attention_mask, teacher_hidden_states=teacher, **part.dropout)
                 weight = phase.tokenizer_loss_weight if phase.train == "joint" else 1.0
                 loss = loss + output.loss * weights[1] * weight
                 metrics |= {
@@ -346,22 +401,49 @@ class Interleaving:
         return {"encoder/loss": total, "encoder/visible_loss": output.visible_loss * weights[2]}
 
     @torch.no_grad()
-    def _labels(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """What the encoder is to predict of each patch."""
+    def _labels(self, batch: dict[str, Any], part: MicroBatch) -> tuple[torch.Tensor, float | None]:
+        """What the encoder is to predict of each patch; with a code cache, also the share of the batch's samples that
+        are of this part and whose codes were in it."""
+        inputs, attention_mask = part.inputs, part.attention_mask
         tokenizer, target = self.unwrapped_tokenizer, self.unwrapped_encoder.config.target
         if target == "patches":
-            return target_patches(inputs, attention_mask, self.tokenizer_config)
+            return target_patches(inputs, attention_mask, self.tokenizer_config), None
         if target == "features":
-            return tokenizer.eval().latents(inputs, attention_mask)
-        return tokenizer.encode(inputs, attention_mask, soft=True)
+            return tokenizer.eval().latents(inputs, attention_mask), None
+        if self.code_cache is None:
+            return tokenizer.encode(inputs, attention_mask, soft=True), None
+        indices, fingerprints = (batch[name][part.samples].tolist() for name in ("index", "fingerprint"))
+        codes = self.code_cache.read(indices, fingerprints)
+        if codes is not None:
+            # Of a part that is cut, the grid's first patches.
+            codes = codes[:, : part.bool_masked_pos.shape[-1]]
+            return codes.to(inputs.device, non_blocking=True), len(indices) / len(batch["index"])
+        # One that is missing: all are made, so that the tokenizer sees the same batches as without a cache.
+        codes = tokenizer.encode(inputs, attention_mask, soft=True)
+        self.code_cache.write(indices, fingerprints, codes)
+        return codes, 0.0
 
-    def _teacher(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        encoder = self.lasting_encoder.bridle.eval()
-        teacher = teacher_features(encoder, inputs, attention_mask, self.tokenizer_config.teacher_layers)
+    def _teacher(self, part: MicroBatch, **dropout: Any) -> torch.Tensor:
+        """(samples, patches, hidden); with [`MicroBatch.dropout`], of the patches that are kept."""
+        layers, inputs = self.tokenizer_config.teacher_layers, (part.inputs, part.attention_mask)
+        patches = None
+        if dropout:
+            kept = mask_rows(~part.bool_dropped_pos, part.real(self.encoder_config))
+            patches, _ = visible_patches(kept, dropout["num_visible"])
+        if self.teacher is None:
+            teacher = teacher_features(self.lasting_encoder.bridle.eval(), *inputs, layers, **dropout)
+        else:
+            teacher = self.teacher(*inputs, layers)
+            teacher = teacher if patches is None else take_patches(teacher, patches)
         if self.teacher_mean is None:
             return teacher
         # Row-major order: fewer steps along the first axis are a prefix.
-        return teacher - self.teacher_mean[: teacher.shape[1]].to(teacher)
+        return teacher - self.teacher_mean[slice(0, teacher.shape[1]) if patches is None else patches].to(teacher)
+
+    def teach(self, encoder: BridleForPreTraining) -> Callable[..., torch.Tensor]:
+        """What makes the features that the tokenizer learns, of inputs, attention mask and layers: a given teacher, or
+        `encoder`."""
+        return self.teacher or functools.partial(teacher_features, encoder.bridle.eval())
 
     def _measure_teacher_mean(self, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
         """(patches, hidden) float64: the teacher's mean at each position over the batches that the phase begins with.
@@ -369,12 +451,12 @@ class Interleaving:
         The same for any number of processes and micro batches.
         """
         self.teacher_mean, self.encoder = None, self.whole_models()[0]
-        shape = math.prod(self.encoder_config.patch_grid), self.encoder_config.hidden_size
+        shape = math.prod(self.encoder_config.patch_grid), self.unwrapped_tokenizer.config.teacher_hidden_size
         total = torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
         count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
         for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
             for part in self._micro_batches(batch):
-                teacher, real = self._teacher(part.inputs, part.attention_mask), part.real(self.encoder_config)
+                teacher, real = self._teacher(part), part.real(self.encoder_config)
                 weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
                 patches = teacher.shape[1]
                 total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)
@@ -481,17 +563,18 @@ class Interleaving:
             },
             "levels": [self.levels, self.level_accuracy],
             "target": self.unwrapped_encoder.config.target,
-            "tokenizer_type": self.unwrapped_tokenizer.config.tokenizer_type,
+            **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
+            "lengths": list(self.schedule.lengths),
+            "plateau": self.plateau and self.plateau.state_dict(),
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
-        configs = {"random_projection": self.random_projection_config, "kmeans": self.kmeans_config}
-        make_config = configs.get(state["tokenizer_type"], lambda: self.tokenizer_config)
-        self.tokenizer = self._build(BridleTokenizerModel, make_config(), phase=0)
+        self.schedule.lengths = list(state.get("lengths", self.schedule.lengths))
+        self.tokenizer = self._build(BridleTokenizerModel, self._saved_tokenizer_config(state), phase=0)
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
@@ -505,23 +588,42 @@ class Interleaving:
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:
             self.average = None
+            self._dismiss_teacher(self.schedule.phase_number(step))
             self.prepare(self.schedule.phase_number(step), average)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
+            if self.plateau is not None:
+                self.plateau.load_state_dict(state["plateau"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
 
+    def _saved_tokenizer_config(self, state: dict[str, Any]) -> BridleTokenizerConfig:
+        if state["tokenizer_type"] == "kmeans":
+            return self.kmeans_config()
+        fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
+        return BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
 
-def start_from(encoder: BridleModel, source: BridleModel) -> None:
-    """Give `encoder` the weights of an encoder of the same sizes; a table of positions goes to its grid: cut where it
-    has fewer steps of time, else interpolated."""
-    weights, table, grid = source.state_dict(), "embeddings.positions.table", encoder.config.patch_grid
-    if table in weights:
-        own = source.config.patch_grid
-        cut = encoder.config.modality == "audio" and grid[1:] == own[1:] and grid[0] <= own[0]
-        weights[table] = source.embeddings.positions(grid, interpolate=not cut)[0]
-    encoder.load_state_dict(weights)
+
+def first_tokenizer_config(config: BridleTokenizerConfig, given: BridleTokenizerConfig) -> BridleTokenizerConfig:
+    """That of a `given` tokenizer on the grid of the run, whose own tokenizers are of `config`."""
+    return BridleTokenizerConfig.from_dict(
+        config.to_dict() | {name: getattr(given, name) for name in OF_FIRST_TOKENIZER}
+    )
+
+
+def taught_tokenizer_config(config: BridleTokenizerConfig, teacher: Teacher) -> BridleTokenizerConfig:
+    """That of a tokenizer which estimates the features of a given teacher."""
+    return BridleTokenizerConfig.from_dict(config.to_dict() | {"teacher_hidden_size": teacher.hidden_size})
+
+
+def start_from(model: BridlePreTrainedModel, source: BridlePreTrainedModel) -> None:
+    """Give `model` the weights of one of the same sizes; tables of positions go to its grid."""
+    weights = source.state_dict()
+    for name, positions in source.named_modules():
+        if isinstance(positions, BridlePositions) and positions.stored:
+            weights[f"{name}.table"] = positions(model.config.patch_grid, interpolate=True)[0]
+    model.load_state_dict(weights)
 
 
 def _mix(*numbers: int) -> int:

@@ -22,8 +22,10 @@ class MicroBatch:
         attention_mask: (samples, frames) of audio, or `None` where no patch is padding.
         bool_masked_pos: (samples, patches), or (samples, masks, patches), True = hidden.
         bool_decoded_pos: of the same shape, True = hidden and decoded; `None`: all that are hidden.
+        bool_dropped_pos: (samples, patches), True = left out where a tokenizer is trained; `None`: none are.
         samples: which samples of this process's batch these are.
         num_real: of each, how many of its patches are no padding.
+        num_kept: of each, how many of those are not dropped.
         all_decoded, all_visible: how many patches are decoded, and left visible, of all masks.
         num_visible, num_decoded: patches that each mask leaves visible, and that are decoded of each, where all masks
             are alike; else `None`.
@@ -33,8 +35,10 @@ class MicroBatch:
     attention_mask: torch.Tensor | None
     bool_masked_pos: torch.Tensor
     bool_decoded_pos: torch.Tensor | None
+    bool_dropped_pos: torch.Tensor | None
     samples: list[int]
     num_real: list[int]
+    num_kept: list[int]
     all_decoded: int
     all_visible: int
     num_visible: int | None
@@ -48,6 +52,13 @@ class MicroBatch:
     def num_patches(self) -> int:
         """Patches of all samples, padding included."""
         return len(self.inputs) * self.bool_masked_pos.shape[-1]
+
+    @property
+    def dropout(self) -> dict[str, Any]:
+        """What teacher and tokenizer are told of the patches that are left out, by name of the argument."""
+        if self.bool_dropped_pos is None:
+            return {}
+        return {"bool_masked_pos": self.bool_dropped_pos, "num_visible": _equal_number(self.num_kept)}
 
     def real(self, config: BridleConfig) -> torch.Tensor | None:
         """(samples, patches) bool, which patches are real, or `None` where all are."""
@@ -107,9 +118,9 @@ def _micro_batch(
     inputs, attention_mask = cut_inputs(
         batch[INPUT_NAMES[config.modality]], batch.get("attention_mask"), samples, num_real, patches, config
     )
-    masked, decoded = (
+    masked, decoded, dropped = (
         None if masks is None else masks[samples, ..., :patches]
-        for masks in (batch["bool_masked_pos"], batch.get("bool_decoded_pos"))
+        for masks in (batch["bool_masked_pos"], batch.get("bool_decoded_pos"), batch.get("bool_dropped_pos"))
     )
     real = torch.arange(patches) < torch.tensor(num_real)[:, None]
     counted = masked.bool() if decoded is None else masked.bool() & decoded.bool()
@@ -117,10 +128,11 @@ def _micro_batch(
     return MicroBatch(
         *(
             None if tensor is None else tensor.to(device, non_blocking=True)
-            for tensor in (inputs, attention_mask, masked, decoded)
+            for tensor in (inputs, attention_mask, masked, decoded, dropped)
         ),
         samples=samples,
         num_real=num_real,
+        num_kept=num_real if dropped is None else (real & ~dropped).sum(dim=1).tolist(),
         all_decoded=sum(counted),
         all_visible=sum(visible),
         num_visible=_equal_number(visible),
@@ -133,13 +145,13 @@ def _equal_number(numbers: list[int]) -> int | None:
     return (numbers[0] or None) if len(set(numbers)) == 1 else None
 
 
-def sample_order(parts: list[MicroBatch]) -> torch.Tensor | None:
-    """(real patches,) int64: what brings the real patches of all parts into the order of the batch's samples; `None`
-    where they are."""
+def sample_order(parts: list[MicroBatch], kept: bool = False) -> torch.Tensor | None:
+    """(real patches,) int64: what brings the real patches of all parts, or those that are `kept`, into the order of
+    the batch's samples; `None` where they are."""
     samples = [sample for part in parts for sample in part.samples]
     if samples == sorted(samples):
         return None
-    num_real = torch.tensor([number for part in parts for number in part.num_real])
+    num_real = torch.tensor([number for part in parts for number in (part.num_kept if kept else part.num_real)])
     order = torch.tensor(samples).repeat_interleave(num_real).argsort(stable=True)
     return order.to(parts[0].inputs.device, non_blocking=True)
 
@@ -148,14 +160,16 @@ def shares(parts: list[MicroBatch], accelerator: Accelerator) -> tuple[torch.Ten
     """What each of the micro batches holds of all processes' batch, and how much of that is padding.
 
     Returns:
-        (micro batches, 3): shares of the decoded, the real and the visible patches, times the number of processes,
+        (micro batches, 3): shares of the decoded, the kept and the visible patches, times the number of processes,
         because gradients are averaged over them. And metrics: `input/padding`, the share of the patches that is
         padding, and `input/patches`, how many a sample has, padding included.
     """
     counts = [
-        [part.all_decoded, sum(part.num_real), part.all_visible, part.num_patches, len(part.samples)] for part in parts
-    ]
+        [part.all_decoded, sum(part.num_kept), part.all_visible, sum(part.num_real), part.num_patches,
+         len(part.samples)]
+        for part in parts
+    ]  # fmt: skip
     counts = torch.tensor(counts, dtype=torch.float32, device=accelerator.device)
-    _, real, _, patches, samples = total = accelerator.reduce(counts.sum(dim=0), "sum")
+    _, _, _, real, patches, samples = total = accelerator.reduce(counts.sum(dim=0), "sum")
     metrics = {"input/padding": 1 - real / patches, "input/patches": patches / samples}
     return counts[:, :3] * accelerator.num_processes / total[:3], metrics

@@ -1,7 +1,8 @@
 """Schedule of a run as one state machine: which phases there are, and what follows from a step's number.
 
-The only state of a schedule is the number of optimizer steps done; phase, learning rates and what is trained follow
-from it. So a run resumes from a step number, and a schedule is data (`phases` of a recipe):
+Phase, learning rates and what is trained follow from the number of optimizer steps done and, where phases may end by
+evidence (`until`), from the lengths of those that did. So a run resumes from a step number and these lengths, and a
+schedule is data (`phases` of a recipe):
 
     phases:
       - {train: encoder, epochs: 140, warmup_epochs: 10, learning_rate: 5.0e-4}   # iteration 0: random projection
@@ -10,6 +11,7 @@ from it. So a run resumes from a step number, and a schedule is data (`phases` o
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +29,9 @@ class Phase:
         steps or epochs, warmup_steps or warmup_epochs: length and linear warm-up; a cosine follows, down to 0.
         learning_rate: of the encoder, or of the tokenizer where that alone is trained.
         tokenizer_learning_rate: of the tokenizer in `alternate` and `joint`; `learning_rate` if not given.
+        until: of a phase that trains the encoder alone, as {accuracy_gain: 0.001, over: 2000}: it ends early, when the
+            masked accuracy has risen by less than `accuracy_gain` over `over` steps, see [`Plateau`]. Learning rates
+            stay those of the full length.
         start: `fresh` (what the phase trains starts anew) or `continue` (from what the phases before left).
         target: what the encoder of this phase predicts (`BridleConfig.target`); that of the recipe if not given.
     """
@@ -38,6 +43,7 @@ class Phase:
     warmup_epochs: float = 0.0
     learning_rate: float = 5e-4
     tokenizer_learning_rate: float | None = None
+    until: dict[str, float] | None = None
     start: str = "fresh"
     target: str | None = None
     switch_every: int = 100
@@ -63,7 +69,7 @@ class Phase:
             )
         for item in fields(cls):
             value = entry.get(item.name, item.default)
-            if item.name in ("train", "start", "target") or value is item.default:
+            if item.name in ("train", "until", "start", "target") or value is item.default:
                 continue
             kinds = int if item.type is int else (int, float)
             # Beyond this, a length is no longer exact as a float.
@@ -77,6 +83,8 @@ class Phase:
             raise ValueError(f"phases[{number}]: target is {phase.target!r}: codes, patches or features")
         if phase.target and not (phase.trains_encoder and phase.start == "fresh"):
             raise ValueError(f"phases[{number}]: target is for phases that train an encoder, with start: fresh")
+        if phase.until is not None:
+            _check_until(number, phase)
         if (phase.steps > 0) == (phase.epochs > 0):
             raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
         if min(phase.switch_every, phase.tokenizer_every) < 1:
@@ -92,13 +100,28 @@ class Phase:
         return self.train != "encoder"
 
 
+def _check_until(number: int, phase: Phase) -> None:
+    until = phase.until
+    if not isinstance(until, dict) or set(until) != {"accuracy_gain", "over"}:
+        raise ValueError(f"phases[{number}]: until is {until!r}: expected {{accuracy_gain: 0.001, over: 2000}}")
+    gain, over = until["accuracy_gain"], until["over"]
+    if isinstance(gain, bool) or not isinstance(gain, int | float) or not 0 < gain < 1:
+        raise ValueError(f"phases[{number}]: until.accuracy_gain is {gain!r}, expected a number over 0 and under 1")
+    if isinstance(over, bool) or not isinstance(over, int) or not 1 <= over < 1e15:
+        raise ValueError(f"phases[{number}]: until.over is {over!r}, expected a whole number of steps, 1 or more")
+    if phase.train != "encoder" or phase.target in ("patches", "features"):
+        raise ValueError(f"phases[{number}]: until is for phases of train: encoder, with target: codes")
+
+
 class Schedule:
     """Phases with their lengths settled; everything is a function of the optimizer step.
+
+    A phase that ends by evidence changes `lengths`, and with it all that follows from it: [`Schedule.end_phase`].
 
     Args:
         entries: the `phases` of a recipe.
         steps_per_epoch: optimizer steps that one pass over the data takes (need not be whole).
-        scale: factor on every phase's length and warm-up.
+        scale: factor on every phase's length and warm-up, and on `until.over`.
         kmeans: the tokenizer is not trained but fitted to the encoder, at the start of every phase but the first, and,
             in `alternate`, again every `switch_every` steps.
 
@@ -125,14 +148,33 @@ class Schedule:
 
         self.lengths = [max(1, settle(phase.steps, phase.epochs)) for phase in self.phases]
         self.warmups = [settle(phase.warmup_steps, phase.warmup_epochs) for phase in self.phases]
-        self.starts = [sum(self.lengths[:number]) for number in range(len(self.phases))]
-        self.total_steps = sum(self.lengths)
+        # What learning rates follow, whenever a phase ends.
+        self.full_lengths = tuple(self.lengths)
+        self.windows = [phase.until and max(1, settle(phase.until["over"], 0)) for phase in self.phases]
+
+    @property
+    def starts(self) -> list[int]:
+        """First step of each phase."""
+        return [0, *itertools.accumulate(self.lengths[:-1])]
+
+    @property
+    def total_steps(self) -> int:
+        return sum(self.lengths)
+
+    def end_phase(self, number: int, done: int) -> None:
+        """Let phase `number` be over after `done` steps of the run; those after it move up."""
+        self.lengths[number] = done - self.starts[number]
 
     def phase_number(self, step: int) -> int:
         """The phase that optimizer step `step` (from 0) belongs to."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} lies outside of the schedule's {self.total_steps} steps")
         return max(number for number, start in enumerate(self.starts) if start <= step)
+
+    @property
+    def before_encoder(self) -> int:
+        """How many phases come before the first that trains an encoder: a given teacher teaches in these."""
+        return next((number for number, phase in enumerate(self.phases) if phase.trains_encoder), len(self.phases))
 
     def iteration(self, number: int) -> int:
         """How many tokenizers have been distilled, or fitted, up to and with phase `number`."""
@@ -165,10 +207,12 @@ class Schedule:
         return offset == 0 or (phase.train == "alternate" and offset % phase.switch_every == 0)
 
     def learning_rates(self, step: int) -> tuple[float, float]:
-        """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase."""
+        """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase,
+        had it its full length."""
         number = self.phase_number(step)
         phase, offset = self.phases[number], step - self.starts[number]
-        length, warmup = self.lengths[number], min(self.warmups[number], self.lengths[number])
+        length = self.full_lengths[number]
+        warmup = min(self.warmups[number], length)
         if offset < warmup:
             factor = (offset + 1) / warmup
         else:
@@ -179,8 +223,14 @@ class Schedule:
         return factor * phase.learning_rate, factor * tokenizer_rate
 
     def describe(self) -> list[dict[str, Any]]:
-        """Kind, iteration and steps of each phase, JSON-serialisable."""
+        """Kind, iteration and steps of each phase, also those of its full length, JSON-serialisable."""
         return [
-            {"kind": phase.train, "iteration": self.iteration(number), "steps": length, "spec": asdict(phase)}
-            for number, (phase, length) in enumerate(zip(self.phases, self.lengths))
+            {
+                "kind": phase.train,
+                "iteration": self.iteration(number),
+                "steps": self.lengths[number],
+                "full_steps": self.full_lengths[number],
+                "spec": asdict(phase),
+            }
+            for number, phase in enumerate(self.phases)
         ]

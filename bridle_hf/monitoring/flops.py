@@ -22,7 +22,7 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.configuration_bridle import BridleEncoderConfig
 from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.masking_bridle import make_mask
+from bridle_hf.masking_bridle import draw_share, make_mask
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ def sample_flops(
     visible: int,
     distilled: bool,
     masks_per_sample: int = 1,
+    kept: int | None = None,
 ) -> dict[str, int]:
     """FLOPs of one sample in one optimizer step, by part.
 
@@ -49,6 +50,7 @@ def sample_flops(
         sides: whether encoder and tokenizer are trained (see `Schedule.sides`).
         visible: patches that the mask leaves to the encoder, see `num_visible_patches`.
         masks_per_sample: how often the encoder and its decoder see a sample, each time under another mask.
+        kept: patches that the training of a tokenizer sees; `None`: all.
         distilled: codes come from a tokenizer that is distilled, or fitted, not from iteration 0's projection.
 
     Returns:
@@ -59,17 +61,19 @@ def sample_flops(
     if sides[0]:
         parts["encoder"] = _encoder(encoder, visible, train=True, rows=masks_per_sample)
         parts["decoder"] = FORWARD_AND_BACKWARD * masks_per_sample * _decoder(encoder, visible)
+        patches = math.prod(tokenizer.patch_grid)
         if distilled and tokenizer.tokenizer_type == "kmeans":
             codes = kmeans_config(encoder, tokenizer)
-            parts["codes"] = _encoder(codes, math.prod(codes.patch_grid), train=False) + _lookup(codes)
+            parts["codes"] = _encoder(codes, patches, train=False) + _lookup(codes, patches)
         else:
-            parts["codes"] = _latents(tokenizer, distilled, train=False) + _lookup(tokenizer)
+            parts["codes"] = _latents(tokenizer, patches, distilled, train=False) + _lookup(tokenizer, patches)
     if sides[1]:
-        parts["teacher"] = _encoder(encoder, math.prod(encoder.patch_grid), train=False)
+        kept = kept or math.prod(encoder.patch_grid)
+        parts["teacher"] = _encoder(encoder, kept, train=False)
         # Codes that move within the chain are looked up once more when they do.
         lookups = 2 if tokenizer.moves_codes_within_chain else 1
-        parts["tokenizer"] = _latents(tokenizer, distilled=True, train=True) + lookups * _lookup(tokenizer)
-        parts["estimator"] = FORWARD_AND_BACKWARD * _estimator(tokenizer)
+        parts["tokenizer"] = _latents(tokenizer, kept, distilled=True, train=True) + lookups * _lookup(tokenizer, kept)
+        parts["estimator"] = FORWARD_AND_BACKWARD * _estimator(tokenizer, kept)
     return parts
 
 
@@ -117,22 +121,21 @@ def _decoder(config: BridleConfig, visible: int) -> int:
     return _linear(read, config.hidden_size, width) + depth * layer + head
 
 
-def _latents(config: BridleTokenizerConfig, distilled: bool, train: bool) -> int:
+def _latents(config: BridleTokenizerConfig, patches: int, distilled: bool, train: bool) -> int:
     """From patches to what is quantized."""
-    patches, width = math.prod(config.patch_grid), config.hidden_size
+    width = config.hidden_size
     if not distilled:
         return _linear(patches, config.patch_dim, width) + _linear(patches, width, config.code_dim)
     projection = _linear(patches, width, width) + _linear(patches, width, config.code_dim)
     return _encoder(config, patches, train) + (FORWARD_AND_BACKWARD if train else 1) * projection
 
 
-def _lookup(config: BridleTokenizerConfig) -> int:
-    patches = math.prod(config.patch_grid)
+def _lookup(config: BridleTokenizerConfig, patches: int) -> int:
     return config.num_codebooks * _linear(patches, config.code_dim, config.codebook_size)
 
 
-def _estimator(config: BridleTokenizerConfig) -> int:
-    patches, width = math.prod(config.patch_grid), config.estimator_hidden_size
+def _estimator(config: BridleTokenizerConfig, patches: int) -> int:
+    width = config.estimator_hidden_size
     layer = _layer(patches, width, config.estimator_intermediate_size)
     ends = _linear(patches, config.code_dim, width) + _linear(patches, width, config.teacher_hidden_size)
     return config.estimator_num_hidden_layers * layer + ends
@@ -169,7 +172,10 @@ class ScheduleFlops:
     """FLOPs per sample over the steps of a schedule.
 
     Args:
-        masks, masks_per_sample: as in a recipe.
+        masks, masks_per_sample, tokenizer_patch_dropout: as in a recipe.
+        first_tokenizer: that of the phases before one trains another; the random projection if not given.
+        teacher_flops: of one sample, by a teacher of the phases before the first that trains an encoder, which
+            `first_tokenizer` then learns from; that is the encoder if not given.
     """
 
     def __init__(
@@ -179,10 +185,15 @@ class ScheduleFlops:
         tokenizer: BridleTokenizerConfig,
         masks: dict[str, float],
         masks_per_sample: int = 1,
+        tokenizer_patch_dropout: float = 0.0,
+        first_tokenizer: BridleTokenizerConfig | None = None,
+        teacher_flops: int | None = None,
     ):
-        self.masks_per_sample = masks_per_sample
+        self.masks_per_sample, self.first_tokenizer = masks_per_sample, first_tokenizer
+        self.teacher_flops = teacher_flops
         self.schedule, self.configs, self.visible = schedule, (encoder, tokenizer), num_visible_patches(encoder, masks)
         self.patches = math.prod(encoder.patch_grid)
+        self.kept = int(draw_share(torch.ones(1, self.patches, dtype=torch.bool), 1 - tokenizer_patch_dropout).sum())
         self.of_phases = [self._mean(number) for number in range(len(schedule.phases))]
 
     def share(self, patches: float) -> float:
@@ -191,8 +202,16 @@ class ScheduleFlops:
 
     def parts(self, number: int, sides: tuple[bool, bool]) -> dict[str, int]:
         """[`sample_flops`] of a step of phase `number` that trains `sides`."""
-        distilled = self.schedule.iteration(number) > 0
-        return sample_flops(*self.configs, sides, self.visible, distilled, self.masks_per_sample)
+        (encoder, tokenizer), distilled = self.configs, self.schedule.iteration(number) > 0
+        taught = self.teacher_flops is not None and number < self.schedule.before_encoder
+        if self.first_tokenizer is not None and (taught or not distilled):
+            tokenizer, distilled = self.first_tokenizer, self.first_tokenizer.tokenizer_type == "self_distilled"
+        parts = sample_flops(encoder, tokenizer, sides, self.visible, distilled, self.masks_per_sample, self.kept)
+        return parts | {"teacher": self.teacher_flops} if taught else parts
+
+    def codes(self, number: int) -> int:
+        """FLOPs that a sample of phase `number`, which trains an encoder, does not take if its codes are cached."""
+        return self.parts(number, (True, False))["codes"]
 
     def of_step(self, step: int) -> int:
         """FLOPs of one sample at optimizer step `step` (from 0)."""

@@ -109,12 +109,15 @@ class Monitor:
         row |= {"samples": step * self.global_batch_size}
         row |= {"samples_per_second": round(self.steps * self.global_batch_size / seconds, 2)}
         row |= {"data_wait_share": round(self.waited / seconds, 4), "skipped_steps": skipped_steps}
-        speed = self.operations / seconds * self.flops.share(means.get("input/patches", self.flops.patches))
+        cached = means.get("codes/cached", 0) * self.steps * self.global_batch_size
+        operations = self.operations - (cached and cached * self.flops.codes(position["phase"]))
+        speed = operations / seconds * self.flops.share(means.get("input/patches", self.flops.patches))
         row |= {"flops_per_second": _shortened(speed), "mfu": _shortened(speed / self.peak)}
         row |= {"memory_gib": _shortened(peak_memory(self.accelerator.device) / 2**30)}
         row |= means | {f"{side}/lr": rate for side, rate in rates.items() if side in sides}
         if self.log is not None:
             self.log.write(row)
+            self.bar.total = self.flops.schedule.total_steps  # fewer, where a phase has ended early
             self.bar.set_description(f"{position['kind']} {position['iteration']}", refresh=False)
             self.bar.set_postfix_str(_shown(row, self.seconds_left()), refresh=False)
         if self.accelerator.trackers:

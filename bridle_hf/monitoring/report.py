@@ -153,7 +153,8 @@ def _phase_table(phases: Sequence[LoggedPhase], run: dict[str, Any]) -> dict[str
     for phase in phases:
         steps = f"{phase.end - phase.start:,}"
         if phase.number < len(planned):
-            steps += f" of {planned[phase.number]['steps']:,}"
+            own = planned[phase.number]
+            steps += f" of {own.get('full_steps', own['steps']):,}"
         finals = [_final(phase.rows, key) for key in keys.values()]
         table.append([str(phase.number), phase.kind, str(phase.iteration), steps, *finals])
     return {"columns": ["phase", "trains", "iteration", "steps", *keys], "rows": table}

@@ -43,6 +43,12 @@ class PretrainArguments:
             "help": "folder or Hub id of an encoder: a fresh encoder has its sizes, and starts from its weights"
         },
     )
+    tokenizer_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "folder or Hub id of a tokenizer: its codes are predicted until a phase trains a fresh tokenizer"
+        },
+    )
     processor: YamlMapping = field(default_factory=dict, metadata={"help": "fields of the modality's processor"})
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "fields of the modality's loader: {flip: false}, {stride: 4}"}
@@ -55,6 +61,14 @@ class PretrainArguments:
     )
     masks_per_sample: int = field(
         default=1, metadata={"help": "masks of each sample that is read and tokenized, each a row of the encoder"}
+    )
+    tokenizer_patch_dropout: float = field(
+        default=0.0,
+        metadata={"help": "share of a sample's patches that teacher, tokenizer and estimator leave out in training"},
+    )
+    code_cache: bool = field(
+        default=False,
+        metadata={"help": "keep a frozen tokenizer's codes in OUT/codes, and take them from there where crops repeat"},
     )
     compile: bool = field(
         default=False, metadata={"help": "compile the layers: minutes at the start of each phase, then faster steps"}
@@ -133,7 +147,7 @@ class PretrainArguments:
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
-            "masks_per_sample": (1, 1e4), "mixture": (0, 1),
+            "masks_per_sample": (1, 1e4), "tokenizer_patch_dropout": (0, 0.99), "mixture": (0, 1),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
@@ -151,6 +165,8 @@ class PretrainArguments:
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
         if self.mixture and self.modality != "audio":
             raise ValueError("--mixture is for audio: sounds add up, pictures hide each other")
+        if self.code_cache and self.augment:
+            raise ValueError("--code_cache is for crops that repeat: with --augment none does; leave one of them out")
         if self.measure_normalization and self.modality != "audio":
             raise ValueError("--measure_normalization is for audio: give processor.image_mean and image_std instead")
 

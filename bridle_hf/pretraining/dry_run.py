@@ -51,7 +51,8 @@ def dry_run(args: PretrainArguments) -> list[str]:
         ValueError: as the run itself would.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = start(dataclasses.replace(args, output_dir=folder, resume=False, overwrite=False, tracker="none"))
+        run = start(dataclasses.replace(args, output_dir=folder, resume=False, overwrite=False, tracker="none",
+                                        code_cache=False))  # fmt: skip
         began = time.monotonic()
         batch = next(run.peek(0))
         reading = time.monotonic() - began

@@ -2,14 +2,14 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bridle_hf import BridleForPreTraining, BridleTokenizerModel, teacher_features
+from bridle_hf import BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.common.files import write_figure
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import Sample
@@ -32,12 +32,12 @@ PROBE_POOLING = "mean_std"
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: BridleTokenizerModel, encoder: BridleForPreTraining, batches: Iterable[dict[str, Any]]
+    tokenizer: BridleTokenizerModel, teach: Callable[..., torch.Tensor], batches: Iterable[dict[str, Any]]
 ) -> dict[str, Any]:
     """How a tokenizer, not moving, codes `batches`.
 
     Args:
-        encoder: the teacher whose features the codes are held against.
+        teach: makes the features that the codes are held against, of inputs, attention mask and layers.
         batches: of model inputs, with the names of their `files`.
 
     Returns:
@@ -45,9 +45,9 @@ def evaluate_tokenizer(
         teacher's variance that a linear map of the codes up to that level explains; and `clips`, how many there were.
 
     Raises:
-        NonFiniteError: the encoder's features are not: names the files.
+        NonFiniteError: the teacher's features are not: names the files.
     """
-    tokenizer, encoder = tokenizer.eval(), encoder.eval()
+    tokenizer = tokenizer.eval()
     counts: torch.Tensor | float = 0.0
     errors, codes, teachers, reals, clips = [], [], [], [], 0
     for batch in batches:
@@ -57,8 +57,8 @@ def evaluate_tokenizer(
         errors.append(output.usage.quantization_error * len(inputs))
         if clips < CLIPS_FOR_VARIANCE:
             layers = tokenizer.config.teacher_layers
-            teachers.append(teacher_features(encoder.bridle, inputs, mask, layers).float().cpu())
-            check_finite(teachers[-1], batch["files"], "the encoder's features")
+            teachers.append(teach(inputs, mask, layers).float().cpu())
+            check_finite(teachers[-1], batch["files"], "the teacher's features")
             codes.append(output.codes.cpu())
             real = torch.ones(output.codes.shape[:2]) if mask is None else patch_attention_mask(mask, tokenizer.config)
             reals.append(real.bool().cpu())

@@ -45,7 +45,7 @@ from bridle_hf.monitoring.report import write_report
 from bridle_hf.monitoring.trackers import start_tracker
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import save_checkpoint
-from bridle_hf.pretraining.configs import make_configs
+from bridle_hf.pretraining.configs import load_teacher, make_configs, make_first_tokenizer_config
 from bridle_hf.pretraining.evaluation import (
     check_probes,
     draw_example,
@@ -89,12 +89,21 @@ class Run:
         if args.encoder_from:
             self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
         self.schedule = self._make_schedule(len(self.samples))
+        self.tokenizer_from = None
+        if args.tokenizer_from:
+            self.tokenizer_from = load_weights(BridleTokenizerModel, args.tokenizer_from, dtype=torch.float32)
         self.processor = make_processor(self.encoder_config, self._processor_fields())
+        teacher = load_teacher(args, self.encoder_config, self.processor)
+        self.first_tokenizer = make_first_tokenizer_config(args, self.schedule, self.tokenizer_config, teacher)
+        # Not the teacher itself: its memory is freed when it has taught.
+        self.teacher = {} if teacher is None else {"name": teacher.name, "model_type": teacher.model_type}
+        self.teacher_flops = None if teacher is None else teacher.flops
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self.lock = None
-        inputs = {"data": args.data, "encoder_from": args.encoder_from}
+        inputs = {name: getattr(args, name) for name in ("data", "encoder_from", "tokenizer_from")}
+        inputs["tokenizer.teacher"] = args.tokenizer.get("teacher")
         if accelerator.is_main_process:
             self.lock = prepare(self.out, PRETRAINING, inputs, args.resume, args.overwrite)
         self.rank_0.wait()
@@ -119,9 +128,12 @@ class Run:
             compile_layers=args.compile,
             shard=asked_to_shard() and accelerator.num_processes > 1,
             encoder_from=self.encoder_from,
+            code_cache=self.out / "codes" if args.code_cache else None,
             bucket_by_length=args.bucket_by_length,
             encoder_ema=args.encoder_ema,
             levels_join_at=args.levels_join_at,
+            tokenizer_from=self.tokenizer_from,
+            teacher=teacher,
         )
         self.seconds = 0.0
         self.first_step = self._resume(state)
@@ -147,15 +159,34 @@ class Run:
         return kept
 
     def _processor_fields(self) -> dict[str, Any]:
-        """Those of the recipe; statistics that it does not name are what the encoder to start from has seen."""
-        if not self.args.encoder_from:
-            return self.args.processor
-        known = load_processor(self.args.encoder_from, self.encoder_config)
+        """Those of the recipe; statistics that it does not name are what the models to start from have seen.
+
+        Raises:
+            ValueError: the tokenizer to start from would see inputs of other statistics.
+        """
+        args, fields = self.args, dict(self.args.processor)
+        if args.encoder_from:
+            fields = {**self._statistics(args.encoder_from), **fields}
+        if args.tokenizer_from:
+            for name, value in self._statistics(args.tokenizer_from).items():
+                if fields.setdefault(name, value) != value:
+                    raise ValueError(
+                        f"processor.{name} is {fields[name]}, but the codes of --tokenizer_from are those of inputs "
+                        f"with {value}: give --processor.{name} {value}"
+                    )
+            if args.measure_normalization:
+                raise ValueError(
+                    "--tokenizer_from: its codes are those of inputs with its own statistics: give "
+                    "--measure_normalization false"
+                )
+        return fields
+
+    def _statistics(self, model: str) -> dict[str, Any]:
+        """Fields of a processor: what the inputs of a saved model were normalised with."""
+        known = load_processor(model, self.encoder_config)
         if self.args.modality == "audio":
-            own = {"mean": known.mean, "std": known.std}
-        else:
-            own = {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
-        return {**own, **self.args.processor}
+            return {"mean": known.mean, "std": known.std}
+        return {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
 
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
@@ -169,7 +200,13 @@ class Run:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
         load = MixtureLoader(self.load, self.samples, args.mixture) if args.mixture else self.load
-        return DrawDataset(self.samples, MaskedLoader(load, config, args.masks, args.masks_per_sample), seed=args.seed)
+        return DrawDataset(
+            self.samples,
+            MaskedLoader(
+                load, config, args.masks, args.masks_per_sample, args.code_cache, args.tokenizer_patch_dropout
+            ),
+            seed=args.seed,
+        )
 
     def _check_unchanged(self, state: dict[str, Any]) -> None:
         """[`check_unchanged`]; the schedule stays as long as it was, wherever epochs say how long that is."""
@@ -207,7 +244,10 @@ class Run:
     def _make_monitor(self) -> Monitor:
         log, args, resumed_from = None, self.args, self.first_step if self.args.resume else None
         configs = self.encoder_config, self.tokenizer_config
-        self.flops = ScheduleFlops(self.schedule, *configs, args.masks, args.masks_per_sample)
+        self.flops = ScheduleFlops(
+            self.schedule, *configs, args.masks, args.masks_per_sample, args.tokenizer_patch_dropout,
+            self.first_tokenizer, self.teacher_flops,
+        )  # fmt: skip
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
             self._write_run_json()  # first: it says whose folder it is
@@ -228,10 +268,8 @@ class Run:
         batches, done = self.batches(self.first_step), self.first_step
         started = time.monotonic()
         stops = stop.is_made(self.accelerator)
-        for step in range(self.first_step, schedule.total_steps):
-            if stops:
-                break
-            number = schedule.phase_number(step)
+        while done < schedule.total_steps and not stops:
+            step, number = done, schedule.phase_number(done)
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             elif schedule.fits(step):
@@ -239,9 +277,10 @@ class Run:
             asked = time.monotonic()
             batch = self._next(batches, done)
             waited = time.monotonic() - asked
-            self.monitor.update(self._step(step, batch), asked, waited)
+            metrics = self._step(step, batch)
+            self.monitor.update(metrics, asked, waited)
             done = step + 1
-            ends = done == schedule.starts[number] + schedule.lengths[number]
+            ends = self.interleaving.is_over(step, metrics)
             stops = stop.is_made(self.accelerator)
             saves = ends or stops or any(every and done % every == 0 for every in (args.save_every, args.keep_every))
             if saves or done % args.log_every == 0:
@@ -330,7 +369,9 @@ class Run:
         if self.accelerator.is_main_process:
             position = self._position(number)
             name = f"phase {number} ({position['kind']} {position['iteration']})"
-            self.monitor.event({"event": "phase_end", "step": done, **position, "tokenizer": self._evaluate(*models)})
+            lengths = {"steps": self.schedule.lengths[number], "full_steps": self.schedule.full_lengths[number]}
+            evaluated = {"tokenizer": self._evaluate(*models)}
+            self.monitor.event({"event": "phase_end", "step": done, **position, **lengths, **evaluated})
             loaded = self.dataset[self.schedule.starts[number]]
             draw_example(*models, self.processor, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)
@@ -342,7 +383,7 @@ class Run:
         examples = spread(self.samples, EVALUATED_CLIPS)
         found = iterate_eval(examples, self.load, 64, self.ledger, self.args.num_workers)
         batches = ({**batch, "files": [examples[index].path for index in indices]} for indices, batch in found)
-        return evaluate_tokenizer(tokenizer, encoder, batches)
+        return evaluate_tokenizer(tokenizer, self.interleaving.teach(encoder), batches)
 
     def _probe(self, done: int) -> None:
         """Probe the encoder, on labels if there are any; rank 0 does it."""
@@ -395,9 +436,11 @@ class Run:
 
     def _write_run_json(self) -> None:
         args = self.args
-        changes = {"data_changes": self.data_changes} if self.data_changes else {}
+        more = {"data_changes": self.data_changes} if self.data_changes else {}
+        if self.teacher:
+            more["teacher"] = self.teacher
         write_json(self.out / "run.json", run_record(
             PRETRAINING, plain(args), args.data, args.seed, modality=args.modality, samples=len(self.samples),
             phases=self.schedule.describe(), processes=self.accelerator.num_processes, peak=self.peak,
-            seconds=round(self.seconds, 1), **changes,
+            seconds=round(self.seconds, 1), **more,
         ))  # fmt: skip

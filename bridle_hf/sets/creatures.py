@@ -1,6 +1,7 @@
 """Creatures: clips of game sprites (Flare) that stand, run, strike, cast, are hit or die, seen from 8 directions."""
 
 import os
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _write_creatures(folder: Path, package: Path) -> None:
                     continue
                 seen.add(pixels.tobytes())
                 file_name = f"clips/{len(rows):05d}.mp4"
-                _write_video(folder / file_name, pixels)
+                write_video(folder / file_name, pixels)
                 rows.append((file_name, ACTIONS[action], path.stem, direction))
     write_table(folder, COLUMNS, rows)
 
@@ -98,10 +99,10 @@ def drawn(sheet: Image.Image, frame: Frame, scale: float, origin: tuple[float, f
     return np.asarray(Image.alpha_composite(canvas, overlay).convert("RGB"))
 
 
-def _write_video(path: Path, frames: np.ndarray) -> None:
-    """(frames, height, width, 3) uint8 as H.264."""
+def write_video(path: Path, frames: np.ndarray, options: Mapping[str, str] = ENCODER) -> None:
+    """(frames, height, width, 3) uint8 as H.264, by these options of the encoder."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(RATE), options=dict(ENCODER))
+        stream = container.add_stream("libx264", rate=Fraction(RATE), options=dict(options))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for frame in frames:

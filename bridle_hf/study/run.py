@@ -115,7 +115,7 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     scores: dict[str, Any] = {}
     items: dict[str, Any] = {"hash": _hash(paths), "clusters": {}}
     for name, task in spec.study_set.tasks.items():
-        labels, folds, clusters = _answers(run, task, paths)
+        labels, folds, clusters = answers(run.args.data, run.args.modality, task, paths)
         tested = np.ones(len(paths), dtype=bool) if task.tested is None else folds == 0
         items["clusters"][name] = np.array(clusters)[tested].tolist()
         found = {
@@ -144,12 +144,10 @@ def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:
     return {f"iteration {number}": AutoModel.from_pretrained(folder) for number, folder in enumerate(folders)}
 
 
-def _answers(run: Run, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def answers(data: str, modality: str, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Labels, folds and clusters of the samples at `paths`, in their order; what `task.tested` names is fold 0."""
     by_path = {
-        column: {
-            sample.path: sample for sample in find_samples(run.args.data, run.args.modality, None, task.label, column)
-        }
+        column: {sample.path: sample for sample in find_samples(data, modality, None, task.label, column)}
         for column in {task.group, task.cluster or task.group}
     }
     samples = [by_path[task.group][path] for path in paths]

@@ -20,7 +20,9 @@ from harness import Row, table
 
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("quantization", "feature_extraction", "video_loader", "models", "steps", "padding")
+BENCHMARKS = (
+    "quantization", "feature_extraction", "video_loader", "models", "steps", "padding", "shortcuts", "recipes",
+)  # fmt: skip
 
 
 def main():

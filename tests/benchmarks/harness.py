@@ -1,6 +1,7 @@
 """
-What every benchmark does alike: contenders take their turns within one run, so that a busy machine slows all of them;
-a row is ours against one peer, with the median of the rounds' ratios and their quartiles.
+What every benchmark does alike: contenders take their turns within one run, so that a busy machine slows all of them,
+and what counts is the time of the CPU, without that spent waiting for one; a row is ours against one peer, with the
+median of the rounds' ratios and their quartiles.
 
 A benchmark is a file with `ROWS`, functions that yield rows, and ends with `run(__doc__, ROWS)`; `python
 tests/benchmarks` runs those that make one table.
@@ -43,7 +44,7 @@ class Row:
 
 
 def race(what: str, ours: Callable, peers: dict[str, Callable], rounds: int, scale: float = 1.0) -> Iterable[Row]:
-    """A row for each peer: milliseconds of a call, in turns; each is called once before, to warm up.
+    """A row for each peer: milliseconds of CPU time of a call, in turns; each is called once before, to warm up.
 
     Args:
         scale: How many of what the unit is per a call makes (clips, views): times are divided by it.
@@ -56,9 +57,9 @@ def race(what: str, ours: Callable, peers: dict[str, Callable], rounds: int, sca
         # Who comes first changes from round to round.
         names = list(contenders)[:: 1 if number % 2 else -1]
         for name in names:
-            began = time.perf_counter()
+            began = time.process_time()
             contenders[name]()
-            times[name].append(1e3 * (time.perf_counter() - began) / scale)
+            times[name].append(1e3 * (time.process_time() - began) / scale)
     for name in peers:
         yield row(what, name, times["ours"], times[name], "ms")
 

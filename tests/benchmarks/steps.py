@@ -3,16 +3,18 @@
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridle_hf import BridleConfig
 from bridle_hf.common.arguments import parse_command_line
+from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
-from bridle_hf.masking_bridle import make_mask
 from bridle_hf.monitoring.flops import ScheduleFlops
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.pretraining.arguments import PretrainArguments
@@ -26,20 +28,21 @@ class Steps:
         recipe: Name or path.
         samples: Of a batch; drawn at random, once.
         depth: Layers of encoder and decoder, instead of the recipe's.
+        options: Of `bridle pretrain`, instead of the recipe's.
     """
 
-    def __init__(self, recipe: str, samples: int, depth: tuple[int, int] | None = None):
-        (args,) = parse_command_line(PretrainArguments, argv=[recipe, "--data", "-", "--output_dir", "-"])
+    def __init__(self, recipe: str, samples: int, depth: tuple[int, int] | None = None, options: Sequence[str] = ()):
+        (args,) = parse_command_line(PretrainArguments, argv=[recipe, "--data", "-", "--output_dir", "-", *options])
         if depth is not None:
             args.encoder |= dict(zip(("num_hidden_layers", "decoder_num_hidden_layers"), depth))
         self.configs = make_configs(args)
         self.schedule = Schedule(args.phases, steps_per_epoch=1000.0)
-        self.flops = ScheduleFlops(self.schedule, *self.configs, args.masks)
+        self.flops = ScheduleFlops(self.schedule, *self.configs, args.masks, args.masks_per_sample)
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.interleaving = Interleaving(accelerator, self.schedule, *self.configs, seed=0)
         # Codes that are nobody's take as long.
         self.interleaving._initialize_codebooks = lambda batches: None
-        self.batch = draw_batch(self.configs[0], args.masks, samples)
+        self.batch = draw_batch(self.configs[0], args.masks, samples, args.masks_per_sample)
 
     def enter(self, number: int):
         """Set phase `number` up; returns its name and its step, a function of nothing."""
@@ -49,16 +52,20 @@ class Steps:
         return name, lambda: self.interleaving.step(step, self.batch)
 
 
-def draw_batch(config: BridleConfig, weights: dict[str, float], samples: int) -> dict:
+def draw_batch(config: BridleConfig, weights: dict[str, float], samples: int, masks_per_sample: int = 1) -> dict:
     """Inputs and masks of a batch; what is in them does not matter to the time that a step takes."""
-    generator = torch.Generator().manual_seed(0)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     kind = max(weights, key=weights.get, default=config.mask_type)
-    masks = [make_mask(kind, config.patch_grid, config.mask_ratio, generator) for _ in range(samples)]
     frames, height, width = config.input_size
     shape = {"audio": (height, width), "image": (config.num_channels, height, width)}
     shape = shape.get(config.modality, (frames, config.num_channels, height, width))
-    inputs = torch.randn(samples, *shape, generator=generator)
-    return {INPUT_NAMES[config.modality]: inputs, "bool_masked_pos": torch.stack(masks)}
+
+    def load(sample, rng):
+        return {INPUT_NAMES[config.modality]: torch.randn(shape, generator=generator)}
+
+    loader = MaskedLoader(load, config, {kind: 1.0}, masks_per_sample)
+    rows = [loader(None, rng) for _ in range(samples)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -92,9 +99,9 @@ class MatrixProducts(TorchDispatchMode):
             given = [_randn_strided(*tensor) for tensor in tensors]
             times = []
             for _ in range(rounds + 1):
-                began = time.perf_counter()
+                began = time.process_time()
                 func(*given)
-                times.append(time.perf_counter() - began)
+                times.append(time.process_time() - began)
             total += count * statistics.median(times[1:])
         return total
 

@@ -22,7 +22,8 @@ READ = {
 }
 SKIPPED = {
     "image": "high.png wide.png vast.png lying.png deep_grey.png float_absurd.tif lying_width.tif rgba.jp2",
-    "video": "too_large.mp4 vast_later.mkv vast_behind_a_small_header.mkv high.mkv wide.mkv endless.mp4",
+    "video": "too_large.mp4 vast_later.mkv vast_behind_a_small_header.mkv high.mkv wide.mkv endless.mp4 "
+    "endless_tag.mkv fast.avi slow.avi",
     "audio": "value_1e+10.wav value_1e+19.wav value_1e+38.wav value_inf.wav value_nan.wav channels.ogg lying_rate.wav",
 }
 

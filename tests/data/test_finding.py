@@ -68,6 +68,17 @@ def test_links_and_hidden_folders(tmp_path):
     ]
 
 
+def test_files_come_in_the_order_of_their_folders_and_names(tmp_path):
+    """Files and folders mixed, names that begin alike; a link to itself is a file that cannot be read."""
+    names = ["b/x.wav", "ab/z.wav", "ab!.wav", "a.wav", "b.wav", "ab c/q.wav", "ab/c/q.wav", "ab/c.wav"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop.wav").symlink_to("loop.wav")
+    found = [Path(sample.path).relative_to(tmp_path) for sample in find_samples(str(tmp_path), "audio")]
+    assert found == sorted(map(Path, [*names, "loop.wav"]), key=lambda path: path.parts)
+
+
 def test_names_that_are_not_utf8(tmp_path):
     write_tone(tmp_path / "a.wav")
     os.link(os.fsencode(tmp_path) + b"/a.wav", os.fsencode(tmp_path) + b"/\xe9t\xe9.wav")

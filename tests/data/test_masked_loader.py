@@ -1,5 +1,7 @@
 """Masks that come with the samples: drawn for each sample, of real patches alone, whatever else is drawn."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -28,6 +30,23 @@ def test_masks_of_a_sample_follow_each_other(tiny_config):
         assert torch.equal(several[name][0], single[name])
     assert len({tuple(mask) for mask in several["bool_masked_pos"].tolist()}) == 4
     assert not several["bool_masked_pos"][:, 20:].any()
+
+
+def test_dropped_patches_are_a_share_of_the_real_ones(tiny_config):
+    """Drawn after the masks, which stay as they are."""
+    config, found = tiny_config("audio", decoder_type="cross", decoded_ratio=0.5), set()
+    for seed, share in itertools.product(range(10), (0.25, 0.5, 0.99)):
+        frames, real = [(96, 24), (50, 16), (16, 4)][seed % 3]
+        plain, dropping = (
+            MaskedLoader(load(frames), config, {}, 3, patch_dropout=dropout)(Sample("a"), np.random.default_rng(seed))
+            for dropout in (0.0, share)
+        )
+        dropped = dropping.pop("bool_dropped_pos")
+        assert plain.keys() == dropping.keys() and all(torch.equal(plain[name], dropping[name]) for name in plain)
+        assert dropped.shape == (24,) and not dropped[real:].any()
+        assert real - int(dropped.sum()) == max(1, round(real * (1 - share)))
+        found.add(tuple(dropped.tolist()))
+    assert len(found) > 25
 
 
 def test_what_is_decoded_is_a_share_of_what_is_hidden(tiny_config):

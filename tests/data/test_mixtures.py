@@ -24,7 +24,7 @@ class LoaderOfArrays(AudioLoader):
     def _decode(self, sample, rng):
         if sample.path not in WAVES:
             raise MediaError(sample.path, "cannot be decoded")
-        return WAVES[sample.path][None], 16000, True
+        return WAVES[sample.path][None], 16000, 0, True
 
     def features(self, waveform, sampling_rate):
         return torch.tensor(waveform)

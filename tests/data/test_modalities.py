@@ -132,11 +132,11 @@ def test_a_processor_of_pixels_fits_its_model(modality, tmp_path):
         ({"crop_size": {"height": 40, "width": 40}}, "cannot be cut into patches"),
         ({"image_mean": [0.5], "image_std": [0.5]}, "1 channels"),
         ({"do_center_crop": False}, "no fixed height"),
-        ({"image_processor_type": "CLIPImageProcessor"}, "it is a CLIPImageProcessor"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "(it is a|settings of) CLIPImageProcessor"),
     ]:
         make_image_processor(config).save_pretrained(tmp_path)
         set_fields("preprocessor_config.json", **fields)(tmp_path)
-        with pytest.raises(ValueError, match=f"does not fit the model.*{message}"):
+        with pytest.raises(ValueError, match=f"its processor (does not fit the model|cannot be loaded).*{message}"):
             load_processor(tmp_path, config)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,26 @@ def test_search(model, tmp_path, capsys):
     assert {row.split()[2] for row in rows} == {"tone"}
     similarities = [float(row.split()[0]) for row in rows]
     assert similarities == sorted(similarities, reverse=True)
+
+
+def test_a_picture_of_the_neighbours(model, tmp_path, capsys):
+    data = write_sounds(tmp_path / "data")
+    table, picture = str(tmp_path / "x.parquet"), tmp_path / "found.png"
+    bridle_hf.embed(data=data, model=model, output=table)
+    search = [table, f"{data}/tone_3.wav", "--top_k", "3"]
+    main("search", [*search, "--picture", str(picture)])
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    for name, reason in (
+        ("found.jpg", "give a name that ends with .png"),
+        ("other.png", "--picture: .*: no such file"),
+    ):
+        if name == "other.png":
+            neighbour = embed_module.search(embed_module.SearchArguments(table, search[1], top_k=2))[1]["id"]
+            (tmp_path / "data" / neighbour).unlink()
+        with pytest.raises(SystemExit):
+            main("search", [*search, "--picture", str(tmp_path / name)])
+        assert re.search(reason, capsys.readouterr().err) and not (tmp_path / name).exists()
 
 
 def test_what_is_wrong_is_said(model, tmp_path, capsys):

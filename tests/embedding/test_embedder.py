@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from helpers.extreme_files import VIDEOS
 from helpers.fresh_process import run_fresh
 from helpers.pixels import pixel_config, save_pixel_encoder
 from helpers.sounds import RATE, save_encoder, tiny_config, write_tone
@@ -271,6 +272,16 @@ def test_windows_of_a_video_with_one_key_frame_decode_it_once(rng, tmp_path, mon
     assert len(decoded) <= 61  # its frames, and the end
     np.testing.assert_allclose(found.values, wanted.values, atol=1e-5)
     np.testing.assert_allclose(found.times, wanted.times)
+
+
+@pytest.mark.parametrize("name", ["endless_tag.mkv", "fast.avi", "slow.avi"])
+def test_a_video_that_claims_no_end_is_refused(name, tmp_path):
+    """To go through all of it would take for ever."""
+    VIDEOS[name](tmp_path / name)
+    config = pixel_config("video")
+    embedder = Embedder(BridleModel(config), make_image_processor(config))
+    with pytest.raises(MediaError, match=r"claims \d+ frames in \d+ bytes"):
+        embedder.embed(str(tmp_path / name))
 
 
 @torch.no_grad()

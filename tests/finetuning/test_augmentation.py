@@ -66,7 +66,7 @@ class LoaderOfArrays(AudioLoader):
     def _decode(self, sample, rng):
         if sample.path == "broken":
             raise MediaError("broken", "cannot be decoded")
-        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[sample.path].astype(np.float32), RATE, True
+        return {"a": np.ones((1, 8)), "b": np.eye(1, 8)}[sample.path].astype(np.float32), RATE, 0, True
 
     def features(self, waveform, sampling_rate):
         return torch.tensor(waveform)

@@ -26,7 +26,7 @@ from bridle_hf.data.modalities import load_processor, make_processor, make_sampl
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning import finetune
 from bridle_hf.finetuning.arguments import FinetuneArguments
-from bridle_hf.finetuning.task import split_samples
+from bridle_hf.finetuning.task import Task, split_samples
 from bridle_hf.finetuning.trainer import (
     EpochDraws,
     EvaluationSamples,
@@ -466,7 +466,7 @@ def test_label_smoothing_is_refused_for_several_labels(tmp_path):
     args = FinetuneArguments(model="", data="")
     training_args = finetune.FinetuneTrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="--label_smoothing_factor is for one label per sample"):
-        finetune.check_arguments(args, training_args, tiny_config(), SimpleNamespace(labels=labels))
+        finetune.check_arguments(args, training_args, tiny_config(), Task(labels, [], [], [], ""))
 
 
 RECIPES = finetune.Path(finetune.__file__).parents[1] / "recipes"
@@ -479,7 +479,7 @@ def test_recipes_parse(recipe, tmp_path):
     assert training_args.num_train_epochs >= 1 and 0 <= training_args.warmup_steps < 1
     assert args.freeze_encoder == ("linear" in recipe.name)
     config = BridleConfig(modality=recipe.name.split("_")[0])
-    task = SimpleNamespace(labels=SimpleNamespace(multi_label=False, names=[]), kind="single_label")
+    task = Task(SimpleNamespace(multi_label=False, names=[]), [], [], [], "")
     finetune.check_arguments(args, training_args, config, task)
     make_sample_loader(config, make_processor(config), args.loader, args.augment)
 

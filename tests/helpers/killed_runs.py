@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from helpers.tiny_run import VIEWS, pretrain, write_recipe, write_recordings
+from helpers.tiny_run import SHORTCUTS, VIEWS, pretrain, write_recipe, write_recordings
 
 import bridle_hf.pretraining.run
 
@@ -69,6 +69,7 @@ def kill_and_resume(folder: Path, moments: list) -> None:
     options = ("--micro_batch_size", "3")
     recipes = {name: write_recipe(folder / f"{name}.yaml", name) for name in ("phases", "joint", "alternate")}
     recipes["views"] = write_recipe(folder / "views.yaml", **VIEWS)
+    recipes["shortcuts"] = write_recipe(folder / "shortcuts.yaml", **SHORTCUTS)
     for schedule in {entry["schedule"] for entry in moments}:
         arguments = (recipes[schedule], data, folder / f"undisturbed_{schedule}", *options)
         assert not run_child(pretrain, arguments, None)

@@ -58,6 +58,18 @@ PHASES = {
 }
 # Several masks of a sample, of which a cross decoder decodes a share.
 VIEWS = {"masks_per_sample": 4, "encoder": {"decoder_type": "cross", "decoded_ratio": 0.5}}
+# Encoder phases that evidence ends after two windows: 6 of their 10 steps; codes are kept,
+# patches of the tokenizer dropped.
+SHORTCUTS = {
+    "augment": False,
+    "code_cache": True,
+    "tokenizer_patch_dropout": 0.5,
+    "phases": [
+        {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
+        {"train": "tokenizer", "steps": 6, "learning_rate": 1e-3},
+        {"train": "encoder", "steps": 10, "learning_rate": 1e-3, "until": {"accuracy_gain": 0.9, "over": 3}},
+    ],
+}
 
 
 def write_recordings(folder: Path, count: int = 24, labels: bool = False) -> str:
@@ -120,7 +132,7 @@ def weights(out: Path) -> dict:
 
 
 def rows(out: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock and the memory."""
-    clocks = ("time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
+    """metrics.jsonl without what depends on the clock, the memory, and on what was cached before a kill."""
+    clocks = ("codes/cached", "time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]

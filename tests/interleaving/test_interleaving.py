@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -734,6 +735,11 @@ def test_a_state_resumes_bit_equal_at_every_step(build, phases, options):
             assert_same_weights(ours.state_dict(), theirs.state_dict())
 
 
+def whole(batch: dict[str, torch.Tensor]) -> SimpleNamespace:
+    """A batch as its only micro batch."""
+    return SimpleNamespace(inputs=batch["input_values"], attention_mask=batch.get("attention_mask"))
+
+
 @pytest.mark.parametrize("size", [None, 1, 4])
 def test_a_centred_teacher_has_no_mean_at_any_position(build, size):
     """Over the batches that its phase begins with, padding left out, however they are cut."""
@@ -744,7 +750,7 @@ def test_a_centred_teacher_has_no_mean_at_any_position(build, size):
     total = count = 0
     for batch in itertools.islice(peek(), 3):
         mask = patch_attention_mask(batch["attention_mask"], run.encoder_config).float()[:, :, None]
-        total = total + (run._teacher(batch["input_values"], batch["attention_mask"]) * mask).sum(dim=0)
+        total = total + (run._teacher(whole(batch)) * mask).sum(dim=0)
         count = count + mask.sum(dim=0)
     torch.testing.assert_close(total / count, torch.zeros_like(total), atol=1e-5, rtol=0)
     raw = teacher_features(run.encoder.bridle.eval(), make_batch(100)["input_values"])
@@ -766,7 +772,7 @@ def test_what_the_encoder_regresses(build):
     for step, phase in enumerate(phases):
         (metrics,) = train(run, step, step + 1, lambda step: batch)
         assert ("encoder/accuracy" in metrics, "counts" in metrics) == (phase["target"] == "codes",) * 2
-        labels = run._labels(batch["input_values"], None)
+        labels, _ = run._labels(batch, whole(batch))
         expected = {"patches": patches, "features": run.tokenizer.latents(batch["input_values"])}
         if phase["target"] != "codes":
             torch.testing.assert_close(labels, expected[phase["target"]])
@@ -775,7 +781,7 @@ def test_what_the_encoder_regresses(build):
         assert moved(tensors(run), tensors(resumed)) == set()
     run.tokenizer_config.normalize_target_patches = True
     run.enter_phase(1, peek)
-    normalised = run._labels(batch["input_values"], None)
+    normalised, _ = run._labels(batch, whole(batch))
     torch.testing.assert_close(normalised.mean(dim=-1), torch.zeros(normalised.shape[:2]), atol=1e-5, rtol=0)
     torch.testing.assert_close(normalised.std(dim=-1, correction=0), torch.ones(normalised.shape[:2]))
 
@@ -831,7 +837,7 @@ def test_the_average_is_that_of_the_weights_and_what_a_phase_leaves(build, kind)
     ) == {"encoder"}
     batch = make_batch(3)
     teacher = teacher_features(left.bridle, batch["input_values"], batch["attention_mask"])
-    torch.testing.assert_close(run._teacher(batch["input_values"], batch["attention_mask"]), teacher)
+    torch.testing.assert_close(run._teacher(whole(batch)), teacher)
     run.enter_phase(1, peek)
     assert_same_weights(run.unwrapped_encoder.state_dict(), left.state_dict())
     assert "average" not in run.state_dict() and not any(value.requires_grad for value in left.parameters())
@@ -897,7 +903,7 @@ def test_a_level_joins_once_the_one_before_is_predictable(build, given):
         plain = build(phases, encoder={"codebook_loss_weights": masked})
         batch = make_batch(0)
         plain.encoder.load_state_dict(before)
-        labels = run._labels(batch["input_values"], batch["attention_mask"])
+        labels, _ = run._labels(batch, whole(batch))
         plain.seed_step(step)
         expected = plain.encoder.train()(**batch, labels=labels)
         found = run.step(step, batch)

@@ -82,13 +82,13 @@ def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor])
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("masks_per_sample", [1, 3])
+@pytest.mark.parametrize(("masks_per_sample", "dropout"), [(1, 0.0), (3, 0.0), (1, 0.3)])
 @pytest.mark.parametrize(("modality", "decoder"), DECODERS, ids=str)
-def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, accelerator):
+def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, dropout, accelerator):
     """One more sample costs, to the last FLOP, what is computed from the configs: in each phase, for each side."""
     encoder, tokenizer = make_configs(modality, **decoder)
     schedule = Schedule(PHASES, steps_per_epoch=1.0)
-    flops = ScheduleFlops(schedule, encoder, tokenizer, {}, masks_per_sample)
+    flops = ScheduleFlops(schedule, encoder, tokenizer, {}, masks_per_sample, dropout)
     interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
     seen = set()
     for step in range(schedule.total_steps):
@@ -98,7 +98,10 @@ def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, 
         if (number, schedule.sides(step)) in seen:
             continue
         seen.add((number, schedule.sides(step)))
-        batches = (make_batch(encoder, size, masks_per_sample) for size in (2, 3))
+        batches = [make_batch(encoder, size, masks_per_sample) for size in (2, 3)]
+        for batch in batches if dropout else ():
+            every = torch.ones(len(batch["bool_masked_pos"]), flops.patches, dtype=torch.bool)
+            batch["bool_dropped_pos"] = ~draw_share(every, 1 - dropout)
         fewer, more = (count(interleaving, step, batch) for batch in batches)
         assert flops.of_step(step) == more - fewer, (number, schedule.sides(step))
     assert len(seen) == 7

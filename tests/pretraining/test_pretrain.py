@@ -17,7 +17,7 @@ import soundfile
 import torch
 from helpers.forks import in_forks
 from helpers.killed_runs import kill_and_resume
-from helpers.tiny_run import PHASES, RATE, pretrain, rows, weights, write_recipe, write_recordings
+from helpers.tiny_run import PHASES, RATE, SHORTCUTS, pretrain, rows, weights, write_recipe, write_recordings
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTraining
 
 import bridle_hf.pretraining.run
@@ -222,6 +222,86 @@ def test_codes_of_kmeans(data, tmp_path, quick):
         assert name in refusal(changed, data, tmp_path / "x")
 
 
+def test_phases_end_by_evidence(data, tmp_path, quick):
+    """Of 10 steps after 6; learning rates are those of the full length."""
+    out = tmp_path / "out"
+    pretrain(write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, log_every=1, probe_every=5), data, out)
+    steps = [row for row in rows(out) if "samples" in row]
+    assert [(row["step"], row["phase"]) for row in steps] == [(step, (step - 1) // 6) for step in range(1, 19)]
+    ends = [row for row in rows(out) if row.get("event") == "phase_end"]
+    assert [(row["step"], row["steps"], row["full_steps"]) for row in ends] == [(6, 6, 10), (12, 6, 6), (18, 6, 10)]
+    expected = [1e-3 * (1 + np.cos(np.pi * offset / 10)) / 2 for offset in range(6)]
+    for first in (0, 12):
+        assert np.allclose([row["encoder/lr"] for row in steps[first : first + 6]], expected)
+    run = json.loads((out / "run.json").read_text())
+    assert [(phase["steps"], phase["full_steps"]) for phase in run["phases"]] == [(6, 10), (6, 6), (6, 10)]
+    shutil.rmtree(out / "checkpoints" / "step_18")
+    pretrain(str(tmp_path / "recipe.yaml"), data, out, "--resume")
+    assert rows(out)[-1]["step"] == 18
+    for target in ("patches", "features"):
+        message = refusal(str(tmp_path / "recipe.yaml"), data, tmp_path / "no", "--encoder.target", target)
+        assert "phases[0]: until is for phases with target: codes; encoder.target" in message
+
+
+def test_codes_from_the_cache_are_those_without_it(data, tmp_path, quick):
+    """Where clips are no longer than the input; of those that are cropped, codes are made each time."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, log_every=1)
+    options = ("--micro_batch_size", "1", "--bucket_by_length", "false")
+    for name in ("on", "off"):
+        pretrain(recipe, data, tmp_path / name, *options, "--code_cache", str(name == "on"))
+    ours, theirs = weights(tmp_path / "on"), weights(tmp_path / "off")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rows(tmp_path / "on") == rows(tmp_path / "off")
+    assert not (tmp_path / "off" / "codes").exists()
+    (codes,) = (tmp_path / "on" / "codes").iterdir()
+    assert codes.stat().st_size <= 24 * (12 + 24 * 2)
+    lines = [json.loads(line) for line in (tmp_path / "on" / "metrics.jsonl").read_text().splitlines()]
+    cached = {line["step"]: line["codes/cached"] for line in lines if "codes/cached" in line}
+    samples = [soundfile.info(path).frames for path in Path(data).glob("*.wav")]
+    whole = sum(1 + (count - 400) // 160 <= 48 for count in samples)
+    # Three steps make an epoch, and every clip comes once in it; each of the two phases has a tokenizer of its own.
+    assert list(cached) == [*range(1, 7), *range(13, 19)]
+    for first in (1, 13):
+        assert not any(cached[step] for step in range(first, first + 3))
+        assert sum(8 * cached[step] for step in range(first + 3, first + 6)) == whole
+    pretrain(recipe, data, tmp_path / "on", "--overwrite", *options, "--code_cache", "false", "--phases.0.steps", "1")
+    assert not list((tmp_path / "on").glob("codes/*"))
+
+
+def test_a_code_cache_that_could_do_nothing_is_refused(data, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS)
+    assert "with --augment none does" in refusal(recipe, data, tmp_path / "out", "--augment", "true")
+    joint = write_recipe(tmp_path / "joint.yaml", "joint", augment=False)
+    assert "there is none" in refusal(joint, data, tmp_path / "out", "--code_cache", "true")
+
+
+def test_options_of_the_method_beside_shortcuts_are_resumed(data, tmp_path, quick):
+    """The average, levels, visible patches and mixtures with kept codes, dropped patches and phases ended early."""
+    options = {"encoder_ema": 0.5, "levels_join_at": 0.005, "mixture": 0.5, "encoder": {"visible_loss_weight": 0.3}}
+    resume_from(8, write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, **options), data, tmp_path)
+
+
+def test_codes_of_kmeans_from_the_cache(data, tmp_path, quick):
+    """A phase that fits anew has codes of its own; one that fits within itself keeps none."""
+    until = {"accuracy_gain": 0.9, "over": 6}
+    phases = [{"train": "encoder", "steps": 20, "until": until}, {"train": "encoder", "steps": 20, "until": until}]
+    phases += [{"train": "alternate", "steps": 4, "switch_every": 2}]
+    options = {"phases": phases, "tokenizer": {"tokenizer_type": "kmeans"}, "augment": False, "encoder_ema": 0.5}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options, log_every=1, code_cache=True)
+    resume_from(21, recipe, data, tmp_path)
+    pretrain(recipe, data, tmp_path / "off", "--code_cache", "false")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "off")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    cached = {line["step"]: line["codes/cached"] for line in lines if "codes/cached" in line}
+    assert list(cached) == list(range(1, 25)) and not any(cached[step] for step in (1, 2, 3, 13, 14, 15))
+    assert all(any(cached[step] for step in range(first, first + 9)) for first in (4, 16))
+    changes = {"tokenizer_patch_dropout": 0.5, "tokenizer": {"tokenizer_type": "kmeans", "teacher": "any"}}
+    for name, value in changes.items():
+        wrong = write_recipe(tmp_path / "wrong.yaml", **{**options, name: value})
+        assert name in refusal(wrong, data, tmp_path / "x")
+
+
 def test_regressions_run(data, tmp_path, quick):
     """The controls of the codes, as targets of the same run; they draw, log and report no codes."""
     phases = [{"train": "encoder", "steps": 2, "target": target} for target in ("patches", "features")]
@@ -393,6 +473,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         "interleaving.interleaving:Interleaving._update",
         "interleaving.interleaving:Interleaving._losses",
     )
+    write = "interleaving.code_cache:CodeCache.write"
     kills = [
         # Before the first checkpoint; in the middle of accumulation; in the middle of a save.
         ("phases", [[step, 2], [forward, 14], ["common.manifest:sha256", 2]]),
@@ -404,6 +485,12 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
         ("joint", [[step, 7]]),
         ("alternate", [[forward, 16]]),
         ("views", [[forward, 14], ["pretraining.run:Run._save", 2], [step, 5]]),
+        # As codes are kept; in the second window; between the end by evidence and its checkpoint; after that; in the
+        # tokenizer's phase and as the last one keeps codes.
+        ("shortcuts", [[write, 3], [step, 6], ["pretraining.run:Run._end_phase", 1],
+                       ["pretraining.checkpointing:sync", 1],
+                       ["interleaving.interleaving:Interleaving.enter_phase", 1], [step, 3], [write, 2],
+                       ["pretraining.run:Run.finish", 1]]),
     ]  # fmt: skip
     run_killed(tmp_path, [{"schedule": schedule, "kills": entry} for schedule, entry in kills])
 
@@ -411,8 +498,12 @@ def test_killed_and_resumed_is_bit_equal(tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_is_bit_equal(tmp_path):
     random.seed(0)
+    schedules = [*PHASES, "views", "shortcuts"]
     moments = [
-        {"schedule": random.choice([*PHASES, "views"]), "kills": [random.uniform(0.1, 2.5) for _ in range(2)]}
+        {
+            "schedule": random.choice(schedules),
+            "kills": [random.uniform(0.1, 2.5) for _ in range(2)],
+        }
         for _ in range(20)
     ]
     run_killed(tmp_path, moments)
@@ -464,11 +555,11 @@ def test_one_recording_is_too_few(tmp_path, quick):
 
 
 def test_features_that_are_not_finite_end_the_phase_and_name_the_files(data, tmp_path, quick, monkeypatch):
-    import bridle_hf.pretraining.evaluation as evaluation
+    from bridle_hf.interleaving.interleaving import Interleaving
 
-    features = evaluation.teacher_features
-    monkeypatch.setattr(evaluation, "teacher_features", lambda *args: features(*args) / torch.zeros(1))
-    with pytest.raises(NonFiniteError, match=r"the encoder's features are not finite for .*wav"):
+    teach = Interleaving.teach
+    monkeypatch.setattr(Interleaving, "teach", lambda *models: lambda *args: teach(*models)(*args) / torch.zeros(1))
+    with pytest.raises(NonFiniteError, match=r"the teacher's features are not finite for .*wav"):
         pretrain(write_recipe(tmp_path / "recipe.yaml"), data, tmp_path / "out")
 
 

@@ -16,7 +16,7 @@ import torch
 import yaml
 from helpers import process_runs
 from helpers.forks import in_forks
-from helpers.tiny_run import PHASES, ROOT, VIEWS, rows, weights, write_recipe, write_recordings
+from helpers.tiny_run import PHASES, ROOT, SHORTCUTS, VIEWS, rows, weights, write_recipe, write_recordings
 from helpers.waiting import DEADLINE
 
 
@@ -83,6 +83,7 @@ def folder(tmp_path) -> Path:
     write_recipe(tmp_path / "options.yaml", "joint", tokenizer=tokenizer, encoder_ema=0.5, levels_join_at=0.02)
     fitted = [{"train": "encoder", "steps": 4}, {"train": "alternate", "steps": 6, "switch_every": 3}]
     write_recipe(tmp_path / "kmeans.yaml", phases=fitted, tokenizer={"tokenizer_type": "kmeans"})
+    write_recipe(tmp_path / "shortcuts.yaml", **SHORTCUTS, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     return tmp_path
 
 
@@ -161,7 +162,7 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, recipe
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "options", "kmeans"])
+    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "shortcuts", "options", "kmeans"])
 
 
 @pytest.mark.slow

@@ -119,7 +119,8 @@ def half_there(folder: Path, modality: str) -> str:
 def _listed(folder: Path) -> tuple[set[str], list[Path]]:
     """Names of what is directly in a folder, and the folders among these, if they are few."""
     with os.scandir(folder) as found:
-        entries = [(entry.name, entry.is_dir()) for entry in found]
+        # On a link to itself, `is_dir` of an entry raises.
+        entries = [(each.name, os.path.isdir(each.path) if each.is_symlink() else each.is_dir()) for each in found]
     inside = sorted(folder / name for name, is_folder in entries if is_folder and not name.startswith("."))
     return {name for name, _ in entries}, inside if len(inside) <= MAX_INSIDE else []
 
