@@ -305,6 +305,9 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
             (their own values, as MAE) or `"features"` (what the tokenizer would quantize).
         target_feature_size (`int`, *optional*, defaults to `None`):
             Width of these features, the tokenizer's `code_dim`; for `target="features"` alone.
+        visible_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the same loss on the visible patches (V-JEPA 2.1), as a mean of its own beside that of the hidden
+            ones; then they are decoded, too, all of them by a cross decoder.
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Of the classifiers' single-label cross-entropy.
         patch_dropout (pair of `float`, *optional*, defaults to `(0.0, 0.0)`):
@@ -358,11 +361,12 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
     decoder_encoder_layers: list[int] | None = None
     num_codebooks: int = 4
     codebook_size: int = 256
-    codebook_loss_weights: list[float] | None = None
+    codebook_loss_weights: list[float | int] | None = None
     target: Literal["codes", "patches", "features"] = "codes"
     target_feature_size: int | None = None
+    visible_loss_weight: float | int = 0.0
     label_smoothing: float | int = 0.0
-    patch_dropout: list[float] | tuple[float, float] = (0.0, 0.0)
+    patch_dropout: list[float | int] | tuple[float | int, float | int] = (0.0, 0.0)
     pooling: Literal["mean", "cls"] = "mean"
 
     def __post_init__(self, **kwargs):
@@ -396,6 +400,8 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
             )
         if not 0.0 < self.decoded_ratio <= 1.0:
             raise ValueError(f"`decoded_ratio` is {self.decoded_ratio}; it must lie over 0 and be at most 1")
+        if not 0.0 <= self.visible_loss_weight < math.inf:
+            raise ValueError(f"`visible_loss_weight` is {self.visible_loss_weight}; it must not be negative")
         if self.decoder_encoder_layers is not None:
             check_layers("decoder_encoder_layers", self.decoder_encoder_layers, self.num_hidden_layers)
         if self.decoder_type != "cross" and (self.decoded_ratio != 1.0 or self.decoder_encoder_layers is not None):
@@ -439,8 +445,9 @@ class BridleTokenizerConfig(BridleEncoderConfig):
 
     Args (beside those of [`BridleEncoderConfig`]):
         tokenizer_type (`str`, *optional*, defaults to `"self_distilled"`):
-            `"random_projection"`, a frozen random projection of the patches (iteration 0), or `"self_distilled"`, a
-            trained encoder that predicts a teacher's features (iterations above 0).
+            `"random_projection"`, a frozen random projection of the patches (iteration 0); `"self_distilled"`, a
+            trained encoder that predicts a teacher's features (iterations above 0); or `"kmeans"`, residual k-means on
+            a frozen encoder's features, each of their numbers standardised (`code_dim` is then its `hidden_size`).
         code_dim (`int`, *optional*, defaults to 256):
             Width of the codes of the residual quantizer.
         num_codebooks (`int`, *optional*, defaults to 4):
@@ -498,7 +505,7 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         "AutoModelForPreTraining": "modeling_bridle_tokenizer.BridleTokenizerModel",
     }
 
-    tokenizer_type: Literal["random_projection", "self_distilled"] = "self_distilled"
+    tokenizer_type: Literal["random_projection", "self_distilled", "kmeans"] = "self_distilled"
     code_dim: int = 256
     num_codebooks: int = 4
     codebook_size: int = 256
@@ -538,6 +545,8 @@ class BridleTokenizerConfig(BridleEncoderConfig):
         if not 1 <= self.num_soft_codes <= self.codebook_size:
             raise ValueError(f"`num_soft_codes` is {self.num_soft_codes}; it must lie in 1..{self.codebook_size}")
         _check_fraction("dead_code_threshold", self.dead_code_threshold)
+        if self.tokenizer_type == "kmeans" and self.center_teacher:
+            raise ValueError("`center_teacher` is for a tokenizer that is trained; k-means standardises features")
         if self.independent_codebooks and self.code_dim % self.num_codebooks:
             raise ValueError(
                 f"`code_dim` is {self.code_dim}; with `independent_codebooks` it must be a multiple of "

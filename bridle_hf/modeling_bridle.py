@@ -46,11 +46,13 @@ class BridleForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: mean cross-entropy over decoded patches and codebooks, a scalar; where `labels` were given. Where the
-            target is no code, the mean squared error.
+            target is no code, the mean squared error. With `config.visible_loss_weight`, so many times `visible_loss`
+            is added.
+        visible_loss: the same over the visible patches; where the loss has it.
         logits: (batch, patches, num_codebooks, codebook_size), laid out on the grid; 0 at patches that were not
             decoded; where the target is no code, the predicted values (batch, patches, 1, values).
             A cross decoder decodes hidden patches alone; the others all patches, or, while training with `labels`, the
-            hidden ones, which the loss is over.
+            hidden ones, which the loss is over; and the visible ones, where it is over them, too.
         accuracy: (num_codebooks,), share of decoded patches whose code was predicted; where `labels` were given and
             are codes.
         bool_masked_pos: (batch, patches) bool, the mask that was used.
@@ -58,6 +60,7 @@ class BridleForPreTrainingOutput(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
+    visible_loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     accuracy: torch.FloatTensor | None = None
     bool_masked_pos: torch.BoolTensor | None = None
@@ -297,6 +300,8 @@ class BridleForPreTraining(BridlePreTrainedModel):
         super().__init__(config)
         self.bridle = BridleModel(config)
         self.decoder = BridleDecoder(config)
+        # Codebooks that the loss is over, the first ones; a loop may let the others join later.
+        self.levels_in_loss = config.num_codebooks
         self.post_init()
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
@@ -350,19 +355,27 @@ class BridleForPreTraining(BridlePreTrainedModel):
         masks = len(bool_masked_pos) // len(values)
         real = None if real is None else real.repeat_interleave(masks, dim=0)
         decoded = self._decoded(bool_masked_pos, bool_decoded_pos)
-        wanted = chosen_patches(decoded, num_decoded) if self._decodes_hidden_alone(labels) else None
+        chosen, number, visible = decoded, num_decoded, None
+        if labels is not None and self.config.visible_loss_weight:
+            visible = ~bool_masked_pos if real is None else ~bool_masked_pos & real
+            chosen, number = decoded | visible, num_decoded and num_visible and num_decoded + num_visible
+        wanted = chosen_patches(chosen, number) if self._decodes_chosen_alone(labels) else None
         rows = self.decoder(read, bool_masked_pos, real, grid, wanted, num_visible)
-        loss = accuracy = None
+        loss = visible_loss = accuracy = None
         if labels is not None:
             check_patch_shape("labels", labels, len(values), grid)
-            labels, valid = labels.repeat_interleave(masks, dim=0), decoded
+            labels, places = labels.repeat_interleave(masks, dim=0), None
             if wanted is not None:
-                indices, valid = wanted
-                labels = labels[torch.arange(len(labels), device=labels.device)[:, None], indices]
-            loss, accuracy = self._loss(rows, labels, valid)
+                places, _ = wanted
+                labels = labels[torch.arange(len(labels), device=labels.device)[:, None], places]
+            loss, accuracy = self._loss(rows, labels, decoded if places is None else decoded.gather(1, places))
+            if visible is not None:
+                visible_loss, _ = self._loss(rows, labels, visible if places is None else visible.gather(1, places))
+                loss = loss + self.config.visible_loss_weight * visible_loss
         return BridleForPreTrainingOutput(
             loss=loss,
-            logits=rows if wanted is None else _on_grid(rows, *wanted, decoded.shape[1]),
+            visible_loss=visible_loss,
+            logits=rows if wanted is None else _on_grid(rows, *wanted, chosen.shape[1]),
             accuracy=accuracy,
             bool_masked_pos=bool_masked_pos,
             bool_decoded_pos=decoded,
@@ -391,7 +404,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
             return masked & given
         return draw_share(masked, self.config.decoded_ratio) if self.training else masked
 
-    def _decodes_hidden_alone(self, labels: torch.Tensor | None) -> bool:
+    def _decodes_chosen_alone(self, labels: torch.Tensor | None) -> bool:
         return self.config.decoder_type == "cross" or (self.training and labels is not None)
 
     def _draw_masks(self, batch: int, grid: tuple[int, ...], real: torch.Tensor | None) -> torch.Tensor:
@@ -434,6 +447,9 @@ class BridleForPreTraining(BridlePreTrainedModel):
         logits, labels = logits.float(), labels.long().masked_fill(~valid[:, :, None, None], 0)
         log_likelihood = _mean_over_valid(logits.log_softmax(dim=-1).gather(-1, labels).mean(dim=-1), valid)
         weights = self.config.codebook_loss_weights
+        if self.levels_in_loss < self.config.num_codebooks:
+            weights = (weights or [1.0] * self.config.num_codebooks)[: self.levels_in_loss]
+            weights = [*weights, *[0.0] * (self.config.num_codebooks - len(weights))]
         if weights is not None:
             weights = torch.tensor(weights, device=logits.device)
             log_likelihood = log_likelihood * weights / weights.mean()

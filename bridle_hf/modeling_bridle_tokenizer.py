@@ -1,10 +1,11 @@
-"""Tokenizer model: patches to codes, by a frozen random projection or by an encoder distilled from a teacher."""
+"""Tokenizer model: patches to codes, by a random projection, by an encoder distilled from a teacher, by k-means."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -26,7 +27,13 @@ from .patching_bridle import (
     silence_padding,
     take_patches,
 )
-from .quantization_bridle import BridleResidualQuantizer, CodebookStatistics, CodebookUsage, QuantizerOutput
+from .quantization_bridle import (
+    BridleResidualQuantizer,
+    CodebookStatistics,
+    CodebookUsage,
+    QuantizerOutput,
+    broadcast,
+)
 
 
 @dataclass
@@ -122,20 +129,48 @@ class BridleEstimator(nn.Module):
         return self.head(self.layernorm(hidden_states))
 
 
+class BridleStandardization(nn.Module):
+    """Features with the mean and the deviation of each number taken out, as they were when it was fitted."""
+
+    def __init__(self, config: BridleTokenizerConfig):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(config.hidden_size))
+        self.register_buffer("deviation", torch.ones(config.hidden_size))
+
+    def reset(self) -> None:
+        init.zeros_(self.mean)
+        init.ones_(self.deviation)
+
+    @torch.no_grad()
+    def fit(self, features: torch.Tensor) -> None:
+        """On (vectors, hidden), those of rank 0 for all ranks."""
+        self.mean.copy_(features.mean(dim=0))
+        self.deviation.copy_(features.std(dim=0, correction=0).clamp(min=1e-6))
+        broadcast(self.mean)
+        broadcast(self.deviation)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(..., hidden) to the same."""
+        return (features - self.mean) / self.deviation
+
+
 class BridleTokenizerModel(BridlePreTrainedModel):
     """Patches to codes, and, while it is trained, codes to the teacher's features (the tokenizer phase)."""
 
     config_class = BridleTokenizerConfig
     base_model_prefix = "tokenizer"
-    # A random projection has no layers whose activations could be computed anew; see `__init__`.
+    # What is not trained has no layers whose activations could be computed anew; see `__init__`.
     supports_gradient_checkpointing = False
-    _keep_in_fp32_modules_strict = ["quantizer.codebooks", "quantizer.cluster_size", "quantizer.cluster_sum"]
+    _keep_in_fp32_modules_strict = ["quantizer.codebooks", "quantizer.cluster_size", "quantizer.cluster_sum",
+                                     "standardization"]  # fmt: skip
 
     def __init__(self, config: BridleTokenizerConfig):
         super().__init__(config)
         self.supports_gradient_checkpointing = self.is_trained
-        if not self.is_trained:
+        if not self.has_encoder:
             self.random_projection = BridleRandomProjection(config)
+        elif not self.is_trained:
+            self.encoder, self.standardization = BridleModel(config), BridleStandardization(config)
         else:
             self.encoder = BridleModel(config)
             self.projection = nn.Sequential(
@@ -149,21 +184,27 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     @property
     def is_trained(self) -> bool:
-        """Whether it is distilled from a teacher; a random projection has nothing that is trained."""
+        """Whether it is distilled from a teacher; a random projection or k-means has nothing that is trained."""
         return self.config.tokenizer_type == "self_distilled"
 
+    @property
+    def has_encoder(self) -> bool:
+        return self.config.tokenizer_type != "random_projection"
+
     def get_input_embeddings(self) -> nn.Module:
-        return self.encoder.get_input_embeddings() if self.is_trained else self.random_projection.embedding
+        return self.encoder.get_input_embeddings() if self.has_encoder else self.random_projection.embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        if self.is_trained:
+        if self.has_encoder:
             self.encoder.set_input_embeddings(value)
         else:
             self.random_projection.embedding = value
 
     def parameters_by_part(self) -> dict[str, list[nn.Parameter]]:
-        if not self.is_trained:
+        if not self.has_encoder:
             return {"projection": list(self.random_projection.parameters())}
+        if not self.is_trained:
+            return self.encoder.parameters_by_part()
         return {
             **self.encoder.parameters_by_part(),
             "projection": list(self.projection.parameters()),
@@ -173,7 +214,7 @@ class BridleTokenizerModel(BridlePreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, BridleResidualQuantizer):
+        if isinstance(module, BridleResidualQuantizer | BridleStandardization):
             module.reset()
 
     def latents(self, inputs: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -184,8 +225,13 @@ class BridleTokenizerModel(BridlePreTrainedModel):
         self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, **options
     ) -> tuple[torch.Tensor, BaseModelOutputWithPooling]:
         """`z`, and what the encoder returns, nothing where there is none."""
-        if not self.is_trained:
+        if not self.has_encoder:
             return self.random_projection(inputs, attention_mask), BaseModelOutputWithPooling()
+        if not self.is_trained:
+            # As of a random projection: autocast would flip codes.
+            with torch.autocast(device_type=inputs.device.type, enabled=False):
+                features = teacher_features(self.encoder, inputs, attention_mask, self.config.teacher_layers)
+                return self.standardization(features.float()), BaseModelOutputWithPooling()
         encoded = self.encoder(inputs, attention_mask, **options)
         return self.projection(encoded.last_hidden_state[:, int(self.config.use_class_token) :]), encoded
 
@@ -314,7 +360,8 @@ class BridleTokenizerModel(BridlePreTrainedModel):
 
     def _check_teacher(self, teacher: torch.Tensor, codes: torch.Tensor) -> None:
         if not self.is_trained:
-            raise ValueError("a random-projection tokenizer is not trained: pass no `teacher_hidden_states`")
+            kind = self.config.tokenizer_type.replace("_", "-")
+            raise ValueError(f"a {kind} tokenizer is not trained: pass no `teacher_hidden_states`")
         expected = (*codes.shape[:2], self.config.teacher_hidden_size)
         if tuple(teacher.shape) != expected:
             raise ValueError(

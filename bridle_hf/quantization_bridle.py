@@ -237,13 +237,14 @@ class BridleResidualQuantizer(nn.Module):
         return sum(F.embedding(code, codebook) for codebook, code in levels)
 
     @torch.no_grad()
-    def initialize(self, latents: torch.Tensor, iterations: int = 20) -> None:
+    def initialize(self, latents: torch.Tensor, iterations: int = 20, go_on: bool = False) -> None:
         """Set every codebook by k-means, level after level, on vectors gathered over all ranks.
 
         The k-means runs on rank 0 and its result is broadcast, so that all ranks hold the same codes.
 
         Args:
             latents: (vectors of this rank, code_dim); over all ranks at least `32 * codebook_size`.
+            go_on: from the codes that there are, so that they keep their numbers; else from vectors drawn at random.
 
         Raises:
             ValueError: too few vectors.
@@ -259,7 +260,8 @@ class BridleResidualQuantizer(nn.Module):
             for q in range(self.config.num_codebooks):
                 vectors = self._lookup_vectors(self._own_part(q, residual))
                 if _rank() == 0:
-                    codes = kmeans(vectors, self.config.codebook_size, iterations)
+                    start = self.codebooks[q] if go_on else None
+                    codes = kmeans(vectors, self.config.codebook_size, iterations, start)
                     self.codebooks[q].copy_(F.normalize(codes, dim=-1) if self._unit_codes else codes)
                 broadcast(self.codebooks[q])
                 residual = residual - F.embedding(self._nearest(q, vectors, 1)[:, 0], self.codebooks[q])
@@ -425,13 +427,18 @@ def codebook_usage(counts: torch.Tensor, **extra: torch.Tensor) -> CodebookUsage
     )
 
 
-def kmeans(vectors: torch.Tensor, num_clusters: int, iterations: int) -> torch.Tensor:
-    """Lloyd's algorithm from randomly drawn vectors; an empty cluster takes the vector that is worst represented.
+def kmeans(
+    vectors: torch.Tensor, num_clusters: int, iterations: int, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Lloyd's algorithm from randomly drawn vectors, or from the centres `start`; an empty cluster takes the vector
+    that is worst represented.
 
     Returns:
         (num_clusters, dim) centres.
     """
-    centres = vectors[torch.randperm(len(vectors), device=vectors.device)[:num_clusters]].clone()
+    if start is None:
+        start = vectors[torch.randperm(len(vectors), device=vectors.device)[:num_clusters]]
+    centres = start.clone()
     for _ in range(iterations):
         distances = torch.addmm(centres.pow(2).sum(dim=1), vectors, centres.t(), alpha=-2.0)
         nearest = distances.min(dim=1)

@@ -143,6 +143,42 @@ def test_the_loss_is_that_of_all_logits(tiny_config, tiny_input, modality, decod
         torch.testing.assert_close(gradients[1][name], expected, **EXACT, msg=name)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_the_loss_on_visible_patches_is_a_mean_of_its_own(data):
+    """Codes or regression, any decoder, clips of 6, 4 and 2 steps: from logits of patches that are decoded alone."""
+    torch.manual_seed(data.draw(st.integers(0, 2**30)))
+    weight, decoder_type = data.draw(st.floats(0.01, 3)), data.draw(st.sampled_from(["swin", "plain", "cross"]))
+    target, training = data.draw(st.sampled_from(["codes", "patches"])), data.draw(st.booleans())
+    sizes = {**SIZES, "decoder_type": decoder_type, "target": target}
+    model = BridleForPreTraining(BridleConfig(**sizes, visible_loss_weight=weight)).double().train(training)
+    plain = BridleForPreTraining(BridleConfig(**sizes)).double().train(training)
+    plain.load_state_dict(model.state_dict())
+    steps = torch.tensor([6, 4, 2])
+    values, real = torch.randn(3, 96, 64, dtype=torch.double), torch.arange(96) < 16 * steps[:, None]
+    patches = torch.arange(24) < 4 * steps[:, None]
+    hidden = patches & (torch.rand(3, 24) < 0.6)
+    hidden[:, 0], hidden[:, 1] = True, False
+    some = hidden & (torch.rand(3, 24) < 0.5)
+    some[:, 0] = True
+    labels = torch.randint(16, (3, 24, 3)) if target == "codes" else torch.randn(3, 24, 256, dtype=torch.double)
+    outputs = []
+    for each in (model, plain):
+        torch.manual_seed(0)  # of the dropout in the position bias of Swin
+        outputs.append(each(values, real, hidden, labels=labels, bool_decoded_pos=some))
+    output, before = outputs
+    assert before.visible_loss is None and torch.equal(output.bool_decoded_pos, before.bool_decoded_pos)
+    chosen = output.logits[patches & ~hidden]
+    if target == "codes":
+        expected = F.cross_entropy(chosen.flatten(0, 1), labels[patches & ~hidden].flatten())
+        torch.testing.assert_close(output.accuracy, before.accuracy)
+    else:
+        expected = F.mse_loss(chosen[:, 0], labels[patches & ~hidden])
+    torch.testing.assert_close(output.visible_loss.double(), expected.double(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, before.loss + weight * output.visible_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.logits[some], before.logits[some], atol=1e-5, rtol=1e-5)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_several_masks_are_the_mean_of_as_many_passes(data):

@@ -24,6 +24,8 @@ from bridle_hf.image_processing_bridle import fit_channels
 
 # Aspect ratios of random crops, those of He et al. and of everyone since.
 CROP_RATIOS = (3 / 4, 4 / 3)
+# How much louder or softer than the sample a recording is at most that is laid over it.
+MIXTURE_DB = 6.0
 
 # What a loader is: without a random generator it reads for evaluation.
 Load = Callable[[Sample, np.random.Generator | None], dict[str, torch.Tensor]]
@@ -45,6 +47,13 @@ def roll_and_gain(waveform: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     offset = rng.integers(waveform.shape[-1])
     gain = np.float32(rng.beta(10, 10) + 0.5)
     return np.roll(waveform, offset, axis=-1) * gain
+
+
+def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
+    """`weight` parts of `first` and the rest of `second` (samples,), each without its mean; as long as `first`."""
+    fitted = np.zeros_like(first)
+    fitted[: len(second)] = second[: len(first)] - second.mean()
+    return np.float32(weight) * (first - first.mean()) + np.float32(1 - weight) * fitted
 
 
 class AudioLoader:
@@ -102,6 +111,21 @@ class AudioLoader:
         start, count = _crop(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
         return waveform[:, start : start + count], rate, (first + start) / rate
 
+    def mixed(
+        self,
+        sample: Sample,
+        other: Sample,
+        mix: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        rng: np.random.Generator,
+    ) -> dict[str, torch.Tensor]:
+        """Model input of what `mix` makes of two waveforms (samples,) of one rate, for training."""
+        (first, rate), (second, second_rate) = self.read(sample, rng), self.read(other, rng)
+        first, second = first.mean(axis=0), second.mean(axis=0)
+        if second_rate != rate:
+            second = resample(second, second_rate, rate)
+        mixed = mix(first, second)[None]
+        return self.fit(self.features(roll_and_gain(mixed, rng) if self.augment else mixed, rate))
+
     def features(self, waveform: np.ndarray, sampling_rate: int) -> torch.Tensor:
         """Normalised log-mel (frames, num_mel_bins) of one waveform (channels, samples), as many frames as it has."""
         rate = self.feature_extractor.sampling_rate
@@ -146,6 +170,35 @@ class AudioLoader:
         if size <= self._free_bytes:
             self._free_bytes -= size
             self._cache[key] = value
+
+
+class MixtureLoader:
+    """An `AudioLoader` that lays another recording over a share of the samples, for training (SSLAM).
+
+    Whether, which one, and how loud follow from the generator of the sample: from seed and position in the run. The
+    sum is as long as the sample.
+
+    Args:
+        samples: what is laid over.
+        share: of the samples that are mixtures.
+    """
+
+    def __init__(self, load: AudioLoader, samples: Sequence[Sample], share: float):
+        self.load, self.samples, self.share = load, samples, share
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        if rng.random() >= self.share:
+            return self.load(sample, rng)
+        other = self.samples[rng.integers(len(self.samples))]
+        gain = 10 ** (rng.uniform(-MIXTURE_DB, MIXTURE_DB) / 20)
+        weight = 1 / (1 + gain)
+        try:
+            return self.load.mixed(sample, other, lambda *pair: mix_waveforms(*pair, weight) / np.float32(weight), rng)
+        except MediaError as error:
+            if error.path != other.path:
+                raise
+            # The sample stays as it is; the other one is reported when its own turn comes.
+            return self.load(sample, rng)
 
 
 def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[int, int]:

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from bridle_hf.common.errors import MediaError
-from bridle_hf.data.decoding import resample
-from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader, roll_and_gain, torch_seeded
+from bridle_hf.data.loaders import AudioLoader, ImageLoader, VideoLoader, mix_waveforms, torch_seeded
 from bridle_hf.data.sample import Sample
 
 
@@ -92,14 +91,9 @@ class AudioTrainingLoader(TrainingLoader):
     def _mixed(
         self, sample: Sample, other: Sample, is_cutmix: bool, rng: np.random.Generator
     ) -> tuple[dict[str, torch.Tensor], float]:
-        load, weight = self.load, float(rng.beta(self.args.mixup_alpha, self.args.mixup_alpha))
-        (first, rate), (second, second_rate) = load.read(sample, rng), load.read(other, rng)
-        first, second = first.mean(axis=0), second.mean(axis=0)
-        if second_rate != rate:
-            second = resample(second, second_rate, rate)
-        mixed = mix_waveforms(first, second, weight)[None]
-        features = load.features(roll_and_gain(mixed, rng) if load.augment else mixed, rate)
-        return self._masked(load.fit(features), rng), weight
+        weight = float(rng.beta(self.args.mixup_alpha, self.args.mixup_alpha))
+        mixed = self.load.mixed(sample, other, partial(mix_waveforms, weight=weight), rng)
+        return self._masked(mixed, rng), weight
 
     def _masked(self, loaded: dict[str, torch.Tensor], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         mel_mask, time_mask = self.args.mel_mask, self.args.time_mask
@@ -146,13 +140,6 @@ TRAINING_LOADERS = {"audio": AudioTrainingLoader, "image": PixelTrainingLoader, 
 
 
 # --- Audio ---
-
-
-def mix_waveforms(first: np.ndarray, second: np.ndarray, weight: float) -> np.ndarray:
-    """`weight` parts of `first` and the rest of `second` (samples,), each without its mean; as long as `first`."""
-    fitted = np.zeros_like(first)
-    fitted[: len(second)] = second[: len(first)] - second.mean()
-    return np.float32(weight) * (first - first.mean()) + np.float32(1 - weight) * fitted
 
 
 def spec_augment(

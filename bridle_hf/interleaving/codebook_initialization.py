@@ -4,9 +4,11 @@ import math
 from collections.abc import Iterable
 
 import torch
+from transformers import PreTrainedConfig
 
-from bridle_hf import BridleTokenizerModel
+from bridle_hf import BridleConfig, BridleTokenizerConfig, BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError
+from bridle_hf.configuration_bridle import BridleEncoderConfig
 from bridle_hf.interleaving.micro_batches import MicroBatch, sample_order
 from bridle_hf.quantization_bridle import gather_rows
 
@@ -21,12 +23,16 @@ def initialize_codebooks(
     batches: Iterable[Iterable[MicroBatch]],
     batches_per_epoch: float,
     is_main_process: bool,
+    go_on: bool = False,
 ) -> None:
     """k-means on the latents of as many of the batches as it takes; the same for any number of processes.
+
+    Features of a k-means tokenizer are standardised by the same vectors first.
 
     Args:
         batches: batch by batch, the micro batches of this process; they may go on for ever.
         batches_per_epoch: how many batches it takes to see all of the data once.
+        go_on: from the codes that there are.
 
     Raises:
         ArgumentError: all of the data have fewer vectors than there are codes.
@@ -51,8 +57,23 @@ def initialize_codebooks(
             )
     vectors = torch.cat(gathered)
     vectors = vectors[torch.randperm(len(vectors), device=vectors.device)[:wanted]]
+    if tokenizer.config.tokenizer_type == "kmeans":
+        tokenizer.standardization.fit(vectors)
+        vectors = tokenizer.standardization(vectors)
     # The quantizer gathers, too: all vectors come from rank 0.
-    tokenizer.quantizer.initialize(vectors if is_main_process else vectors[:0])
+    tokenizer.quantizer.initialize(vectors if is_main_process else vectors[:0], go_on=go_on)
+
+
+def kmeans_config(encoder: BridleConfig, tokenizer: BridleTokenizerConfig) -> BridleTokenizerConfig:
+    """That of a k-means tokenizer on the features of `encoder`, with the codebooks of `tokenizer`.
+
+    Raises:
+        ValueError: codebooks that do not fit the encoder's width.
+    """
+    shared = BridleEncoderConfig().to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    sizes = {name: value for name, value in encoder.to_dict().items() if name in shared}
+    sizes |= {"code_dim": encoder.hidden_size, "teacher_hidden_size": encoder.hidden_size}
+    return BridleTokenizerConfig.from_dict(tokenizer.to_dict() | sizes)
 
 
 def _latents(tokenizer: BridleTokenizerModel, part: MicroBatch) -> torch.Tensor:

@@ -23,7 +23,7 @@ from bridle_hf import (
 )
 from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.interleaving.code_cache import CodeCache
-from bridle_hf.interleaving.codebook_initialization import initialize_codebooks
+from bridle_hf.interleaving.codebook_initialization import initialize_codebooks, kmeans_config
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.plateau import Plateau
@@ -31,7 +31,7 @@ from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
 from bridle_hf.interleaving.teacher import Teacher
 from bridle_hf.masking_bridle import visible_patches
-from bridle_hf.modeling_bridle import BridlePreTrainedModel
+from bridle_hf.modeling_bridle import BridleForPreTrainingOutput, BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
 from bridle_hf.patching_bridle import INPUT_NAMES, BridlePositions, mask_rows, take_patches
 from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
@@ -41,6 +41,8 @@ from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 OF_FIRST_TOKENIZER = ("tokenizer_type", "teacher_hidden_size")
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
+# Of the moving average of a level's accuracy: a single batch should not let the next level in.
+LEVEL_RATE = 0.1
 
 
 class Interleaving:
@@ -56,6 +58,9 @@ class Interleaving:
         shard: each process holds a part of what is trained, see [`Sharding`].
         encoder_from: an encoder of the same sizes, from whose weights every fresh encoder starts; random ones if not
             given.
+        encoder_ema: decay of a moving average of the encoder's weights; 0: none. The average is what a phase leaves:
+            what is saved, teaches the tokenizer, and is gone on from; it teaches in `joint` and `alternate`, too.
+        levels_join_at: masked accuracy of a level of codes at which the next one joins the loss; 0: all are in it.
         tokenizer_from: a tokenizer of the same sizes but for its `teacher_hidden_size`, whose codes are predicted
             until a phase trains a fresh one; a random projection if not given.
         teacher: of the phases before the first that trains an encoder; from then on, and if it is not given, that is
@@ -83,6 +88,8 @@ class Interleaving:
         shard: bool = False,
         encoder_from: BridleModel | None = None,
         bucket_by_length: bool = True,
+        encoder_ema: float = 0.0,
+        levels_join_at: float = 0.0,
         tokenizer_from: BridleTokenizerModel | None = None,
         teacher: Teacher | None = None,
         code_cache: Path | None = None,
@@ -94,11 +101,15 @@ class Interleaving:
         self.max_grad_norm = max_grad_norm or math.inf
         self.gradient_checkpointing, self.compile_layers = gradient_checkpointing, compile_layers
         self.sharding = Sharding(accelerator, shard)
-        self.encoder_from = encoder_from
+        self.encoder_from, self.encoder_ema = encoder_from, encoder_ema
         self.teacher = None if teacher is None else teacher.to(accelerator.device)
         self.code_cache_folder, self.code_cache = code_cache, None
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
+        self.average: BridleForPreTraining | None = None
+        self.levels_join_at = levels_join_at
+        # Levels in the loss, and a moving average of the masked accuracy of the last of them.
+        self.levels, self.level_accuracy = 1 if levels_join_at else encoder_config.num_codebooks, 0.0
         self.tokenizer: nn.Module | None = None
         if tokenizer_from is not None:
             config = first_tokenizer_config(tokenizer_config, tokenizer_from.config)
@@ -117,19 +128,25 @@ class Interleaving:
         Args:
             peek: gives the batches that the phase is about to see; they are not consumed.
         """
-        phase = self.schedule.phases[number]
+        phase, trains_tokenizer = self.schedule.phases[number], self.schedule.trains_tokenizer(number)
         fresh = phase.start == "fresh"
         self._dismiss_teacher(number)
         self.seed_step(self.schedule.starts[number])
+        if self.average is not None:
+            self.encoder, self.average = self.whole_models()[0], None
+        if self.schedule.fits(self.schedule.starts[number]):
+            self.fit_tokenizer(self.schedule.starts[number], peek)
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
+            if self.levels_join_at:
+                self.levels, self.level_accuracy = 1, 0.0
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
-        if phase.trains_tokenizer and (fresh or not self._is_distilled()):
+        if trains_tokenizer and (fresh or not self._is_distilled()):
             self.tokenizer = self._build(BridleTokenizerModel, self._new_tokenizer_config(), phase=number)
             self._initialize_codebooks(peek())
-        if phase.trains_tokenizer and self.tokenizer_config.center_teacher:
+        if trains_tokenizer and self.tokenizer_config.center_teacher:
             self.teacher_mean = self._measure_teacher_mean(peek())
         if self.tokenizer is None:
             config = self.random_projection_config()
@@ -137,9 +154,25 @@ class Interleaving:
             self._initialize_codebooks(peek())
         self.prepare(number)
 
-    def prepare(self, number: int) -> None:
-        """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer."""
-        phase = self.schedule.phases[number]
+    def fit_tokenizer(self, step: int, peek: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Fit a k-means tokenizer to the encoder as it is before `step`; within a phase, codes keep their numbers."""
+        self.seed_step(step)
+        encoder, earlier = self.whole_models()
+        self.tokenizer = self._build(BridleTokenizerModel, self.kmeans_config(), phase=0).requires_grad_(False)
+        self.tokenizer.encoder.load_state_dict(encoder.bridle.state_dict())
+        go_on = step not in self.schedule.starts
+        if go_on:
+            self.tokenizer.quantizer.load_state_dict(earlier.quantizer.state_dict())
+        self._initialize_codebooks(peek(), go_on)
+        self.tokenizer.quantizer.update_in_forward = False
+
+    def prepare(self, number: int, average: dict[str, torch.Tensor] | None = None) -> None:
+        """Freeze what phase `number` does not train, wrap what it does, and give it a new optimizer.
+
+        Args:
+            average: that of the encoder's weights, where the phase is gone on with; else it starts as they do.
+        """
+        phase, trains_tokenizer = self.schedule.phases[number], self.schedule.trains_tokenizer(number)
         self.accelerator.free_memory()
         self.encoder, self.tokenizer = self.whole_models()
         self.optimizers = {}
@@ -148,11 +181,21 @@ class Interleaving:
         # Once per optimizer step, when all micro batches have been seen and the gradient is known to be finite.
         self.tokenizer.quantizer.update_in_forward = False
         self.encoder.requires_grad_(phase.trains_encoder)
-        self.tokenizer.requires_grad_(phase.trains_tokenizer)
+        self.tokenizer.requires_grad_(trains_tokenizer)
         if phase.trains_encoder:
+            self.encoder.levels_in_loss = self.levels
+            if self.encoder_ema:
+                whole = self._averaged(self.encoder.state_dict() if average is None else average)
+                self.average = self.sharding.lay_out(whole)
             self.encoder, self.optimizers["encoder"] = self._trained(self.encoder)
-        if phase.trains_tokenizer:
+        if trains_tokenizer:
             self.tokenizer, self.optimizers["tokenizer"] = self._trained(self.tokenizer)
+
+    def _averaged(self, weights: dict[str, torch.Tensor]) -> BridleForPreTraining:
+        """A model of the encoder's config with these weights, which nothing trains."""
+        average = self._build(BridleForPreTraining, self.encoder.config, phase=0).requires_grad_(False)
+        average.load_state_dict(weights)
+        return average.eval()
 
     def _dismiss_teacher(self, number: int) -> None:
         """Free the memory of a given teacher from the first phase on that trains an encoder."""
@@ -174,6 +217,10 @@ class Interleaving:
         """That of an encoder which predicts `target`."""
         return BridleConfig.from_dict(self.encoder_config.to_dict() | {"target": target})
 
+    def kmeans_config(self) -> BridleTokenizerConfig:
+        """The tokenizer of the phases after the first, where it is fitted."""
+        return kmeans_config(self.encoder_config, self.tokenizer_config)
+
     def random_projection_config(self) -> BridleTokenizerConfig:
         """The tokenizer of iteration 0, of the same codes as the later ones."""
         fields_ = self.tokenizer_config.to_dict() | {"tokenizer_type": "random_projection"}
@@ -187,11 +234,16 @@ class Interleaving:
     def unwrapped_tokenizer(self) -> BridleTokenizerModel:
         return self.accelerator.unwrap_model(self.tokenizer)
 
+    @property
+    def lasting_encoder(self) -> BridleForPreTraining:
+        """What a phase leaves of the encoder: the average of its weights, where there is one."""
+        return self.unwrapped_encoder if self.average is None else self.average
+
     def whole_models(self) -> tuple[BridleForPreTraining, BridleTokenizerModel]:
-        """Encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
+        """Lasting encoder and tokenizer as plain modules, for use beside the training; all processes must call it."""
         encoder, tokenizer = (
             whole_model(model, lambda model=model: self._build(type(model), model.config, phase=0))
-            for model in (self.unwrapped_encoder, self.unwrapped_tokenizer)
+            for model in (self.lasting_encoder, self.unwrapped_tokenizer)
         )
         return encoder, tokenizer
 
@@ -223,12 +275,13 @@ class Interleaving:
         fused = self.accelerator.device.type in ("cpu", "cuda")
         return wrapped, torch.optim.AdamW(groups, lr=0.0, fused=fused, **self.adam_options)
 
-    def _initialize_codebooks(self, batches: Iterable[dict[str, Any]]) -> None:
+    def _initialize_codebooks(self, batches: Iterable[dict[str, Any]], go_on: bool = False) -> None:
         initialize_codebooks(
             self.unwrapped_tokenizer,
             map(self._micro_batches, batches),
             self.schedule.steps_per_epoch,
             self.accelerator.is_main_process,
+            go_on,
         )
 
     # --- Steps ---
@@ -277,6 +330,10 @@ class Interleaving:
             )
         if not norms:
             return {}
+        if self.average is not None and sides[0]:
+            self._move_average(step)
+        if self.levels_join_at and sides[0]:
+            sums["encoder/levels"] = self._join_levels(sums["encoder/accuracy"])
         if statistics:
             self.seed_step(step)
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(
@@ -313,8 +370,8 @@ class Interleaving:
                 masks = {"bool_masked_pos": part.bool_masked_pos, "bool_decoded_pos": part.bool_decoded_pos}
                 numbers = {"num_visible": part.num_visible, "num_decoded": part.num_decoded}
                 output = self.encoder(inputs, attention_mask, labels=labels, **masks, **numbers)
-                loss = loss + output.loss * weights[0]
-                metrics |= {"encoder/loss": output.loss * weights[0]}
+                metrics |= self._encoder_losses(output, weights)
+                loss = loss + metrics["encoder/loss"]
                 if cached is not None:
                     metrics |= {"codes/cached": torch.tensor(cached, device=inputs.device)}
                 if output.accuracy is not None:
@@ -334,6 +391,14 @@ class Interleaving:
                 statistics.append(output.statistics)
                 counts = output.counts
         return loss, metrics if counts is None else metrics | {"counts": counts}
+
+    def _encoder_losses(self, output: BridleForPreTrainingOutput, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """By name of the metric. Hidden and visible patches are means of their own, with shares of their own."""
+        if output.visible_loss is None:
+            return {"encoder/loss": output.loss * weights[0]}
+        added = self.encoder_config.visible_loss_weight * output.visible_loss
+        total = (output.loss - added) * weights[0] + added * weights[2]
+        return {"encoder/loss": total, "encoder/visible_loss": output.visible_loss * weights[2]}
 
     @torch.no_grad()
     def _labels(self, batch: dict[str, Any], part: MicroBatch) -> tuple[torch.Tensor, float | None]:
@@ -366,7 +431,7 @@ class Interleaving:
             kept = mask_rows(~part.bool_dropped_pos, part.real(self.encoder_config))
             patches, _ = visible_patches(kept, dropout["num_visible"])
         if self.teacher is None:
-            teacher = teacher_features(self.unwrapped_encoder.bridle.eval(), *inputs, layers, **dropout)
+            teacher = teacher_features(self.lasting_encoder.bridle.eval(), *inputs, layers, **dropout)
         else:
             teacher = self.teacher(*inputs, layers)
             teacher = teacher if patches is None else take_patches(teacher, patches)
@@ -460,18 +525,43 @@ class Interleaving:
         self.skipped_steps += not finite
         return norms if finite else {}
 
+    @torch.no_grad()
+    def _move_average(self, step: int) -> None:
+        """Towards the weights; faster at a phase's start, that the weights it began with are soon forgotten."""
+        done = step - self.schedule.starts[self.schedule.phase_number(step)]
+        rate = 1.0 - min(self.encoder_ema, (1 + done) / (10 + done))
+        for averaged, parameter in zip(self.average.parameters(), self.unwrapped_encoder.parameters(), strict=True):
+            averaged.lerp_(parameter, rate)
+
+    def _join_levels(self, accuracy: torch.Tensor) -> torch.Tensor:
+        """How many levels the loss was over; from the next step on one more, if the last of them is predictable.
+
+        Args:
+            accuracy: (num_codebooks,), what this process adds to the mean over processes.
+        """
+        levels = accuracy.new_tensor(float(self.levels))
+        last = float(self.accelerator.reduce(accuracy, "mean")[self.levels - 1])
+        self.level_accuracy += LEVEL_RATE * (last - self.level_accuracy)
+        if self.level_accuracy >= self.levels_join_at and self.levels < len(accuracy):
+            self.levels, self.level_accuracy = self.levels + 1, 0.0
+            self.unwrapped_encoder.levels_in_loss = self.levels
+        return levels
+
     # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs beside its arguments and the step number, whole; all processes must call it."""
         scaler = self.accelerator.scaler
         centre = {} if self.teacher_mean is None else {"teacher_mean": self.teacher_mean.cpu()}
+        average = {} if self.average is None else {"average": gathered_state(self.average.state_dict())}
         return {
+            **average,
             "encoder": gathered_state(self.unwrapped_encoder.state_dict()),
             "tokenizer": gathered_state(self.unwrapped_tokenizer.state_dict()) | centre,
             "optimizers": {
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
+            "levels": [self.levels, self.level_accuracy],
             "target": self.unwrapped_encoder.config.target,
             **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
@@ -484,20 +574,22 @@ class Interleaving:
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go back to `state`, saved before optimizer step `step`."""
         self.schedule.lengths = list(state.get("lengths", self.schedule.lengths))
-        fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
-        config = BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
-        self.tokenizer = self._build(BridleTokenizerModel, config, phase=0)
+        self.tokenizer = self._build(BridleTokenizerModel, self._saved_tokenizer_config(state), phase=0)
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
+        self.levels, self.level_accuracy = state.get("levels", [self.levels, self.level_accuracy])
+        average = state.get("average")
+        self.average = None if average is None else self._averaged(average)
         weights = dict(state["tokenizer"])
         centre = weights.pop("teacher_mean", None)
         self.teacher_mean = None if centre is None else centre.to(self.accelerator.device)
         self.tokenizer.load_state_dict(weights)
         # Between phases there is nothing more to load: the next one begins with optimizers of its own.
         if step < self.schedule.total_steps and step not in self.schedule.starts:
+            self.average = None
             self._dismiss_teacher(self.schedule.phase_number(step))
-            self.prepare(self.schedule.phase_number(step))
+            self.prepare(self.schedule.phase_number(step), average)
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(sharded_like(optimizer, state["optimizers"][name]))
             if self.plateau is not None:
@@ -505,6 +597,12 @@ class Interleaving:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
+
+    def _saved_tokenizer_config(self, state: dict[str, Any]) -> BridleTokenizerConfig:
+        if state["tokenizer_type"] == "kmeans":
+            return self.kmeans_config()
+        fields_ = {name: state[name] for name in OF_FIRST_TOKENIZER if name in state}
+        return BridleTokenizerConfig.from_dict(self.tokenizer_config.to_dict() | fields_)
 
 
 def first_tokenizer_config(config: BridleTokenizerConfig, given: BridleTokenizerConfig) -> BridleTokenizerConfig:

@@ -25,8 +25,8 @@ class MicroBatch:
         bool_dropped_pos: (samples, patches), True = left out where a tokenizer is trained; `None`: none are.
         samples: which samples of this process's batch these are.
         num_real: of each, how many of its patches are no padding.
-        all_decoded: how many patches are decoded, of all masks.
         num_kept: of each, how many of those are not dropped.
+        all_decoded, all_visible: how many patches are decoded, and left visible, of all masks.
         num_visible, num_decoded: patches that each mask leaves visible, and that are decoded of each, where all masks
             are alike; else `None`.
     """
@@ -40,6 +40,7 @@ class MicroBatch:
     num_real: list[int]
     num_kept: list[int]
     all_decoded: int
+    all_visible: int
     num_visible: int | None
     num_decoded: int | None
 
@@ -133,6 +134,7 @@ def _micro_batch(
         num_real=num_real,
         num_kept=num_real if dropped is None else (real & ~dropped).sum(dim=1).tolist(),
         all_decoded=sum(counted),
+        all_visible=sum(visible),
         num_visible=_equal_number(visible),
         num_decoded=_equal_number(counted),
     )
@@ -158,15 +160,16 @@ def shares(parts: list[MicroBatch], accelerator: Accelerator) -> tuple[torch.Ten
     """What each of the micro batches holds of all processes' batch, and how much of that is padding.
 
     Returns:
-        (micro batches, 2): shares of the decoded and of the kept patches, times the number of processes, because
-        gradients are averaged over them. And metrics: `input/padding`, the share of the patches that is padding, and
-        `input/patches`, how many a sample has, padding included.
+        (micro batches, 3): shares of the decoded, the kept and the visible patches, times the number of processes,
+        because gradients are averaged over them. And metrics: `input/padding`, the share of the patches that is
+        padding, and `input/patches`, how many a sample has, padding included.
     """
     counts = [
-        [part.all_decoded, sum(part.num_kept), sum(part.num_real), part.num_patches, len(part.samples)]
+        [part.all_decoded, sum(part.num_kept), part.all_visible, sum(part.num_real), part.num_patches,
+         len(part.samples)]
         for part in parts
-    ]
+    ]  # fmt: skip
     counts = torch.tensor(counts, dtype=torch.float32, device=accelerator.device)
-    _, _, real, patches, samples = total = accelerator.reduce(counts.sum(dim=0), "sum")
+    _, _, _, real, patches, samples = total = accelerator.reduce(counts.sum(dim=0), "sum")
     metrics = {"input/padding": 1 - real / patches, "input/patches": patches / samples}
-    return counts[:, :2] * accelerator.num_processes / total[:2], metrics
+    return counts[:, :3] * accelerator.num_processes / total[:3], metrics

@@ -122,14 +122,24 @@ class Schedule:
         entries: the `phases` of a recipe.
         steps_per_epoch: optimizer steps that one pass over the data takes (need not be whole).
         scale: factor on every phase's length and warm-up, and on `until.over`.
+        kmeans: the tokenizer is not trained but fitted to the encoder, at the start of every phase but the first, and,
+            in `alternate`, again every `switch_every` steps.
 
     Raises:
         ValueError: no phases, or a wrong one.
     """
 
-    def __init__(self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0):
+    def __init__(
+        self, entries: Iterable[dict[str, Any]], steps_per_epoch: float, scale: float = 1.0, kmeans: bool = False
+    ):
         self.phases = [Phase.from_dict(number, entry) for number, entry in enumerate(entries)]
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.kmeans = steps_per_epoch, kmeans
+        for number, phase in enumerate(self.phases if kmeans else ()):
+            if phase.train not in ("encoder", "alternate") or (phase.train, number) == ("alternate", 0):
+                raise ValueError(
+                    f"phases[{number}]: train is {phase.train!r}, but tokenizer.tokenizer_type is kmeans: codes are "
+                    "fitted to the encoder of an earlier phase, and nothing of them is trained"
+                )
         if not self.phases:
             raise ValueError("phases: the schedule is empty; give at least one phase")
 
@@ -167,19 +177,34 @@ class Schedule:
         return next((number for number, phase in enumerate(self.phases) if phase.trains_encoder), len(self.phases))
 
     def iteration(self, number: int) -> int:
-        """How many tokenizers have been distilled up to and with phase `number`."""
+        """How many tokenizers have been distilled, or fitted, up to and with phase `number`."""
+        if self.kmeans:
+            return number
         return sum(phase.trains_tokenizer for phase in self.phases[: number + 1])
 
     def sides(self, step: int) -> tuple[bool, bool]:
         """Whether encoder and tokenizer are trained at this step."""
         number = self.phase_number(step)
         phase, offset = self.phases[number], step - self.starts[number]
+        if self.kmeans:
+            return True, False
         if phase.train == "alternate":
             encoder_turn = offset // phase.switch_every % 2 == 0
             return encoder_turn, not encoder_turn
         if phase.train == "joint":
             return True, offset % phase.tokenizer_every == 0
         return phase.trains_encoder, phase.trains_tokenizer
+
+    def trains_tokenizer(self, number: int) -> bool:
+        return self.phases[number].trains_tokenizer and not self.kmeans
+
+    def fits(self, step: int) -> bool:
+        """Whether a k-means tokenizer is fitted before this step."""
+        number = self.phase_number(step)
+        phase, offset = self.phases[number], step - self.starts[number]
+        if not self.kmeans or number == 0:
+            return False
+        return offset == 0 or (phase.train == "alternate" and offset % phase.switch_every == 0)
 
     def learning_rates(self, step: int) -> tuple[float, float]:
         """Learning rates of encoder and tokenizer: linear warm-up, then a cosine to 0 at the end of the phase,

@@ -32,8 +32,12 @@ class Sharding:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model, ready to be trained."""
+        return self.accelerator.prepare(model) if self.mesh is None else self.lay_out(model)
+
+    def lay_out(self, model: nn.Module) -> nn.Module:
+        """The model, over the processes as what is trained is."""
         if self.mesh is None:
-            return self.accelerator.prepare(model)
+            return model
         # Each layer, and what is left of each part that is called by itself: the teacher is the encoder without its
         # decoder, and codes are looked up without the estimator. So the parts stand side by side, and the model as a
         # whole is no unit.

@@ -20,6 +20,7 @@ import torch
 
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.configuration_bridle import BridleEncoderConfig
+from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.masking_bridle import draw_share, make_mask
 
@@ -50,7 +51,7 @@ def sample_flops(
         visible: patches that the mask leaves to the encoder, see `num_visible_patches`.
         masks_per_sample: how often the encoder and its decoder see a sample, each time under another mask.
         kept: patches that the training of a tokenizer sees; `None`: all.
-        distilled: codes come from the self-distilled tokenizer, not from the random projection of iteration 0.
+        distilled: codes come from a tokenizer that is distilled, or fitted, not from iteration 0's projection.
 
     Returns:
         For an encoder step `encoder` and `decoder` (forward and backward) and `codes` (the tokenizer's forward); for a
@@ -61,7 +62,11 @@ def sample_flops(
         parts["encoder"] = _encoder(encoder, visible, train=True, rows=masks_per_sample)
         parts["decoder"] = FORWARD_AND_BACKWARD * masks_per_sample * _decoder(encoder, visible)
         patches = math.prod(tokenizer.patch_grid)
-        parts["codes"] = _latents(tokenizer, patches, distilled, train=False) + _lookup(tokenizer, patches)
+        if distilled and tokenizer.tokenizer_type == "kmeans":
+            codes = kmeans_config(encoder, tokenizer)
+            parts["codes"] = _encoder(codes, patches, train=False) + _lookup(codes, patches)
+        else:
+            parts["codes"] = _latents(tokenizer, patches, distilled, train=False) + _lookup(tokenizer, patches)
     if sides[1]:
         kept = kept or math.prod(encoder.patch_grid)
         parts["teacher"] = _encoder(encoder, kept, train=False)
@@ -98,10 +103,12 @@ def _encoder(config: BridleEncoderConfig, patches: int, train: bool, rows: int =
 
 
 def _decoder(config: BridleConfig, visible: int) -> int:
-    """The head is on hidden patches alone, and so is all of a cross decoder, on the share of them that is decoded."""
+    """The head is on hidden patches alone, and so is all of a cross decoder, on the share of them that is decoded; on
+    visible ones, too, where they are in the loss."""
     width, depth, read = config.decoder_hidden_size, config.decoder_num_hidden_layers, visible + config.use_class_token
     patches = math.prod(config.patch_grid)
     decoded = max(1, round((patches - visible) * config.decoded_ratio))
+    decoded += visible if config.visible_loss_weight else 0
     head = _linear(decoded, width, math.prod(config.target_shape))
     if config.decoder_type == "cross":
         states = 1 + len(config.decoder_encoder_layers or ())

@@ -30,6 +30,9 @@ class PretrainArguments:
     layout: LayoutName = field(default="auto", metadata={"help": LAYOUT_HELP})
     exclude_groups: list[str] = field(default_factory=list, metadata={"help": "groups kept out of pretraining"})
     augment: bool = field(default=False, metadata={"help": "audio: shift and gain; image, video: crops, flip"})
+    mixture: float = field(
+        default=0.0, metadata={"help": "audio: share of the samples that another recording is laid over; 0: none"}
+    )
     cache_mb: int = field(default=0, metadata={"help": "memory per process for decoded inputs, MiB"})
 
     encoder: YamlMapping = field(default_factory=dict, metadata={"help": "fields of BridleConfig"})
@@ -92,6 +95,16 @@ class PretrainArguments:
     )
     adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95], metadata={"help": "of AdamW"})
     weight_decay: float = field(default=1e-4, metadata={"help": "of AdamW, on matrices alone"})
+    encoder_ema: float = field(
+        default=0.0,
+        metadata={
+            "help": "decay of the average of the encoder's weights that is saved and teaches, as 0.999; 0: none"
+        },
+    )
+    levels_join_at: float = field(
+        default=0.0,
+        metadata={"help": "masked accuracy of a level at which the next joins the loss, as 0.05; 0: all at once"},
+    )
     max_grad_norm: float | None = field(default=None, metadata={"help": "clip the gradient norm of each side"})
     mixed_precision: Literal["no", "bf16", "fp16"] = field(default="no", metadata={"help": "autocast"})
     deterministic: bool = field(default=False, metadata={"help": "deterministic algorithms, at a price in speed"})
@@ -134,7 +147,7 @@ class PretrainArguments:
     def __post_init__(self):
         ranges = {
             "steps_scale": (1e-9, 1e9), "global_batch_size": (1, 1e9), "micro_batch_size": (1, 1e9),
-            "masks_per_sample": (1, 1e4), "tokenizer_patch_dropout": (0, 0.99),
+            "masks_per_sample": (1, 1e4), "tokenizer_patch_dropout": (0, 0.99), "mixture": (0, 1),
             "weight_decay": (0, 1e9), "max_grad_norm": (1e-9, math.inf), "seed": (0, 2**32 - 1),
             "num_workers": (0, 1e4), "cache_mb": (0, 1e9), "log_every": (1, 1e9), "save_every": (0, 1e9),
             "keep_last": (1, 1e9), "keep_every": (0, 1e9), "report_every": (0, 1e9), "probe_every": (0, 1e9),
@@ -144,8 +157,14 @@ class PretrainArguments:
         check_ranges(self, ranges)
         if self.loader_timeout and not self.num_workers:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
+        if not 0 <= self.encoder_ema < 1:
+            raise ValueError(f"--encoder_ema is {self.encoder_ema}: expected a number in [0, 1)")
+        if not 0 <= self.levels_join_at < 1:
+            raise ValueError(f"--levels_join_at is {self.levels_join_at}: expected an accuracy in [0, 1)")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"--adam_betas is {self.adam_betas}: expected two numbers in [0, 1)")
+        if self.mixture and self.modality != "audio":
+            raise ValueError("--mixture is for audio: sounds add up, pictures hide each other")
         if self.code_cache and self.augment:
             raise ValueError("--code_cache is for crops that repeat: with --augment none does; leave one of them out")
         if self.measure_normalization and self.modality != "audio":

@@ -3,6 +3,7 @@
 OUT/checkpoints/
     step_1000/
         encoder.safetensors  tokenizer.safetensors    weights and codebooks
+        average.safetensors                           the encoder's moving average, where there is one
         optimizers.pt                                 loaded with weights_only=True
         state.json                                    step, counters, ledger of skipped files
         manifest.json                                 sha256 of each file above
@@ -26,13 +27,16 @@ from bridle_hf.common.manifest import CheckpointError, check_manifest, sync, unr
 
 logger = logging.getLogger(__name__)
 
+# Parts of a state that are tensors by name, a file each.
+MODELS = ("encoder", "tokenizer", "average")
+
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: int, keep_every: int = 0) -> Path:
     """Write `folder/step_N` so that it is there whole or not at all, then remove those no longer to be kept.
 
     Args:
-        state: `encoder` and `tokenizer` (tensors by name), `optimizers` (optimizer states by name); all else must be
-            JSON-serialisable.
+        state: those of `MODELS` that there are (tensors by name), `optimizers` (optimizer states by name); all else
+            must be JSON-serialisable.
         keep_last: how many of the newest stay.
         keep_every: those whose step is a multiple of it stay for good; 0: none.
 
@@ -45,11 +49,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep_last: i
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
-        for name in ("encoder", "tokenizer"):
+        for name in filter(state.__contains__, MODELS):
             tensors = {key: tensor.contiguous() for key, tensor in state[name].items()}
             save_file(tensors, temporary / f"{name}.safetensors")
         torch.save(state["optimizers"], temporary / "optimizers.pt")
-        rest = {key: value for key, value in state.items() if key not in ("encoder", "tokenizer", "optimizers")}
+        rest = {key: value for key, value in state.items() if key not in (*MODELS, "optimizers")}
         (temporary / "state.json").write_text(json.dumps({"step": step, **rest}, indent=1), encoding="utf-8")
         write_manifest(temporary)
         shutil.rmtree(target, ignore_errors=True)
@@ -112,7 +116,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     check_manifest(path)
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        state |= {name: load_file(path / f"{name}.safetensors") for name in ("encoder", "tokenizer")}
+        # Whether all are there that were written, the manifest has said.
+        state |= {file.stem: load_file(file) for file in path.glob("*.safetensors")}
         state["optimizers"] = torch.load(path / "optimizers.pt", map_location="cpu", weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, pickle.UnpicklingError) as error:
         raise unreadable(path, error) from error

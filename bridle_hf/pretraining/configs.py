@@ -9,6 +9,7 @@ from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
 from bridle_hf.data.modalities import load_config
+from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.interleaving.interleaving import first_tokenizer_config, taught_tokenizer_config
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.teacher import Teacher
@@ -43,9 +44,17 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
     fields, coded = {"modality": args.modality, **args.encoder}, None
     if args.tokenizer_from:
         coded = load_config(args.tokenizer_from, "--tokenizer_from", kind="tokenizer")
+        if coded.tokenizer_type == "kmeans":
+            raise ValueError("--tokenizer_from: its codes are of k-means on an encoder, which a run can't start from; "
+                             "give a self-distilled one or a random projection")  # fmt: skip
         fields = {name: getattr(coded, name) for name in (*_OF_BOTH, *_GRID)} | fields
     if "features" in {fields.get("target"), *(phase.get("target") for phase in args.phases)}:
         fields["target_feature_size"] = args.tokenizer.get("code_dim", BridleTokenizerConfig.code_dim)
+    targets = {fields.get("target", "codes"), *(phase.get("target") or "codes" for phase in args.phases)}
+    if args.levels_join_at and targets != {"codes"}:
+        raise ValueError("--levels_join_at is for target: codes; patches and features have no levels")
+    if args.levels_join_at and not (fields.get("codebook_loss_weights") or [1])[0]:
+        raise ValueError("--levels_join_at: the first of encoder.codebook_loss_weights is 0, so that no level is left")
     given = None
     if args.encoder_from:
         given = load_config(args.encoder_from, "--encoder_from")
@@ -84,10 +93,20 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         phase.get("train") == "encoder" and (phase.get("target") or encoder.target) == "codes" for phase in args.phases
     ):
         raise ValueError("code_cache is for phases of train: encoder, with target: codes; there is none")
-    if args.tokenizer_patch_dropout and all(phase.get("train") == "encoder" for phase in args.phases):
+    kmeans = tokenizer.tokenizer_type == "kmeans"
+    if args.tokenizer_patch_dropout and (kmeans or all(phase.get("train") == "encoder" for phase in args.phases)):
         raise ValueError("tokenizer_patch_dropout is for phases that train the tokenizer; there is none")
-    if tokenizer.tokenizer_type != "self_distilled":
+    if tokenizer.tokenizer_type == "random_projection":
         raise ValueError("tokenizer.tokenizer_type: describe the self-distilled one; iteration 0 follows from it")
+    if kmeans:
+        kmeans_config(encoder, tokenizer)
+        if args.tokenizer.get("teacher") is not None:
+            raise ValueError(
+                "tokenizer.teacher: it teaches a tokenizer that is trained, and tokenizer.tokenizer_type is kmeans: "
+                "leave one of them out"
+            )
+        if encoder.target_feature_size is not None:
+            raise ValueError("tokenizer.tokenizer_type is kmeans: target: features is for the self-distilled one")
     return encoder, tokenizer
 
 
@@ -157,7 +176,7 @@ def _check_continued(
         current: of the one before the first phase; `None`: none that can be trained on.
     """
     for number, (phase, config) in enumerate(zip(schedule.phases, configs)):
-        if not phase.trains_tokenizer:
+        if not schedule.trains_tokenizer(number):
             continue
         if phase.start == "fresh" or current is None:
             current = config

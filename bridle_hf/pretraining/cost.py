@@ -17,8 +17,9 @@ def cost_lines(args: FlopsArguments, recipe: PretrainArguments) -> list[str]:
     Raises:
         ValueError: the recipe's models or its schedule cannot be.
     """
-    schedule = Schedule(recipe.phases, args.samples / recipe.global_batch_size, recipe.steps_scale)
     encoder, tokenizer = make_configs(recipe)
+    kmeans = tokenizer.tokenizer_type == "kmeans"
+    schedule = Schedule(recipe.phases, args.samples / recipe.global_batch_size, recipe.steps_scale, kmeans)
     teacher = load_teacher(recipe, encoder, make_processor(encoder, recipe.processor))
     first = make_first_tokenizer_config(recipe, schedule, tokenizer, teacher)
     flops = ScheduleFlops(

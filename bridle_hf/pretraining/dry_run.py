@@ -30,7 +30,7 @@ class Measured:
 
     Args:
         seconds: of one step.
-        weights, optimizer, step: bytes of both models; of the optimizers' state; of gradients and activations where
+        weights, optimizer, step: bytes of the models; of the optimizers' state; of gradients and activations where
             together they are most.
         losses: those of the last step, by name.
         patches: of a sample, padding included.
@@ -91,7 +91,7 @@ def _measure(run: Run, number: int, batch: dict[str, Any]) -> Measured:
         peak = max(peak, memory.peak)
         losses |= {name: float(value) for name, value in metrics.items() if name.endswith("/loss")}
         patches = float(metrics.get("input/patches", patches))
-    models = interleaving.encoder, interleaving.tokenizer
+    models = filter(None, (interleaving.encoder, interleaving.tokenizer, interleaving.average))
     weights = sum(_bytes(itertools.chain(model.parameters(), model.buffers())) for model in models)
     states = [state for optimizer in interleaving.optimizers.values() for state in optimizer.state.values()]
     return Measured(seconds, weights, sum(_bytes(state.values()) for state in states), peak, losses, patches)

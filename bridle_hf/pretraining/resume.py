@@ -57,7 +57,9 @@ def check_unchanged(
     Raises:
         ValueError: arguments differ, or data do and need not be as they were only by `allow_changed_data`.
     """
-    differing = changed(plain(args), state["arguments"], FREE_ON_RESUME)
+    # An option that is newer than the run was as it is by default.
+    known = plain(PretrainArguments(data="-", output_dir="-"))
+    differing = changed(plain(args), known | state["arguments"], FREE_ON_RESUME)
     before = {name: state.get(name, value) for name, value in data.items()}
     if data != before and not args.allow_changed_data:
         if data["samples"] != before["samples"]:

@@ -32,6 +32,7 @@ from bridle_hf.data.batches import (
     without_interruptions,
 )
 from bridle_hf.data.finding import find_asked
+from bridle_hf.data.loaders import MixtureLoader
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
@@ -87,7 +88,7 @@ class Run:
         self.encoder_from = None
         if args.encoder_from:
             self.encoder_from = load_weights(BridleModel, args.encoder_from, dtype=torch.float32)
-        self.schedule = Schedule(args.phases, len(self.samples) / args.global_batch_size, args.steps_scale)
+        self.schedule = self._make_schedule(len(self.samples))
         self.tokenizer_from = None
         if args.tokenizer_from:
             self.tokenizer_from = load_weights(BridleTokenizerModel, args.tokenizer_from, dtype=torch.float32)
@@ -129,6 +130,8 @@ class Run:
             encoder_from=self.encoder_from,
             code_cache=self.out / "codes" if args.code_cache else None,
             bucket_by_length=args.bucket_by_length,
+            encoder_ema=args.encoder_ema,
+            levels_join_at=args.levels_join_at,
             tokenizer_from=self.tokenizer_from,
             teacher=teacher,
         )
@@ -137,6 +140,10 @@ class Run:
         self.monitor = self._make_monitor()
 
     # --- Before the first step ---
+
+    def _make_schedule(self, samples: int) -> Schedule:
+        args, kmeans = self.args, self.tokenizer_config.tokenizer_type == "kmeans"
+        return Schedule(args.phases, samples / args.global_batch_size, args.steps_scale, kmeans)
 
     def _find_samples(self) -> list[Sample]:
         args = self.args
@@ -192,10 +199,11 @@ class Run:
     def _make_dataset(self) -> DrawDataset:
         args, config = self.args, self.encoder_config
         self.load = make_sample_loader(config, self.processor, args.loader, args.augment, args.cache_mb << 20)
+        load = MixtureLoader(self.load, self.samples, args.mixture) if args.mixture else self.load
         return DrawDataset(
             self.samples,
             MaskedLoader(
-                self.load, config, args.masks, args.masks_per_sample, args.code_cache, args.tokenizer_patch_dropout
+                load, config, args.masks, args.masks_per_sample, args.code_cache, args.tokenizer_patch_dropout
             ),
             seed=args.seed,
         )
@@ -206,7 +214,7 @@ class Run:
         self.scheduled_samples, self.data_changes = check_unchanged(
             args, self.out, {"samples": len(self.samples), "names_of_samples": self.names_of_samples}, state
         )
-        self.schedule = Schedule(args.phases, self.scheduled_samples / args.global_batch_size, args.steps_scale)
+        self.schedule = self._make_schedule(self.scheduled_samples)
 
     def _resume(self, state: dict[str, Any] | None) -> int:
         """Go back to a checkpoint, if there is one; returns the first step to do."""
@@ -238,7 +246,7 @@ class Run:
         configs = self.encoder_config, self.tokenizer_config
         self.flops = ScheduleFlops(
             self.schedule, *configs, args.masks, args.masks_per_sample, args.tokenizer_patch_dropout,
-            self.first_tokenizer,
+            self.first_tokenizer, self.teacher_flops,
         )  # fmt: skip
         self.peak = find_peak(args.peak_tflops, self.accelerator.device, args.mixed_precision)
         if self.accelerator.is_main_process:
@@ -264,6 +272,8 @@ class Run:
             step, number = done, schedule.phase_number(done)
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
+            elif schedule.fits(step):
+                self.interleaving.fit_tokenizer(step, lambda step=step: self.peek(step))
             asked = time.monotonic()
             batch = self._next(batches, done)
             waited = time.monotonic() - asked

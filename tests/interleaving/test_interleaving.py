@@ -146,7 +146,8 @@ def build(accelerator, tiny_config, tiny_tokenizer_config):
 
     def make(phases, tokenizer=None, encoder=None, **options) -> Interleaving:
         configs = tiny_config("audio", **(encoder or {})), tiny_tokenizer_config("audio", **(tokenizer or {}))
-        return Interleaving(accelerator, Schedule(phases, 1.0), *configs, seed=0, **options)
+        schedule = Schedule(phases, 1.0, kmeans=configs[1].tokenizer_type == "kmeans")
+        return Interleaving(accelerator, schedule, *configs, seed=0, **options)
 
     return make
 
@@ -176,6 +177,8 @@ def train(run: Interleaving, first: int = 0, last: int | None = None, batch=make
         number = run.schedule.phase_number(step)
         if step == run.schedule.starts[number]:
             run.enter_phase(number, peek)
+        elif run.schedule.fits(step):
+            run.fit_tokenizer(step, peek)
         metrics.append(run.step(step, batch(step)))
     return metrics
 
@@ -185,6 +188,12 @@ def tensors(run: Interleaving) -> dict[str, torch.Tensor]:
     return {
         f"{side}.{name}": tensor.clone() for side in ("encoder", "tokenizer") for name, tensor in state[side].items()
     }
+
+
+def assert_same_weights(ours: dict, theirs: dict, **tolerance) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], **(tolerance or {"atol": 0, "rtol": 0}))
 
 
 def moved(before: dict, after: dict) -> set[str]:
@@ -295,6 +304,17 @@ def test_a_decoded_share_weighs_the_same_in_micro_batches(build):
             torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-5, check_dtype=False)
     for name, value in tensors(whole).items():
         torch.testing.assert_close(tensors(cut)[name], value, atol=1e-5, rtol=0)
+
+
+def test_visible_patches_weigh_the_same_in_micro_batches(build):
+    """Clips show different shares: two means, of hidden and of visible patches, each over the whole batch."""
+    phases = [{"train": "joint", "steps": 3, "tokenizer_every": 2, "learning_rate": 1e-4}]
+    fields = {"visible_loss_weight": 0.5}
+    whole, cut = build(phases, encoder=fields), build(phases, encoder=fields, micro_batch_size=2)
+    for expected, found in zip(train(whole), train(cut)):
+        assert expected.keys() == found.keys() and "encoder/visible_loss" in found
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, check_dtype=False)
 
 
 def several_masks(batch: dict, count: int) -> dict:
@@ -683,19 +703,36 @@ def test_twenty_in_a_row_stop_the_run(build):
 # State
 
 
-def test_a_state_resumes_bit_equal_at_every_step(build):
+TRAINED = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
+FITTED = [{"train": "encoder", "steps": 2},
+          {"train": "alternate", "steps": 5, "switch_every": 2, "learning_rate": 1e-2}]  # fmt: skip
+KMEANS = {"tokenizer_type": "kmeans", "teacher_layers": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("phases", "options"),
+    [
+        (TRAINED, {}),
+        (TRAINED, {"encoder_ema": 0.9}),
+        (FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9}),
+        (TRAINED, {"levels_join_at": 1e-3}),
+    ],
+    ids=["trained", "averaged", "fitted", "levels"],
+)
+def test_a_state_resumes_bit_equal_at_every_step(build, phases, options):
     """In the middle of phases and between them, whatever was trained before."""
-    phases = [{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 2}, {"train": "joint", "steps": 2}]
-    undisturbed = build(phases)
+    undisturbed = build(phases, **options)
     states = []
     for step in range(undisturbed.schedule.total_steps):
         train(undisturbed, step, step + 1)
         states.append(copy.deepcopy(undisturbed.state_dict()))
     for done, state in enumerate(states, start=1):
-        resumed = build(phases)
+        resumed = build(phases, **options)
         resumed.load_state_dict(state, done)
         train(resumed, done)
         assert moved(tensors(undisturbed), tensors(resumed)) == set(), done
+        for ours, theirs in zip(undisturbed.whole_models(), resumed.whole_models()):
+            assert_same_weights(ours.state_dict(), theirs.state_dict())
 
 
 def whole(batch: dict[str, torch.Tensor]) -> SimpleNamespace:
@@ -771,3 +808,109 @@ def test_patches_are_cut_once_by_the_encoder_and_once_by_the_tokenizer(build, mo
     loaded = {name: value[0] for name, value in make_batch(0).items() if name != "bool_masked_pos"}
     load = MaskedLoader(lambda sample, rng: loaded, run.encoder_config, {})
     assert load(Sample("a.wav"), np.random.default_rng(0))["bool_masked_pos"].shape == (24,) and not cuts
+
+
+# Options of the method
+
+
+@pytest.mark.parametrize("kind", ["encoder", "joint", "alternate"])
+def test_the_average_is_that_of_the_weights_and_what_a_phase_leaves(build, kind):
+    """Against the recurrence in float64; it teaches, from within the phase on, and the next phase begins with it."""
+    phases = [
+        {"train": kind, "steps": 12, "learning_rate": 1e-2, "switch_every": 5},
+        {"train": "tokenizer", "steps": 1},
+    ]
+    run, plain = build(phases, encoder_ema=0.4), build(phases)
+    run.enter_phase(0, peek)
+    expected = {name: value.detach().double() for name, value in run.unwrapped_encoder.named_parameters()}
+    for step in range(12):
+        run.step(step, make_batch(step))
+        decay = min(0.4, (1 + step) / (10 + step)) if run.schedule.sides(step)[0] else 1.0
+        for name, value in run.unwrapped_encoder.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * value.detach().double()
+    left = run.whole_models()[0]
+    assert_same_weights(dict(left.named_parameters()), expected, atol=1e-6, rtol=0, check_dtype=False)
+    assert moved(
+        tensors(run),
+        {f"encoder.{name}": value for name, value in left.state_dict().items()}
+        | {name: value for name, value in tensors(run).items() if name.startswith("tokenizer")},
+    ) == {"encoder"}
+    batch = make_batch(3)
+    teacher = teacher_features(left.bridle, batch["input_values"], batch["attention_mask"])
+    torch.testing.assert_close(run._teacher(whole(batch)), teacher)
+    run.enter_phase(1, peek)
+    assert_same_weights(run.unwrapped_encoder.state_dict(), left.state_dict())
+    assert "average" not in run.state_dict() and not any(value.requires_grad for value in left.parameters())
+    if kind == "encoder":  # what is trained is none the wiser
+        train(plain, last=12)
+        again = build(phases, encoder_ema=0.4)
+        train(again, last=12)
+        assert moved(tensors(plain), tensors(again)) == set()
+
+
+@torch.no_grad()
+def test_kmeans_codes_are_the_nearest_to_standardised_features(build):
+    """Of the encoder before, fitted anew in `alternate` to the one that is trained; level by level, in float64."""
+    run = build(FITTED, tokenizer=KMEANS, micro_batch_size=4)
+    batch, states = make_batch(100), []
+    real = patch_attention_mask(batch["attention_mask"], run.encoder_config)
+    for step in range(7):
+        before = copy.deepcopy(run.unwrapped_encoder.bridle)
+        with torch.enable_grad():
+            train(run, step, step + 1)
+        tokenizer = run.unwrapped_tokenizer
+        states.append({name: value.clone() for name, value in tokenizer.state_dict().items()})
+        assert tokenizer.config.tokenizer_type == ("kmeans" if step > 1 else "random_projection")
+        if not run.schedule.fits(step):
+            continue
+        features = teacher_features(before.eval(), batch["input_values"], batch["attention_mask"], [1, 2])[real]
+        standardisation = tokenizer.standardization
+        left = ((features - standardisation.mean) / standardisation.deviation).double()
+        torch.testing.assert_close(left.std(dim=0).mean(), torch.tensor(1.0).double(), atol=0.15, rtol=0)
+        codes = tokenizer.encode(batch["input_values"], batch["attention_mask"])[real]
+        left = torch.nn.functional.normalize(left, dim=1)  # `codebook_normalization` is that of all tokenizers
+        energy = left.square().sum()
+        for level, codebook in enumerate(tokenizer.quantizer.codebooks.double()):
+            nearest = torch.cdist(left, codebook).argmin(dim=1)
+            assert (nearest == codes[:, level]).float().mean() > 0.99
+            left = left - codebook[codes[:, level]]
+        assert left.square().sum() < 0.8 * energy
+    same = [all(torch.equal(old[name], new[name]) for name in old) for old, new in itertools.pairwise(states[2:])]
+    assert same == [True, False, True, False], "fitted before steps 2, 4 and 6"
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [[{"train": "encoder", "steps": 1}, {"train": "tokenizer", "steps": 1}], [{"train": "alternate", "steps": 1}]],
+)
+def test_what_kmeans_cannot_do_is_refused(phases):
+    with pytest.raises(ValueError, match=r"phases\[\d\]: train is .* kmeans"):
+        Schedule(phases, 1.0, kmeans=True)
+
+
+@pytest.mark.parametrize("given", [None, [1.0, 0.5, 0.25]], ids=str)
+def test_a_level_joins_once_the_one_before_is_predictable(build, given):
+    """The loss is that of a model whose weights are 0 from there on; a fresh encoder begins with one level."""
+    phases = [{"train": "encoder", "steps": 20, "learning_rate": 1e-2}] * 2
+    run = build(phases, encoder={"codebook_loss_weights": given}, levels_join_at=0.08, micro_batch_size=4)
+    weights, levels, average, seen = given or [1.0] * 3, 1, 0.0, []
+    for step in range(40):
+        if step in (0, 20):
+            run.enter_phase(step // 20, peek)
+            levels, average = 1, 0.0
+        masked = [*weights[:levels], *[0.0] * (3 - levels)]
+        before = copy.deepcopy(run.unwrapped_encoder.state_dict())
+        plain = build(phases, encoder={"codebook_loss_weights": masked})
+        batch = make_batch(0)
+        plain.encoder.load_state_dict(before)
+        labels, _ = run._labels(batch, whole(batch))
+        plain.seed_step(step)
+        expected = plain.encoder.train()(**batch, labels=labels)
+        found = run.step(step, batch)
+        torch.testing.assert_close(found["encoder/loss"], expected.loss, atol=1e-5, rtol=1e-5)
+        assert found["encoder/levels"] == levels
+        seen.append(levels)
+        average += 0.1 * (float(found["encoder/accuracy"][levels - 1]) - average)
+        if average >= 0.08 and levels < 3:
+            levels, average = levels + 1, 0.0
+    assert seen[0] == seen[20] == 1 and seen[19] > 1

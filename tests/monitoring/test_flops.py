@@ -41,7 +41,8 @@ INPUTS = {
 }
 CROSS = {"decoder_type": "cross", "decoded_ratio": 0.5}
 DECODERS = [*((modality, {}) for modality in INPUTS), *((modality, CROSS) for modality in INPUTS),
-            ("audio", {**CROSS, "decoder_encoder_layers": [0, 2]})]  # fmt: skip
+            ("audio", {**CROSS, "decoder_encoder_layers": [0, 2]}), ("audio", {"visible_loss_weight": 0.5}),
+            ("image", {**CROSS, "visible_loss_weight": 0.5})]  # fmt: skip
 PHASES = [{"train": "encoder", "steps": 2}, {"train": "joint", "steps": 7, "tokenizer_every": 3},
           {"train": "tokenizer", "steps": 3}, {"train": "alternate", "steps": 10, "switch_every": 4},
           {"train": "encoder", "steps": 2}]  # fmt: skip
@@ -104,6 +105,18 @@ def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, 
         fewer, more = (count(interleaving, step, batch) for batch in batches)
         assert flops.of_step(step) == more - fewer, (number, schedule.sides(step))
     assert len(seen) == 7
+
+
+def test_flops_of_codes_by_kmeans(accelerator):
+    encoder, tokenizer = make_configs("image")
+    tokenizer = BridleTokenizerConfig.from_dict(tokenizer.to_dict() | {"tokenizer_type": "kmeans"})
+    schedule = Schedule([{"train": "encoder", "steps": 1}, {"train": "alternate", "steps": 2}], 1.0, kmeans=True)
+    flops = ScheduleFlops(schedule, encoder, tokenizer, {})
+    interleaving = Interleaving(accelerator, schedule, encoder, tokenizer, seed=0)
+    for step in range(2):
+        interleaving.enter_phase(step, lambda: iter([make_batch(encoder, 40)]))
+        fewer, more = (count(interleaving, step, make_batch(encoder, size)) for size in (2, 3))
+        assert flops.of_step(step) == more - fewer
 
 
 def test_sums_over_a_schedule():

@@ -23,10 +23,11 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForPreTrainin
 import bridle_hf.pretraining.run
 from bridle_hf import BridleFeatureExtractor, BridleForPreTraining, BridleTokenizerModel
 from bridle_hf.common.errors import ArgumentError, NonFiniteError, RunError, TooManyBadFiles
+from bridle_hf.common.manifest import write_manifest
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.normalization import measure_normalization
-from bridle_hf.pretraining.checkpointing import list_checkpoints
+from bridle_hf.pretraining.checkpointing import list_checkpoints, load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +140,86 @@ def test_other_schedules_run(data, tmp_path, quick, schedule):
     assert all(np.isfinite(row[name]) for row in last for name in losses & row.keys())
 
 
+def resume_from(step: int, recipe: str, data: str, folder: Path) -> None:
+    """See that a run which goes on from a step's checkpoint ends as one that was not disturbed, `folder/whole`."""
+    pretrain(recipe, data, folder / "whole")
+    pretrain(recipe, data, folder / "resumed", "--keep_every", "1")
+    for checkpoint in list_checkpoints(folder / "resumed" / "checkpoints")[step:]:
+        shutil.rmtree(checkpoint)
+    pretrain(recipe, data, folder / "resumed", "--keep_every", "1", "--resume")
+    ours, theirs = weights(folder / "whole"), weights(folder / "resumed")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_centred_teacher_is_resumed(data, tmp_path, quick):
     """Its mean is part of the checkpoint; a tokenizer that is not trained alone is refused."""
     phases = [{"train": "encoder", "steps": 2}, {"train": "tokenizer", "steps": 4}]
     options = {"phases": phases, "save_every": 1, "tokenizer": {"center_teacher": True}}
-    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
-    pretrain(recipe, data, tmp_path / "whole")
-    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1")
-    for step in (4, 5, 6):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{step}")
-    pretrain(recipe, data, tmp_path / "resumed", "--keep_every", "1", "--resume")
-    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    resume_from(3, write_recipe(tmp_path / "recipe.yaml", **options), data, tmp_path)
     joint = write_recipe(tmp_path / "joint.yaml", "joint", tokenizer={"center_teacher": True})
     assert "center_teacher" in refusal(joint, data, tmp_path / "joint")
+
+
+def test_the_average_of_the_encoder_is_saved_and_resumed(data, tmp_path, quick):
+    phases = [{"train": "encoder", "steps": 3, "learning_rate": 1e-2}]
+    resume_from(2, write_recipe(tmp_path / "recipe.yaml", phases=phases, encoder_ema=0.5), data, tmp_path)
+    found = load_checkpoint(tmp_path / "whole" / "checkpoints" / "step_3")
+    saved = {name.removeprefix("encoder."): value for name, value in weights(tmp_path / "whole").items()}
+    assert all(torch.equal(found["average"][name], value) for name, value in saved.items() if name in found["encoder"])
+    assert not all(torch.equal(found["encoder"][name], value) for name, value in found["average"].items())
+    assert "--encoder_ema is 1.0" in refusal(str(tmp_path / "recipe.yaml"), data, tmp_path / "x", "--encoder_ema", "1")
+
+
+def test_levels_that_join_are_resumed(data, tmp_path, quick):
+    phases = [{"train": "encoder", "steps": 4, "learning_rate": 1e-2}]
+    recipe = write_recipe(tmp_path / "recipe.yaml", phases=phases, levels_join_at=0.005, save_every=1, log_every=1)
+    resume_from(2, recipe, data, tmp_path)
+    levels = [row["encoder/levels"] for row in rows(tmp_path / "whole") if "samples" in row]
+    assert levels[0] == 1 and levels[-1] == 2 and levels == sorted(levels)
+    for name, fields in {"target: codes": {"target": "patches"}, "weights": {"codebook_loss_weights": [0, 1]}}.items():
+        wrong = write_recipe(tmp_path / "wrong.yaml", phases=phases, levels_join_at=0.1, encoder=fields)
+        assert name in refusal(wrong, data, tmp_path / "x")
+
+
+def test_mixtures_are_resumed_and_no_part_of_the_evaluation(data, tmp_path, quick):
+    options = {"phases": [{"train": "encoder", "steps": 3}], "save_every": 1, "mixture": 0.5}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    resume_from(1, recipe, data, tmp_path)
+    pretrain(recipe, data, tmp_path / "plain", "--mixture", "0")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "plain")
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "--mixture is for audio" in refusal(recipe, data, tmp_path / "x", "--modality", "image")
+
+
+def test_a_run_older_than_an_option_is_resumed(data, tmp_path, quick):
+    """Its checkpoint does not name it: it was as it is by default."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", phases=[{"train": "encoder", "steps": 2}])
+    pretrain(recipe, data, tmp_path / "out")
+    checkpoint = tmp_path / "out" / "checkpoints" / "step_2"
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    del state["arguments"]["encoder_ema"]
+    (checkpoint / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    write_manifest(checkpoint)
+    pretrain(recipe, data, tmp_path / "out", "--resume")
+    assert "encoder_ema (0.0, now 0.5)" in refusal(recipe, data, tmp_path / "out", "--resume", "--encoder_ema", "0.5")
+
+
+def test_codes_of_kmeans(data, tmp_path, quick):
+    """Without a tokenizer phase; the saved tokenizer gives codes by itself; resumed where it is fitted anew."""
+    phases = [{"train": "encoder", "steps": 2}, {"train": "alternate", "steps": 4, "switch_every": 2}]
+    options = {"phases": phases, "tokenizer": {"tokenizer_type": "kmeans"}, "save_every": 1}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    resume_from(4, recipe, data, tmp_path)
+    tokenizer = AutoModel.from_pretrained(tmp_path / "whole" / "tokenizer")
+    assert tokenizer.config.tokenizer_type == "kmeans" and tokenizer.config.code_dim == 16
+    codes = tokenizer.encode(torch.randn(2, 48, 32))
+    assert codes.shape == (2, 24, 2) and codes.unique().numel() > 2
+    assert [row["iteration"] for row in rows(tmp_path / "whole") if row.get("event")] == [0, 1]
+    wrong = {"target": "features", "start": "fresh", "train": "encoder", "steps": 1}
+    centred = {"tokenizer_type": "kmeans", "center_teacher": True}
+    for name, changes in {"features": {"phases": [wrong]}, "center_teacher": {"tokenizer": centred}}.items():
+        changed = write_recipe(tmp_path / "wrong.yaml", **{**options, **changes})
+        assert name in refusal(changed, data, tmp_path / "x")
 
 
 def test_phases_end_by_evidence(data, tmp_path, quick):
@@ -206,6 +273,33 @@ def test_a_code_cache_that_could_do_nothing_is_refused(data, tmp_path):
     assert "with --augment none does" in refusal(recipe, data, tmp_path / "out", "--augment", "true")
     joint = write_recipe(tmp_path / "joint.yaml", "joint", augment=False)
     assert "there is none" in refusal(joint, data, tmp_path / "out", "--code_cache", "true")
+
+
+def test_options_of_the_method_beside_shortcuts_are_resumed(data, tmp_path, quick):
+    """The average, levels, visible patches and mixtures with kept codes, dropped patches and phases ended early."""
+    options = {"encoder_ema": 0.5, "levels_join_at": 0.005, "mixture": 0.5, "encoder": {"visible_loss_weight": 0.3}}
+    resume_from(8, write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, **options), data, tmp_path)
+
+
+def test_codes_of_kmeans_from_the_cache(data, tmp_path, quick):
+    """A phase that fits anew has codes of its own; one that fits within itself keeps none."""
+    until = {"accuracy_gain": 0.9, "over": 6}
+    phases = [{"train": "encoder", "steps": 20, "until": until}, {"train": "encoder", "steps": 20, "until": until}]
+    phases += [{"train": "alternate", "steps": 4, "switch_every": 2}]
+    options = {"phases": phases, "tokenizer": {"tokenizer_type": "kmeans"}, "augment": False, "encoder_ema": 0.5}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options, log_every=1, code_cache=True)
+    resume_from(21, recipe, data, tmp_path)
+    pretrain(recipe, data, tmp_path / "off", "--code_cache", "false")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "off")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    cached = {line["step"]: line["codes/cached"] for line in lines if "codes/cached" in line}
+    assert list(cached) == list(range(1, 25)) and not any(cached[step] for step in (1, 2, 3, 13, 14, 15))
+    assert all(any(cached[step] for step in range(first, first + 9)) for first in (4, 16))
+    changes = {"tokenizer_patch_dropout": 0.5, "tokenizer": {"tokenizer_type": "kmeans", "teacher": "any"}}
+    for name, value in changes.items():
+        wrong = write_recipe(tmp_path / "wrong.yaml", **{**options, name: value})
+        assert name in refusal(wrong, data, tmp_path / "x")
 
 
 def test_regressions_run(data, tmp_path, quick):

@@ -80,6 +80,9 @@ def folder(tmp_path) -> Path:
         write_recipe(tmp_path / f"{name}.yaml", name, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     views = {**VIEWS, "encoder": {**VIEWS["encoder"], "drop_path_rate": 0.3}, "micro_batch_size": 3}
     write_recipe(tmp_path / "views.yaml", **views, tokenizer=tokenizer)
+    write_recipe(tmp_path / "options.yaml", "joint", tokenizer=tokenizer, encoder_ema=0.5, levels_join_at=0.02)
+    fitted = [{"train": "encoder", "steps": 4}, {"train": "alternate", "steps": 6, "switch_every": 3}]
+    write_recipe(tmp_path / "kmeans.yaml", phases=fitted, tokenizer={"tokenizer_type": "kmeans"})
     write_recipe(tmp_path / "shortcuts.yaml", **SHORTCUTS, tokenizer=tokenizer, encoder={"drop_path_rate": 0.3})
     return tmp_path
 
@@ -155,16 +158,16 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, recipe
         assert_equal_ranks(ranks)
         assert all(part[-1]["sharded"] == (launcher == "fsdp2") for part in ranks)
         assert len((folder / name / "skipped.jsonl").read_text().splitlines()) <= 2
-        assert any(sum(row.get("usage/reseeded", [])) for row in rows(folder / name))
+        assert any(sum(row.get("usage/reseeded", [])) for row in rows(folder / name)) or name == "kmeans"
 
 
 def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "shortcuts"])
+    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "shortcuts", "options", "kmeans"])
 
 
 @pytest.mark.slow
 def test_two_processes_with_half_of_the_weights_each_equal_one(folder):
-    check_against_one_process(folder, "fsdp2")
+    check_against_one_process(folder, "fsdp2", recipes=[*PHASES, "options"])
 
 
 @pytest.mark.slow
@@ -174,9 +177,9 @@ def test_two_processes_with_micro_batches_equal_one(folder, launcher):
 
 
 def test_a_sharded_run_goes_on_in_one_process(folder):
-    """The checkpoint of a sharded run is whole: weights, both optimizers, codebooks."""
-    run_all("fsdp2", folder, [["moved", "joint", 8, []]])
-    run_all("alone", folder, [["alone", "joint", None, []], ["moved", "joint", None, ["--resume"]]])
+    """The checkpoint of a sharded run is whole: weights, their average, both optimizers, codebooks."""
+    run_all("fsdp2", folder, [["moved", "options", 8, []]])
+    run_all("alone", folder, [["alone", "options", None, []], ["moved", "options", None, ["--resume"]]])
     assert_same_run(folder, "moved", "alone")
     ours, theirs = ([part[-1]["state"] for part in seen_by(folder, name, 1)] for name in ("moved", "alone"))
     torch.testing.assert_close(ours[0]["optimizers"], theirs[0]["optimizers"], atol=1e-5, rtol=0)

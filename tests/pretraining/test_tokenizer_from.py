@@ -143,3 +143,14 @@ def test_an_encoder_is_no_tokenizer(tmp_path):
     run(tmp_path)
     with pytest.raises(ArgumentError, match="holds a 'bridle': give a folder or Hub id of a BRIDLE tokenizer"):
         run(tmp_path, tokenizer_from=str(tmp_path / "out" / "encoder"), output_dir=str(tmp_path / "other"))
+
+
+def test_codes_of_kmeans_follow_those_of_the_given_tokenizer(tmp_path):
+    """Whose teacher had another width: nothing of it is trained on. What k-means left is none to start from."""
+    save_tokenizer(tmp_path / "tokenizer")
+    alternate = {"train": "alternate", "steps": 4, "switch_every": 2, "start": "continue"}
+    run(tmp_path, ENCODER, alternate, tokenizer={"tokenizer_type": "kmeans"})
+    fitted = AutoModel.from_pretrained(tmp_path / "out" / "tokenizer").config
+    assert (fitted.tokenizer_type, fitted.num_codebooks, fitted.codebook_size) == ("kmeans", 3, 8)
+    with pytest.raises(ArgumentError, match="--tokenizer_from: its codes are of k-means"):
+        run(tmp_path, output_dir=str(tmp_path / "again"), tokenizer_from=str(tmp_path / "out" / "tokenizer"))

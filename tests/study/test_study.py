@@ -18,6 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridle_hf.common.errors import ArgumentError
+from bridle_hf.interleaving.schedule import Schedule
+from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.pretraining.configs import make_configs
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import FOLDER, read_grid
@@ -80,6 +83,16 @@ def test_the_grids_of_the_package_can_be_read():
         runs = read_grid(path.stem)
         assert len({run.hash for run in runs}) == len(runs) > 10, path
         assert all(run.options["keep_iterations"] for run in runs)
+
+
+@pytest.mark.parametrize("grid", sorted(path.stem for path in FOLDER.glob("*.yaml")))
+def test_every_arm_of_the_package_has_models_and_a_schedule(grid):
+    """An arm that cannot start shows here, not after hours of others."""
+    for run in {(run.set, run.arm): run for run in read_grid(grid)}.values():
+        args = PretrainArguments(data="-", output_dir="-", **run.options)
+        encoder, tokenizer = make_configs(args)
+        schedule = Schedule(args.phases, 60.0, args.steps_scale, tokenizer.tokenizer_type == "kmeans")
+        assert schedule.total_steps > 100 and encoder.patch_grid == tokenizer.patch_grid, run.name
 
 
 def test_arms_are_changes_to_a_recipe(tmp_path, data):
