@@ -68,10 +68,12 @@ class ModelProgram(nn.Module):
         lengths[1::2] = (size[0] + 1) // 2
         return values | {"attention_mask": (torch.arange(size[0]) < lengths).long()}
 
-    def free_axes(self) -> dict[str, dict[int, str]]:
-        """By input, the axes that may have any size, and their names."""
-        axes = {0: "batch", 1: "frames"} if self.model.config.modality == "audio" else {0: "batch"}
-        return dict.fromkeys(self.example(1), axes)
+    def free_axes(self) -> dict[str, tuple[int, ...]]:
+        """By input, the axes that may have any size."""
+        modality = self.model.config.modality
+        if modality == "audio":
+            return {INPUT_NAMES[modality]: (0, 1), "attention_mask": (0, 1)}
+        return {INPUT_NAMES[modality]: (0,)}
 
 
 class WaveformProgram(nn.Module):
@@ -101,9 +103,9 @@ class WaveformProgram(nn.Module):
         samples = num_samples(frames or self.program.model.config.max_length, self.rate)
         return {"waveform": torch.randn(batch, samples, generator=torch.Generator().manual_seed(batch)) / 10}
 
-    def free_axes(self) -> dict[str, dict[int, str]]:
-        """By input, the axes that may have any size, and their names."""
-        return {"waveform": {0: "batch", 1: "samples"}}
+    def free_axes(self) -> dict[str, tuple[int, ...]]:
+        """By input, the axes that may have any size."""
+        return {"waveform": (0, 1)}
 
 
 class LogMel(nn.Module):

@@ -146,7 +146,7 @@ def test_stored_positions_bound_the_length(tmp_path, saved):
 
 def test_a_program_that_is_wrong_for_a_size_is_not_kept(tmp_path, saved, monkeypatch):
     folder, _ = saved(BridleForAudioClassification, "audio")
-    held = {"input_values": {0: "batch"}, "attention_mask": {0: "batch"}}
+    held = {"input_values": (0,), "attention_mask": (0,)}
     monkeypatch.setattr("bridle_hf.exporting.programs.ModelProgram.free_axes", lambda self: held)
     with pytest.raises(RunError, match="the exported program, given 1 samples of 30 frames, fails"):
         exported(folder, tmp_path / "a.pt2")
