@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.classifiers import CLASSIFIERS
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -16,9 +17,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from bridle_hf import (
     BridleConfig,
     BridleForAudioClassification,
-    BridleForImageClassification,
     BridleForPreTraining,
-    BridleForVideoClassification,
     BridleModel,
     BridleTokenizerModel,
 )
@@ -28,11 +27,6 @@ from bridle_hf.patching_bridle import INPUT_NAMES, patchify
 
 
 EXACT = {"atol": 1e-5, "rtol": 0.0}
-CLASSIFIERS = {
-    "audio": BridleForAudioClassification,
-    "image": BridleForImageClassification,
-    "video": BridleForVideoClassification,
-}
 MODELS = ["encoder", "pretraining", "classifier", "random_projection", "self_distilled"]
 # Frames of clips in one batch: whole windows, whole patches, neither, and less than a window of the Swin decoder.
 CLIPS = [96, 64, 41, 17]

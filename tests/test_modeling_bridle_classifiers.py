@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.classifiers import CLASSIFIERS
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
@@ -13,16 +14,10 @@ from bridle_hf import (
     BridleForAudioClassification,
     BridleForAudioFrameClassification,
     BridleForImageClassification,
-    BridleForVideoClassification,
     BridleModel,
 )
 
 
-CLASSIFIERS = {
-    "audio": BridleForAudioClassification,
-    "image": BridleForImageClassification,
-    "video": BridleForVideoClassification,
-}
 BATCH = torch.tensor([0, 4])
 HOT = torch.eye(5)[BATCH]
 

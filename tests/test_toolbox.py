@@ -7,22 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers.classifiers import CLASSIFIERS
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from bridle_hf import (
-    BridleForAudioClassification,
-    BridleForImageClassification,
-    BridleForVideoClassification,
     BridleModel,
 )
-
-
-CLASSIFIERS = {
-    "audio": BridleForAudioClassification,
-    "image": BridleForImageClassification,
-    "video": BridleForVideoClassification,
-}
 
 
 def classifier(tiny_config, modality: str, **fields) -> torch.nn.Module:
