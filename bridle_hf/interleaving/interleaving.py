@@ -25,11 +25,12 @@ from bridle_hf.common.errors import MAX_SKIPPED_IN_A_ROW, NonFiniteError
 from bridle_hf.interleaving.code_cache import CodeCache
 from bridle_hf.interleaving.codebook_initialization import initialize_codebooks, kmeans_config
 from bridle_hf.interleaving.gradients import gradient_norms
+from bridle_hf.interleaving.levels import Levels
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
 from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
-from bridle_hf.interleaving.teacher import Teacher
+from bridle_hf.interleaving.teacher import Teacher, mean_by_position
 from bridle_hf.masking_bridle import visible_patches
 from bridle_hf.modeling_bridle import BridleForPreTrainingOutput, BridlePreTrainedModel
 from bridle_hf.modeling_bridle_tokenizer import target_patches
@@ -41,8 +42,6 @@ from bridle_hf.quantization_bridle import CodebookStatistics, count_codes
 OF_FIRST_TOKENIZER = ("tokenizer_type", "teacher_hidden_size")
 # Batches that the teacher's mean at each position is measured on.
 CENTRE_BATCHES = 16
-# Of the moving average of a level's accuracy: a single batch should not let the next level in.
-LEVEL_RATE = 0.1
 
 
 class Interleaving:
@@ -107,9 +106,7 @@ class Interleaving:
         self.input_name = INPUT_NAMES[encoder_config.modality]
         self.encoder: nn.Module = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.average: BridleForPreTraining | None = None
-        self.levels_join_at = levels_join_at
-        # Levels in the loss, and a moving average of the masked accuracy of the last of them.
-        self.levels, self.level_accuracy = 1 if levels_join_at else encoder_config.num_codebooks, 0.0
+        self.levels = Levels(accelerator, encoder_config.num_codebooks, levels_join_at)
         self.tokenizer: nn.Module | None = None
         if tokenizer_from is not None:
             config = first_tokenizer_config(tokenizer_config, tokenizer_from.config)
@@ -139,8 +136,7 @@ class Interleaving:
         if phase.trains_encoder and fresh:
             config = self._encoder_config(phase.target or self.encoder_config.target)
             self.encoder = self._build(BridleForPreTraining, config, phase=number)
-            if self.levels_join_at:
-                self.levels, self.level_accuracy = 1, 0.0
+            self.levels.restart()
             if self.encoder_from is not None:
                 start_from(self.encoder.bridle, self.encoder_from)
         if trains_tokenizer and (fresh or not self._is_distilled()):
@@ -183,7 +179,7 @@ class Interleaving:
         self.encoder.requires_grad_(phase.trains_encoder)
         self.tokenizer.requires_grad_(trains_tokenizer)
         if phase.trains_encoder:
-            self.encoder.levels_in_loss = self.levels
+            self.encoder.levels_in_loss = self.levels.joined
             if self.encoder_ema:
                 whole = self._averaged(self.encoder.state_dict() if average is None else average)
                 self.average = self.sharding.lay_out(whole)
@@ -332,8 +328,10 @@ class Interleaving:
             return {}
         if self.average is not None and sides[0]:
             self._move_average(step)
-        if self.levels_join_at and sides[0]:
-            sums["encoder/levels"] = self._join_levels(sums["encoder/accuracy"])
+        if self.levels.join_at and sides[0]:
+            sums["encoder/levels"] = sums["encoder/accuracy"].new_tensor(float(self.levels.joined))
+            self.levels.update(sums["encoder/accuracy"])
+            self.unwrapped_encoder.levels_in_loss = self.levels.joined
         if statistics:
             self.seed_step(step)
             sums["usage/reseeded"] = self.unwrapped_tokenizer.quantizer.update(
@@ -446,23 +444,19 @@ class Interleaving:
         return self.teacher or functools.partial(teacher_features, encoder.bridle.eval())
 
     def _measure_teacher_mean(self, batches: Iterable[dict[str, Any]]) -> torch.Tensor:
-        """(patches, hidden) float64: the teacher's mean at each position over the batches that the phase begins with.
-
-        The same for any number of processes and micro batches.
-        """
+        """(patches, hidden): the teacher's mean at each position over the batches that the phase begins with."""
         self.teacher_mean, self.encoder = None, self.whole_models()[0]
-        shape = math.prod(self.encoder_config.patch_grid), self.unwrapped_tokenizer.config.teacher_hidden_size
-        total = torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
-        count = torch.zeros(shape[0], 1, dtype=torch.float64, device=self.accelerator.device)
-        for batch in itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch))):
-            for part in self._micro_batches(batch):
-                teacher, real = self._teacher(part), part.real(self.encoder_config)
-                weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
-                patches = teacher.shape[1]
-                total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)
-                count[:patches] += weights.sum(dim=0)[:, None]
-        total, count = (self.accelerator.reduce(value, "sum") for value in (total, count))
-        return total / count.clamp(min=1)
+        batches = itertools.islice(batches, min(CENTRE_BATCHES, math.ceil(self.schedule.steps_per_epoch)))
+        features = (
+            (self._teacher(part), part.real(self.encoder_config))
+            for batch in batches
+            for part in self._micro_batches(batch)
+        )
+        patches, hidden = (
+            math.prod(self.encoder_config.patch_grid),
+            self.unwrapped_tokenizer.config.teacher_hidden_size,
+        )
+        return mean_by_position(features, (patches, hidden), self.accelerator)
 
     def _count(self, codes: torch.Tensor, part: MicroBatch) -> torch.Tensor:
         rows, real = codes[..., 0], part.real(self.encoder_config)
@@ -533,20 +527,6 @@ class Interleaving:
         for averaged, parameter in zip(self.average.parameters(), self.unwrapped_encoder.parameters(), strict=True):
             averaged.lerp_(parameter, rate)
 
-    def _join_levels(self, accuracy: torch.Tensor) -> torch.Tensor:
-        """How many levels the loss was over; from the next step on one more, if the last of them is predictable.
-
-        Args:
-            accuracy: (num_codebooks,), what this process adds to the mean over processes.
-        """
-        levels = accuracy.new_tensor(float(self.levels))
-        last = float(self.accelerator.reduce(accuracy, "mean")[self.levels - 1])
-        self.level_accuracy += LEVEL_RATE * (last - self.level_accuracy)
-        if self.level_accuracy >= self.levels_join_at and self.levels < len(accuracy):
-            self.levels, self.level_accuracy = self.levels + 1, 0.0
-            self.unwrapped_encoder.levels_in_loss = self.levels
-        return levels
-
     # --- State ---
 
     def state_dict(self) -> dict[str, Any]:
@@ -561,7 +541,7 @@ class Interleaving:
             "optimizers": {
                 name: gathered_state(optimizer.state_dict()) for name, optimizer in self.optimizers.items()
             },
-            "levels": [self.levels, self.level_accuracy],
+            "levels": self.levels.state_dict(),
             "target": self.unwrapped_encoder.config.target,
             **{name: getattr(self.unwrapped_tokenizer.config, name) for name in OF_FIRST_TOKENIZER},
             "gradient_scaler": None if scaler is None else scaler.state_dict(),
@@ -578,7 +558,7 @@ class Interleaving:
         encoder_config = self._encoder_config(state.get("target", self.encoder_config.target))
         self.encoder = self._build(BridleForPreTraining, encoder_config, phase=0)
         self.encoder.load_state_dict(state["encoder"])
-        self.levels, self.level_accuracy = state.get("levels", [self.levels, self.level_accuracy])
+        self.levels.load_state_dict(state.get("levels", self.levels.state_dict()))
         average = state.get("average")
         self.average = None if average is None else self._averaged(average)
         weights = dict(state["tokenizer"])

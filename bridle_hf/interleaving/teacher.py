@@ -3,10 +3,12 @@
 import inspect
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -200,3 +202,27 @@ class Teacher(nn.Module):
 
     def _refused(self, why: str) -> ValueError:
         return ValueError(f"tokenizer.teacher {self.name} {why}")
+
+
+def mean_by_position(
+    features: Iterable[tuple[torch.Tensor, torch.Tensor | None]], shape: tuple[int, int], accelerator: Accelerator
+) -> torch.Tensor:
+    """A teacher's mean at each position, the same for any number of processes and micro batches.
+
+    Args:
+        features: (samples, patches, hidden), and which patches are real, (samples, patches), or None for all of them.
+        shape: (patches, hidden) of a whole input; shorter ones are a prefix of it (patches are row-major).
+        accelerator: of the run; all processes must call it.
+
+    Returns:
+        (patches, hidden) float64; 0 where no input had a patch.
+    """
+    total = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
+    count = torch.zeros(shape[0], 1, dtype=torch.float64, device=accelerator.device)
+    for teacher, real in features:
+        weights = teacher.new_ones(teacher.shape[:2]) if real is None else real
+        patches = teacher.shape[1]
+        total[:patches] += (teacher * weights[:, :, None]).sum(dim=0)
+        count[:patches] += weights.sum(dim=0)[:, None]
+    total, count = (accelerator.reduce(value, "sum") for value in (total, count))
+    return total / count.clamp(min=1)
