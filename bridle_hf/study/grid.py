@@ -66,16 +66,19 @@ class RunSpec:
     @property
     def hash(self) -> str:
         """Of all that decides its result, code and data apart."""
-        # Not what is as it is by default: an option that is new to pretraining makes no run another.
-        options = {
-            name: value for name, value in self.options.items() if name not in FREE and value != DEFAULTS.get(name)
-        }
-        parts = [self.set, self.features, self.seed, options, sorted(readout.name for readout in READOUTS)]
+        names = sorted(readout.name for readout in READOUTS)
+        parts = [self.set, self.features, self.seed, counted(self.options), names]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
         return f"{self.set}-{self.arm}-{self.seed}-{self.hash}"
+
+
+def counted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that decide a result. Not what is as it is by default: an option that is new to pretraining makes no run
+    another."""
+    return {name: value for name, value in options.items() if name not in FREE and value != DEFAULTS.get(name)}
 
 
 @dataclass(frozen=True)

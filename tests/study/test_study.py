@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import yaml
-from helpers.tiny_run import RATE, write_recipe
+from helpers.tiny_study import STEPS, write_grid
 from helpers.waiting import DEADLINE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,43 +26,6 @@ from bridle_hf.study.report import write_report
 from bridle_hf.study.results import append_result, bits, read_results, unbits
 from bridle_hf.study.run import carry_out
 from bridle_hf.study.study import run_study
-
-
-STEPS = {"like": 0, "steps": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """24 recordings, tones and noise, in 4 groups."""
-    folder, rng = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
-    lines = ["file_name,label,group"]
-    for number in range(24):
-        tone = np.sin(2 * np.pi * rng.uniform(300, 3000) * np.arange(RATE // 4) / RATE)
-        wave = tone if number % 2 else rng.normal(size=RATE // 4)
-        soundfile.write(folder / f"{number}.wav", 0.3 * wave, RATE)
-        lines.append(f"{number}.wav,{('noise', 'tone')[number % 2]},{number // 6}")
-    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def write_grid(folder: Path, data: Path, **changes) -> str:
-    sounds = {"data": str(data), "recipe": write_recipe(folder / "recipe.yaml"), "tasks": {"kind": {"folds": 4}}}
-    grid = {
-        "seeds": [0, 1],
-        "options": {"keep_iterations": True},
-        "sets": {"sounds": sounds},
-        "arms": {
-            "input": {"features": "input", "seeds": [0]},
-            "untrained": {"features": "untrained", "seeds": [0]},
-            "rq": {"phases": [STEPS, {"like": 1, "steps": 2}, {"like": 2, "steps": 2}]},
-            "mae": {"encoder": {"target": "patches"}, "phases": [STEPS]},
-            "bad": {"encoder": {"hidden_size": 15}, "seeds": [0]},
-        },
-        "comparisons": [["rq@0", "mae@0"], ["rq@1", "patches"], ["rq@1", "nothing"]],
-        **changes,
-    }
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
-    return str(folder / "grid.yaml")
 
 
 @pytest.fixture(scope="module")
