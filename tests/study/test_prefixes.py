@@ -77,7 +77,7 @@ def test_prefixes_of_the_grids_of_the_package_can_start(grid, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arm", ["features", "kmeans", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("warm", "centred", "dropout",
+    "arm", ["features", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("warm", "centred", "kmeans", "dropout",
                                                                                          "joint", "refreshed"))]
 )  # fmt: skip
 def test_a_run_from_a_prefix_is_the_run_done_whole(arm, tmp_path, data):
