@@ -451,7 +451,7 @@ class BridleForPreTraining(BridlePreTrainedModel):
             weights = (weights or [1.0] * self.config.num_codebooks)[: self.levels_in_loss]
             weights = [*weights, *[0.0] * (self.config.num_codebooks - len(weights))]
         if weights is not None:
-            weights = torch.tensor(weights, device=logits.device)
+            weights = logits.new_tensor(weights)
             log_likelihood = log_likelihood * weights / weights.mean()
         accuracy = _mean_over_valid((logits.argmax(dim=-1) == labels[..., 0]).float(), valid)
         return -log_likelihood.mean(), accuracy

@@ -450,12 +450,14 @@ def test_pretraining_loss_is_cross_entropy_over_masked_patches(tiny_config, tiny
     assert torch.equal(output.bool_masked_pos, mask)
 
 
-def test_codebook_loss_weights(tiny_config, tiny_input):
-    model = BridleForPreTraining(tiny_config("audio", codebook_loss_weights=[3.0, 2.0, 1.0])).eval()
+@pytest.mark.parametrize("weights", [[3.0, 2.0, 1.0], [3, 2, 1], [1, 0, 0]], ids=str)
+def test_codebook_loss_weights(tiny_config, tiny_input, weights):
+    model = BridleForPreTraining(tiny_config("audio", codebook_loss_weights=weights)).eval()
     mask, labels = make_masks(model.config), make_codes(2, 24, 3)
     output = model(tiny_input("audio"), bool_masked_pos=mask, labels=labels)
     losses = [F.cross_entropy(output.logits[mask][:, q], labels[mask][:, q]) for q in range(3)]
-    torch.testing.assert_close(output.loss, (3 * losses[0] + 2 * losses[1] + losses[2]) / 6)
+    weighted = [weight * loss for weight, loss in zip(weights, losses)]
+    torch.testing.assert_close(output.loss, sum(weighted) / sum(weights))
 
 
 @pytest.mark.parametrize("target", ["patches", "features"])

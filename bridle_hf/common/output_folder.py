@@ -68,7 +68,9 @@ CROSS_VALIDATION = RunKind(
     begun=(),
 )
 STUDY = RunKind(
-    "a study", ("run.json", "results.jsonl", "items/*.json", "report.md", "figures/*.png", "runs/*"), begun=("runs",)
+    "a study",
+    ("run.json", "results.jsonl", "items/*.json", "report.md", "figures/*.png", "runs/*", "prefixes/*"),
+    begun=("runs",),
 )
 SHARDS = RunKind(
     "shards",

@@ -11,6 +11,7 @@
       rq: {}
       vq: {encoder: {num_codebooks: 1, codebook_size: 1024}}
       rq_long: {phases: [{like: 0, steps_of: [0, 1, 2]}]}
+    first: [input, untrained, rq, vq]       # whose runs of these seeds are done before all others
 
     comparisons: [[rq@1, vq@1]]             # of the report: first minus second, arm@iteration
 
@@ -36,7 +37,7 @@ from bridle_hf.study.sets import SETS, StudySet, Task
 
 
 FOLDER = Path(__file__).parent
-KEYS = ("seeds", "sets", "options", "arms", "comparisons")
+KEYS = ("seeds", "sets", "options", "arms", "first", "comparisons")
 # What an arm says beside options of pretraining.
 ARM_KEYS = ("features", "seeds", "only_sets")
 FEATURES = ("trained", "untrained", "input")
@@ -66,16 +67,19 @@ class RunSpec:
     @property
     def hash(self) -> str:
         """Of all that decides its result, code and data apart."""
-        # Not what is as it is by default: an option that is new to pretraining makes no run another.
-        options = {
-            name: value for name, value in self.options.items() if name not in FREE and value != DEFAULTS.get(name)
-        }
-        parts = [self.set, self.features, self.seed, options, sorted(readout.name for readout in READOUTS)]
+        names = sorted(readout.name for readout in READOUTS)
+        parts = [self.set, self.features, self.seed, counted(self.options), names]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
         return f"{self.set}-{self.arm}-{self.seed}-{self.hash}"
+
+
+def counted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that decide a result. Not what is as it is by default: an option that is new to pretraining makes no run
+    another."""
+    return {name: value for name, value in options.items() if name not in FREE and value != DEFAULTS.get(name)}
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,10 @@ def read_comparisons(name: str) -> list[Comparison]:
 
 
 def read_grid(name: str) -> list[RunSpec]:
-    """The runs of a grid, seed by seed, so that a study that is cut short has pairs of all arms.
+    """The runs of a grid, in the order in which they are done, so that a study that is cut short tells something.
+
+    First those of the arms that come `first`, of the grid's seeds; then all others. Both go seed by seed, so that
+    there are pairs of all arms.
 
     Args:
         name: of a grid of the package, or the path of a file.
@@ -108,7 +115,8 @@ def read_grid(name: str) -> list[RunSpec]:
         if set_name in (arm or {}).get("only_sets", grid["sets"])
         for seed in (arm or {}).get("seeds", grid.get("seeds", [0]))
     ]
-    return sorted(runs, key=lambda run: run.seed)
+    first, seeds = set(grid.get("first", ())), set(grid.get("seeds", [0]))
+    return sorted(runs, key=lambda run: (run.arm not in first or run.seed not in seeds, run.seed))
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -122,6 +130,9 @@ def _read(name: str) -> dict[str, Any]:
     for key in grid:
         if key not in KEYS:
             raise ArgumentError(f"grid {path}: unknown key '{key}'{nearest(key, KEYS)}")
+    for arm in grid.get("first", ()):
+        if arm not in grid["arms"]:
+            raise ArgumentError(f"grid {path}: first: no arm '{arm}'{nearest(str(arm), grid['arms'])}")
     for pair in grid.get("comparisons", ()):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise ArgumentError(f"grid {path}: comparisons: {pair!r}: expected two names, as [rq@1, vq@1]")

@@ -12,7 +12,7 @@ from bridle_hf.common.errors import ArgumentError
 from bridle_hf.common.files import write_figure, write_text
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
-from bridle_hf.study.grid import Comparison, read_comparisons
+from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_grid
 from bridle_hf.study.results import read_items, read_results, unbits
 from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict
 
@@ -54,7 +54,8 @@ def write_report(args: StudyArguments) -> Path:
         raise ArgumentError(f"{out} holds no results of a study")
     scores = gather(rows, out)
     compared = compare(scores, read_comparisons(args.grid))
-    parts = {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
+    parts = {"runs": progress(read_grid(args.grid), read_results(out))}
+    parts |= {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
     parts["differences"] = table_of_differences(compared)
     text = "\n".join(f"## {title}\n\n{body}\n" for title, body in parts.items())
     write_text(out / "report.md", text)
@@ -62,6 +63,25 @@ def write_report(args: StudyArguments) -> Path:
     if args.page:
         fill(Path(args.page), {f"{Path(args.grid).stem}: {title}": body for title, body in parts.items()})
     return out / "report.md"
+
+
+def progress(specs: Sequence[RunSpec], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: how many runs of a grid are done, and, while some are not, the seeds of each arm on each set."""
+    status = {row["hash"]: row["status"] for row in rows}
+    done, failed = ({spec.hash for spec in specs if status.get(spec.hash) == name} for name in ("done", "failed"))
+    text = f"{len(done)} of {len(specs)} runs are done" + (f", {len(failed)} failed." if failed else ".")
+    if len(done) == len(specs):
+        return text
+    sets = list(dict.fromkeys(spec.set for spec in specs))
+    lines = [f"{text} Seeds that are done, of those asked for:", "", f"| | {' | '.join(sets)} |",
+             f"|---|{'---|' * len(sets)}"]  # fmt: skip
+    for arm in dict.fromkeys(spec.arm for spec in specs):
+        asked = [[spec for spec in specs if (spec.arm, spec.set) == (arm, name)] for name in sets]
+        counts = [
+            f"{sum(spec.hash in done for spec in of_set)} of {len(of_set)}" if of_set else "" for of_set in asked
+        ]
+        lines.append(f"| {arm} | {' | '.join(counts)} |")
+    return "\n".join(lines)
 
 
 def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dict[str, Scores]]]:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.files import write_json
-from bridle_hf.common.output_folder import git_revision, release
+from bridle_hf.common.output_folder import PRETRAINING, git_revision, prepare, release
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.finding import find_samples
@@ -22,6 +22,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.monitoring.metrics_log import read_metrics
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.pretraining.arguments import PretrainArguments
+from bridle_hf.pretraining.checkpointing import list_checkpoints
 from bridle_hf.pretraining.evaluation import spread
 from bridle_hf.pretraining.pretrain import refusing
 from bridle_hf.pretraining.run import Run, start
@@ -29,6 +30,7 @@ from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
 from bridle_hf.probing.probes import ProbeResult, linear_probe, majority
 from bridle_hf.probing.readouts import READOUTS, collect_layers, encoder_tokens, patch_tokens
 from bridle_hf.study.grid import RunSpec
+from bridle_hf.study.prefixes import Prefix, branch
 from bridle_hf.study.results import bits
 from bridle_hf.study.sets import Task
 
@@ -38,24 +40,25 @@ PCA_SAMPLES = 1000
 RESULT = "result.json"
 
 
-def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path) -> bool:
+def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequence[Prefix] = ()) -> bool:
     """The run, from wherever it stands to its result, `folder/result.json`; whether it came to that.
 
     The set is made first, where it is missing. A signal ends pretraining at the next step, and a later call goes on.
+
+    Args:
+        prefixes: of the run, the shortest first: those that it shares. What is missing of them is trained.
 
     Raises:
         ArgumentError, RunError: as of pretraining.
     """
     data = spec.study_set.make(cache_dir)
     began = time.monotonic()
-    values = {**spec.options, "data": data, "output_dir": str(folder), "resume": True}
-    (args,) = make_arguments(PretrainArguments, recipe=None, values=values)
-    with refusing():
-        run = start(args)
-    if spec.features == "trained":
-        with StopRequest() as stop:
-            if not run.train(stop):
-                return False
+    with StopRequest() as stop:
+        run = _prepared(spec.options, data, folder, prefixes, stop)
+        trained = spec.features == "trained"
+        if run is None or not (run.train(stop) if trained else stop.received is None):
+            return False
+    if trained:
         run.finish()
     else:
         release(run.lock)
@@ -78,6 +81,44 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path) -> bool:
         "scores": scores,
     }
     write_json(folder / RESULT, result)
+    return True
+
+
+def folder_of(spec: RunSpec, out: Path) -> Path:
+    """Where a study in `out` does a run."""
+    return out / "runs" / spec.name
+
+
+def _prepared(
+    options: Mapping[str, Any], data: str, folder: Path, prefixes: Sequence[Prefix], stop: StopRequest
+) -> Run | None:
+    """A run that goes on where it, or, before its first checkpoint, the longest of its prefixes has ended.
+
+    `None` if a signal has come while a prefix was trained.
+    """
+    values = {**options, "data": data, "output_dir": str(folder), "resume": True}
+    (args,) = make_arguments(PretrainArguments, recipe=None, values=values)
+    with refusing():
+        lock = prepare(folder, PRETRAINING, {"data": data}, resume=True)  # what another still writes is not looked at
+    if prefixes and not list_checkpoints(folder / "checkpoints"):
+        *shorter, longest = prefixes
+        if not longest.folder.exists() and not _train(longest, data, shorter, stop):
+            release(lock)
+            return None
+        with refusing():
+            branch(longest, folder, args)
+    with refusing():
+        return start(args)
+
+
+def _train(prefix: Prefix, data: str, shorter: Sequence[Prefix], stop: StopRequest) -> bool:
+    """Whether a prefix came to its end."""
+    run = _prepared(prefix.options, data, prefix.part, shorter, stop)
+    if run is None or not run.train(stop):
+        return False
+    run.accelerator.end_training()
+    release(run.lock)
+    prefix.part.rename(prefix.folder)
     return True
 
 

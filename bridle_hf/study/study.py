@@ -3,7 +3,8 @@
     bridle study development --output_dir DIR --workers 2
 
 A run is done when its hash stands in DIR/results.jsonl. Each is a process of one thread in a folder of its own below
-DIR/runs, of which nothing but run.json and metrics.jsonl is kept once its scores are in.
+DIR/runs, of which nothing but run.json and metrics.jsonl is kept once its scores are in. Phases that several runs
+begin with are trained once, in DIR/prefixes, and removed when the last of these runs has ended.
 """
 
 import logging
@@ -31,8 +32,10 @@ from bridle_hf.common.output_folder import (
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import RunSpec, read_grid
+from bridle_hf.study.prefixes import FOLDER as PREFIXES
+from bridle_hf.study.prefixes import remove_prefix, shared_prefixes, untrained
 from bridle_hf.study.results import append_result, keep_items, read_results
-from bridle_hf.study.run import RESULT
+from bridle_hf.study.run import RESULT, folder_of
 
 
 logger = logging.getLogger(__name__)
@@ -62,9 +65,9 @@ def run_study(args: StudyArguments) -> list[dict[str, Any]]:
     left = [spec for spec in specs if spec.hash not in done]
     logger.info("%d runs, %d of them done", len(specs), len(specs) - len(left))
     with StopRequest() as stop:
-        workers = _Workers(args, out, stop)
+        workers = _Workers(args, out, stop, left)
         try:
-            for row in tqdm(workers.results(left), total=len(left), unit="run", mininterval=0):
+            for row in tqdm(workers.results(), total=len(left), unit="run", mininterval=0):
                 done[row["hash"]] = row
         finally:
             workers.stop()
@@ -93,21 +96,43 @@ def chosen(specs: Sequence[RunSpec], args: StudyArguments) -> list[RunSpec]:
 class _Workers:
     """Processes that do a run each, so many at a time."""
 
-    def __init__(self, args: StudyArguments, out: Path, stop: StopRequest):
+    def __init__(self, args: StudyArguments, out: Path, stop: StopRequest, specs: Sequence[RunSpec]):
         self.args, self.out, self.asked = args, out, stop
+        self.waiting = list(specs)
         self.running: dict[subprocess.Popen, tuple[RunSpec, float]] = {}
+        self.prefixes = shared_prefixes(specs, out)
+        needed = {prefix.folder for prefixes in self.prefixes.values() for prefix in prefixes}
+        for folder in {path.with_suffix("") for path in (out / PREFIXES).glob("*")} - needed:
+            remove_prefix(folder)
 
-    def results(self, specs: Sequence[RunSpec]) -> Iterator[dict[str, Any]]:
+    def results(self) -> Iterator[dict[str, Any]]:
         """A row of each run, as they end; it stands in results.jsonl by then. A signal ends it."""
-        waiting = list(specs)
-        while (waiting or self.running) and self.asked.received is None:
-            while waiting and len(self.running) < self.args.workers:
-                self._start(waiting.pop(0))
+        while (self.waiting or self.running) and self.asked.received is None:
+            while len(self.running) < self.args.workers and (spec := self._next()) is not None:
+                self._start(spec)
             for process in [process for process in self.running if process.poll() is not None]:
                 spec, began = self.running.pop(process)
                 if process.returncode != STOPPED:
                     yield self._end(spec, process.returncode, time.monotonic() - began)
             time.sleep(0.2)
+
+    def _next(self) -> RunSpec | None:
+        """The first that waits for no prefix which another run is training."""
+        in_training = set().union(*(self._untrained(spec) for spec, _ in self.running.values()))
+        for number, spec in enumerate(self.waiting):
+            if not in_training & self._untrained(spec):
+                return self.waiting.pop(number)
+        return None
+
+    def _untrained(self, spec: RunSpec) -> set[Path]:
+        return untrained(self.prefixes[spec.hash], folder_of(spec, self.out))
+
+    def _forget_prefixes(self, spec: RunSpec, users: Sequence[RunSpec]) -> None:
+        """Remove those prefixes of a run that none of `users` shares."""
+        needed = {prefix.folder for user in users for prefix in self.prefixes[user.hash]}
+        for prefix in self.prefixes[spec.hash]:
+            if prefix.folder not in needed:
+                remove_prefix(prefix.folder)
 
     def stop(self) -> None:
         """End what is still running, at its next step and with a checkpoint where it trains; wait for it."""
@@ -117,9 +142,11 @@ class _Workers:
             process.wait()
 
     def _start(self, spec: RunSpec) -> None:
-        folder = self._folder(spec)
+        folder = folder_of(spec, self.out)
         folder.mkdir(parents=True, exist_ok=True)
-        words = [self.args.grid, spec.set, spec.arm, str(spec.seed), str(folder), *filter(None, [self.args.cache_dir])]
+        shared = ",".join(str(prefix.phases) for prefix in self.prefixes[spec.hash])
+        words = [self.args.grid, spec.set, spec.arm, str(spec.seed), str(self.out), shared]
+        words += filter(None, [self.args.cache_dir])
         # Many small runs side by side: one thread each is the fastest, and the same result anywhere.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with open(folder.with_suffix(".log"), "ab") as log:
@@ -130,7 +157,7 @@ class _Workers:
 
     def _end(self, spec: RunSpec, status: int, seconds: float) -> dict[str, Any]:
         """Note the result, and remove what is not needed any more."""
-        folder = self._folder(spec)
+        folder = folder_of(spec, self.out)
         log = folder.with_suffix(".log")
         row = read_json(folder / RESULT) if status == 0 else None
         if row is None:
@@ -146,7 +173,7 @@ class _Workers:
             log.unlink()
             (folder / RESULT).unlink()
             remove_written(folder, PRETRAINING, keep=KEPT)
+        running = [running for running, _ in self.running.values()]
+        # What a run has failed with may be its prefix: the next one trains that anew, and has no part in the failure.
+        self._forget_prefixes(spec, running if row["status"] == "failed" else [*running, *self.waiting])
         return row
-
-    def _folder(self, spec: RunSpec) -> Path:
-        return self.out / "runs" / spec.name

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
-import yaml
-from helpers.tiny_run import RATE, write_recipe
+from helpers.tiny_study import STEPS, write_grid
 from helpers.waiting import DEADLINE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,47 +22,10 @@ from bridle_hf.pretraining.configs import make_configs
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import FOLDER, read_grid
-from bridle_hf.study.report import write_report
+from bridle_hf.study.report import progress, write_report
 from bridle_hf.study.results import append_result, bits, read_results, unbits
 from bridle_hf.study.run import carry_out
 from bridle_hf.study.study import run_study
-
-
-STEPS = {"like": 0, "steps": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """24 recordings, tones and noise, in 4 groups."""
-    folder, rng = tmp_path_factory.mktemp("sounds"), np.random.default_rng(0)
-    lines = ["file_name,label,group"]
-    for number in range(24):
-        tone = np.sin(2 * np.pi * rng.uniform(300, 3000) * np.arange(RATE // 4) / RATE)
-        wave = tone if number % 2 else rng.normal(size=RATE // 4)
-        soundfile.write(folder / f"{number}.wav", 0.3 * wave, RATE)
-        lines.append(f"{number}.wav,{('noise', 'tone')[number % 2]},{number // 6}")
-    (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def write_grid(folder: Path, data: Path, **changes) -> str:
-    sounds = {"data": str(data), "recipe": write_recipe(folder / "recipe.yaml"), "tasks": {"kind": {"folds": 4}}}
-    grid = {
-        "seeds": [0, 1],
-        "options": {"keep_iterations": True},
-        "sets": {"sounds": sounds},
-        "arms": {
-            "input": {"features": "input", "seeds": [0]},
-            "untrained": {"features": "untrained", "seeds": [0]},
-            "rq": {"phases": [STEPS, {"like": 1, "steps": 2}, {"like": 2, "steps": 2}]},
-            "mae": {"encoder": {"target": "patches"}, "phases": [STEPS]},
-            "bad": {"encoder": {"hidden_size": 15}, "seeds": [0]},
-        },
-        "comparisons": [["rq@0", "mae@0"], ["rq@1", "patches"], ["rq@1", "nothing"]],
-        **changes,
-    }
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
-    return str(folder / "grid.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +73,28 @@ def test_arms_are_changes_to_a_recipe(tmp_path, data):
     assert runs["narrow"].options["encoder"] == {**runs["rq"].options["encoder"], "num_codebooks": 1}
 
 
+def test_what_a_grid_names_comes_first_and_all_goes_seed_by_seed(tmp_path, data):
+    sounds = {"data": str(data), "recipe": "audio_demo", "tasks": {"kind": {}}}
+    arms = {"mae": {}, "rq": {"seeds": [0, 1, 2]}, "input": {"features": "input", "seeds": [0]}}
+    grid = write_grid(tmp_path, data, arms=arms, first=["input", "rq"], sets={"a": sounds, "b": sounds})
+    assert [f"{run.arm} {run.set} {run.seed}" for run in read_grid(grid)] == [
+        "rq a 0", "input a 0", "rq b 0", "input b 0", "rq a 1", "rq b 1",
+        "mae a 0", "mae b 0", "mae a 1", "mae b 1", "rq a 2", "rq b 2",
+    ]  # fmt: skip
+
+
+def test_the_report_says_what_is_done_of_an_unfinished_study(tmp_path, data):
+    grid = read_grid(write_grid(tmp_path, data))
+    row = {"hash": grid[0].hash, "status": "done"}
+    assert progress(grid, [{**row, "hash": spec.hash} for spec in grid]) == "7 of 7 runs are done."
+    (rq,) = [spec for spec in grid if (spec.arm, spec.seed) == ("rq", 1)]
+    (bad,) = [spec for spec in grid if spec.arm == "bad"]
+    rows = [{**row, "hash": rq.hash}, {"hash": bad.hash, "status": "failed"}, {**row, "hash": "of another grid"}]
+    lines = progress(grid, rows).splitlines()
+    assert lines[0].startswith("1 of 7 runs are done, 1 failed.")
+    assert "| rq | 1 of 2 |" in lines and "| bad | 0 of 1 |" in lines and "| mae | 0 of 2 |" in lines
+
+
 def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
     def hashes(**changes):
         return {(run.arm, run.seed): run.hash for run in read_grid(write_grid(tmp_path, data, **changes))}
@@ -133,6 +116,7 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
         ({"arms": {"rq": {"features": "new"}}}, "features is 'new'"),
         ({"arms": {"rq": {"phases": [{"like": 5}]}}}, "sounds, rq"),
         ({"comparisons": ["rq"]}, "comparisons: 'rq'"),
+        ({"first": ["mea"]}, "first: no arm 'mea'; did you mean 'mae'?"),
     ],
     ids=str,
 )
