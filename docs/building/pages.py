@@ -8,6 +8,8 @@ import base64
 import json
 import posixpath
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -39,6 +41,7 @@ def on_files(files, config):
         files.append(File.generated(config, place, content=text))
         for name, content in pictures.items():
             files.append(File.generated(config, f"tutorials/{name}", content=content))
+    files.append(File.generated(config, "commands.md", content=page_of_commands()))
     return files
 
 
@@ -59,12 +62,27 @@ def on_page_markdown(markdown, page, **_):
     return re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", follow, markdown)
 
 
-def on_page_content(html, **_):
+def on_page_content(html, page, **_):
     """What docstrings have of the style of transformers: [`Name`] becomes a link, where the site has its page, and
     (`int`, *optional*, defaults to 4) loses its marks."""
-    html = re.sub(r"<code>`[^<]*</code>", lambda match: re.sub("[`*]", "", match[0]), html)
+    if not page.file.src_uri.startswith("api/"):
+        return html
+    html = re.sub(r"<code>[^<]*(?:`|\*optional\*)[^<]*</code>", lambda match: re.sub("[`*]", "", match[0]), html)
     link = r'<autoref optional identifier="bridle_hf.\1"><code>\1</code></autoref>'
     return re.sub(r"\[<code>~?([\w.]+)</code>\]", link, html)
+
+
+def page_of_commands() -> str:
+    """What `bridle --help` and `bridle COMMAND --help` print."""
+
+    def section(title: str, *words: str) -> str:
+        command = [sys.executable, "-m", "bridle_hf.commands", *words, "--help"]
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return f"{title}\n\n```text\n{text.rstrip()}\n```"
+
+    overview = section("# Commands")
+    names = re.findall(r"^  (\w+) ", overview, re.MULTILINE)
+    return "\n\n".join([overview, *(section(f"## bridle {name}", name) for name in names)])
 
 
 def page_of_notebook(path: Path) -> tuple[str, dict[str, bytes]]:

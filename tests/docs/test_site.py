@@ -1,5 +1,6 @@
 """The documentation site: built without a warning, whole, and of what lies in it alone; it shows what GitHub shows."""
 
+import html
 import inspect
 import re
 from collections import Counter
@@ -11,6 +12,7 @@ from helpers.site import ROOT, build_site
 from markdown_it import MarkdownIt
 
 import bridle_hf
+from bridle_hf.commands import COMMANDS
 
 
 # Where the site has a page of the checkout.
@@ -29,10 +31,10 @@ COUNTED = ("h1", "h2", "h3", "li", "table", "tr", "td", "img", "strong", "em")
 class Content(HTMLParser):
     """How many elements of a kind the article of a page has, and what it loads and links to."""
 
-    def __init__(self, html: str):
+    def __init__(self, page: str):
         super().__init__()
         self.counts, self.loaded, self.links, self.ids, self.depth = Counter(), [], [], set(), 0
-        self.feed(re.sub(r"<tr>\s*(<td></td>\s*)+</tr>", "", html))  # of a table that waits for its first row
+        self.feed(re.sub(r"<tr>\s*(<td></td>\s*)+</tr>", "", page))  # of a table that waits for its first row
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -89,6 +91,15 @@ def test_the_reference_has_all_public_names(site):
     shown = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     missing = [name for name in bridle_hf.__all__ if f'id="bridle_hf.{name}"' not in shown]
     assert not missing
+    text = re.sub(r"<[^>]+>", "", shown)
+    # A section that is not known as one, and marks that were not read.
+    assert not re.findall(r".*(?:Args\b|\*optional\*|`).*", text)
+
+
+def test_all_commands_are_told(site):
+    text = html.unescape(re.sub(r"<[^>]+>", "", (site / "commands.html").read_text(encoding="utf-8")))
+    for name, command in COMMANDS.items():
+        assert " ".join(f"usage: bridle {name} {command.usage}".split()) in text
 
 
 def test_docstrings_describe_arguments_that_there_are():
