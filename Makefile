@@ -14,7 +14,7 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo demo release test test-all test-lowest bench profile lint format clean
+.PHONY: help install install-demo demo release test test-all test-lowest bench profile docs figures lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,6 +41,13 @@ bench: install ## speed side by side with peers: one table, runs/bench.json
 
 profile: install ## where the time of a step goes: a picture in runs/profile (RECIPE=audio_base)
 	$(RUN) tests/benchmarks/profile_steps.py --recipe $(RECIPE) --out runs/profile
+
+# The variable hides a notice about versions of mkdocs to come.
+docs: install ## the documentation site, into site/; python -m http.server --directory site shows it
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+figures: install ## draw the pictures of docs/how.md anew, in minutes
+	$(RUN) docs/building/draw_how.py
 
 lint: install ## ruff: lint and format, without changing anything
 	$(RUN) -m ruff check .
@@ -70,4 +77,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	@touch $@
 
 clean: ## remove the environment and what runs wrote
-	rm -rf $(VENV) $(LOWEST_VENV) runs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage
+	rm -rf $(VENV) $(LOWEST_VENV) runs site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage

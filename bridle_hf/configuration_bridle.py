@@ -267,9 +267,10 @@ class BridleEncoderConfig(PreTrainedConfig):
 @strict
 class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
     r"""
-    Configuration of [`BridleModel`], [`BridleForPreTraining`], the classifiers and [`BridleBackbone`].
+    Configuration of [`BridleModel`], [`BridleForPreTraining`], the classifiers and [`BridleBackbone`]: the
+    fields of [`BridleEncoderConfig`], and these.
 
-    Args (beside those of [`BridleEncoderConfig`]):
+    Args:
         mask_ratio (`float`, *optional*, defaults to `None`):
             Fraction of the patches hidden when [`BridleForPreTraining`] is given no `bool_masked_pos`.
         mask_type (`str`, *optional*, defaults to `None`):
@@ -441,9 +442,9 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
 @strict
 class BridleTokenizerConfig(BridleEncoderConfig):
     r"""
-    Configuration of [`BridleTokenizerModel`].
+    Configuration of [`BridleTokenizerModel`]: the fields of [`BridleEncoderConfig`], and these.
 
-    Args (beside those of [`BridleEncoderConfig`]):
+    Args:
         tokenizer_type (`str`, *optional*, defaults to `"self_distilled"`):
             `"random_projection"`, a frozen random projection of the patches (iteration 0); `"self_distilled"`, a
             trained encoder that predicts a teacher's features (iterations above 0); or `"kmeans"`, residual k-means on

@@ -190,8 +190,8 @@ class Embedder:
         sampling_rate: float | None = None,
         progress: bool = False,
     ) -> Iterator[Embedding | MediaError]:
-        """[`embed`] of many inputs as they come, one after the other in their order: an `Embedding` for each, or why
-        there is none. Holds a few batches of inputs at a time.
+        """[`Embedder.embed`] of many inputs as they come, one after the other in their order: an `Embedding` for
+        each, or why there is none. Holds a few batches of inputs at a time.
 
         Raises:
             ValueError: as `embed`, before anything is read.
@@ -215,12 +215,12 @@ class Embedder:
         """Embed clips as sentence-transformers does sentences.
 
         Args:
-            sentences: what [`embed`] takes for `inputs`.
+            sentences: what [`Embedder.embed`] takes for `inputs`.
             batch_size: for this call, else the embedder's own.
             convert_to_tensor: return a tensor, whatever `convert_to_numpy` says.
             convert_to_numpy: return an array; without it, and without `convert_to_tensor`, a list of tensors.
             normalize_embeddings: give them length 1, so that a dot product is their cosine.
-            options: `layers`, `pooling`, `sampling_rate` and `errors` of [`embed`].
+            options: `layers`, `pooling`, `sampling_rate` and `errors` of [`Embedder.embed`].
 
         Returns:
             (inputs, dim) or, of a single input, (dim,).
