@@ -87,6 +87,12 @@ def card(args: CardArguments) -> None:
         raise ArgumentError(what) from error
 
 
+def push(args: Any) -> None:
+    from bridle_hf.cards.publishing import run_pushing
+
+    print(*run_pushing(args), sep="\n")
+
+
 def convert(args: ConvertArguments) -> None:
     from bridle_hf.cards.card import write_converted_card
     from bridle_hf.convert_bridle_original_to_hf import convert_checkpoint, holds_original, read_checkpoint
