@@ -52,7 +52,7 @@ def embed(args: Any) -> None:
 
 
 def search(args: Any) -> None:
-    from bridle_hf.embedding.embed import search, search_lines
+    from bridle_hf.embedding.search import search, search_lines
 
     print(*search_lines(search(args)), sep="\n")
 
