@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from bridle_hf.common.output_folder import hub_id
 from bridle_hf.configuration_bridle import BridleEncoderConfig
 from bridle_hf.data.modalities import load_processor, read_config
 from bridle_hf.patching_bridle import INPUT_NAMES
@@ -21,7 +22,10 @@ from bridle_hf.patching_bridle import INPUT_NAMES
 TEMPLATE = Path(__file__).with_name("template.md")
 PAPER = "https://arxiv.org/abs/2502.02118"
 # Of this machine and this moment, not of the model.
-LOCAL_ARGUMENTS = {"data", "model", "output_dir", "resume", "overwrite"}
+LOCAL_ARGUMENTS = {
+    "data", "model", "encoder_from", "tokenizer_from", "label_order", "output_dir", "resume", "overwrite",
+    "push_to_hub", "hub_model_id", "hub_private",
+}  # fmt: skip
 
 
 @dataclass
@@ -44,7 +48,8 @@ def write_card(
     Args:
         folder: a `save_pretrained` folder of an encoder, a tokenizer or a classifier, with its processor.
         run: what `run.json` holds: `arguments`, `versions`, `git_revision`, `seed`, `data`, `samples`, `seconds`, of a
-            pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown". Of a
+            pretraining run also `phases`; the licence of the weights is `arguments["license"]`, else "unknown", and
+            what they began as `arguments["model"]` or `["encoder_from"]`, if that is an id of the Hub. Of a
             released checkpoint also `uses`, a paragraph, and `materials`, what its data is made of: mappings of
             `name`, `client`, `licence` and `what`.
         results: what was measured on this model: by name, the fields of a [`Result`]; `run["results"]` if not given.
@@ -62,14 +67,15 @@ def write_card(
     folder = Path(folder)
     config = read_config(folder)
     results = run.get("results", {}) if results is None else results
-    data_id = _hub_id(run["data"])
+    data_id = _id_in(run, run["data"])
     data_name = data_id or Path(run["data"]).name
     measured = {what: Result(**{"dataset": data_name, **fields}) for what, fields in results.items()}
     kind = kind_of(config)
     repo_id = repo_id or folder.resolve().name
-    card_license = run["arguments"].get("license", "unknown")
+    card_license = run["arguments"].get("license") or "unknown"
+    base_model = _base_model(kind, run)
     content = _render(
-        metadata=_metadata(config, kind, measured, data_id, repo_id, card_license).to_yaml(),
+        metadata=_metadata(config, kind, measured, data_id, repo_id, card_license, base_model).to_yaml(),
         kind=kind,
         config=config,
         classes=_classes(config, kind),
@@ -80,6 +86,7 @@ def write_card(
         repo_id=repo_id,
         model_name=repo_id.split("/")[-1],
         license=card_license,
+        base_model=base_model,
         **_input_facts(folder, config),
     )
     path = folder / "README.md"
@@ -99,11 +106,24 @@ def kind_of(config: BridleEncoderConfig) -> str:
     return "classifier" if config.architectures[0].endswith("Classification") else "encoder"
 
 
-def pipeline_tag(config: BridleEncoderConfig) -> str:
-    """The Hub's name of what the model is for."""
+def pipeline_tag(config: BridleEncoderConfig) -> str | None:
+    """The pipeline that the Hub's page of the model shows how to make; `None` where transformers has none that would
+    take it: "feature-extraction" is for text."""
     if kind_of(config) == "classifier":
         return f"{config.modality}-classification"
-    return "image-feature-extraction" if config.modality == "image" else "feature-extraction"
+    return "image-feature-extraction" if kind_of(config) == "encoder" and config.modality == "image" else None
+
+
+def _base_model(kind: str, run: dict[str, Any]) -> str | None:
+    """Hub id of the encoder that a model began as, if there was one and it has an id."""
+    arguments = run["arguments"]
+    began_as = {"classifier": arguments.get("model"), "encoder": arguments.get("encoder_from")}.get(kind)
+    return None if began_as is None or arguments.get("from_scratch") else _id_in(run, began_as)
+
+
+def _id_in(run: dict[str, Any], name: str) -> str | None:
+    """`name` if it was an id of the Hub where the run was; of runs that do not say, if it looks like one here."""
+    return hub_id(name) if "hub_ids" not in run else name if name in run["hub_ids"] else None
 
 
 def _metadata(
@@ -113,13 +133,14 @@ def _metadata(
     data_id: str | None,
     repo_id: str,
     card_license: str,
+    base_model: str | None,
 ) -> ModelCardData:
     evaluations = [
         EvalResult(
             # What an encoder is measured by is a probe: a classifier on its features.
-            task_type=pipeline_tag(config) if kind == "tokenizer" else f"{config.modality}-classification",
+            task_type="feature-extraction" if kind == "tokenizer" else f"{config.modality}-classification",
             task_name=what,
-            dataset_type=_hub_id(result.dataset) or _slug(result.dataset),
+            dataset_type=hub_id(result.dataset) or _slug(result.dataset),
             dataset_name=result.dataset,
             dataset_split=result.split,
             metric_type=_slug(result.metric),
@@ -130,6 +151,7 @@ def _metadata(
     ]
     return ModelCardData(
         license=card_license,
+        base_model=base_model,
         library_name="transformers",
         pipeline_tag=pipeline_tag(config),
         tags=["bridle", "self-supervised", config.modality, kind, "arxiv:2502.02118"],
@@ -173,11 +195,6 @@ def _render(**values: Any) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**values)
-
-
-def _hub_id(data: str) -> str | None:
-    """`data` if it is the id of a data set on the Hub, `None` for a folder's path."""
-    return data if re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not Path(data).exists() else None
 
 
 def _slug(name: str) -> str:

@@ -93,6 +93,12 @@ COMMANDS = {
         ("commands.arguments:CardArguments",),
         positionals=("folder",),
     ),
+    "push": Command(
+        "push the models of a finished run to the Hub, with their cards",
+        "OUT [--hub_model_id ORG/NAME] [--license NAME] [--hub_private]",
+        ("cards.arguments:PushArguments",),
+        positionals=("output_dir",),
+    ),
     "convert": Command(
         "convert a checkpoint of the BRIDLE authors' code, or of MAE, AudioMAE, ViT, DINOv2 or VideoMAE",
         "CHECKPOINT OUT [--modality audio|image|video] [--name value ...]",

@@ -52,7 +52,7 @@ def embed(args: Any) -> None:
 
 
 def search(args: Any) -> None:
-    from bridle_hf.embedding.embed import search, search_lines
+    from bridle_hf.embedding.search import search, search_lines
 
     print(*search_lines(search(args)), sep="\n")
 
@@ -85,6 +85,12 @@ def card(args: CardArguments) -> None:
     except (OSError, KeyError, TypeError, ValueError) as error:
         what = f"{args.run} lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ArgumentError(what) from error
+
+
+def push(args: Any) -> None:
+    from bridle_hf.cards.publishing import run_pushing
+
+    print(*run_pushing(args), sep="\n")
 
 
 def convert(args: ConvertArguments) -> None:

@@ -8,6 +8,7 @@ is the first file that a run writes, and says by its `kind` whose folder it is.
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,7 +31,8 @@ from bridle_hf.common.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-_MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json",
+# What `from_pretrained` needs of a folder, and its card.
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*processor_config.json",
                 "README.md", "*_bridle*.py")  # fmt: skip
 _MODEL_FOLDERS = ("encoder", "tokenizer", "iterations/*/encoder", "iterations/*/tokenizer")
 
@@ -56,11 +58,11 @@ PRETRAINING = RunKind(
     "pretraining",
     ("run.json", "metrics.jsonl", "skipped.jsonl", "report.html", "results.json", "figures/*.png", "tracker",
      "checkpoints/step_*", "checkpoints/.step_*.tmp", "codes/*.codes",
-     *(f"{folder}/{name}" for folder in _MODEL_FOLDERS for name in _MODEL_FILES)),
+     *(f"{folder}/{name}" for folder in _MODEL_FOLDERS for name in MODEL_FILES)),
 )  # fmt: skip
 FINETUNING = RunKind(
     "fine-tuning",
-    ("run.json", "results.json", "skipped.jsonl", "checkpoints/checkpoint-*", *_MODEL_FILES),
+    ("run.json", "results.json", "skipped.jsonl", "checkpoints/checkpoint-*", *MODEL_FILES),
 )
 CROSS_VALIDATION = RunKind(
     "fine-tuning of all folds",
@@ -251,15 +253,23 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 def run_record(kind: RunKind, arguments: dict[str, Any], data: str, seed: int, **more: Any) -> dict[str, Any]:
     """What `run.json` holds: how the run came about, and `more` of what this kind has to say."""
     packages = (bridle_hf, torch, transformers, accelerate)
+    inputs = (data, arguments.get("model"), arguments.get("encoder_from"))
     return {
         "kind": kind.name,
         "arguments": arguments,
         "data": data,
+        # Told now: a path may lead nowhere from where the card is written.
+        "hub_ids": [name for name in inputs if name and hub_id(name)],
         "seed": seed,
         **more,
         "versions": {package.__name__: package.__version__ for package in packages},
         "git_revision": git_revision(),
     }
+
+
+def hub_id(name: str) -> str | None:
+    """`name` if it is the id of a data set or a model on the Hub, `None` for a path."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 
 def git_revision() -> str | None:

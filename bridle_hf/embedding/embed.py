@@ -20,16 +20,15 @@ from tqdm import tqdm
 
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, MediaError, RunError
-from bridle_hf.common.files import read_json, write_bytes, write_figure, write_json, write_text
+from bridle_hf.common.files import read_json, write_bytes, write_json, write_text
 from bridle_hf.common.output_folder import EMBEDDING, changed, hash_of_names, prepare, release
 from bridle_hf.data.finding import find_asked
-from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.modalities import load_config
 from bridle_hf.data.sample import Sample
-from bridle_hf.embedding.arguments import EmbedArguments, SearchArguments
+from bridle_hf.embedding.arguments import EmbedArguments
 from bridle_hf.embedding.embedder import Embedder, Embedding
 from bridle_hf.embedding.poolings import Layers
-from bridle_hf.embedding.tables import FORMATS, Part, load_columns, load_values, part_bytes, read_table, write_table
-from bridle_hf.patching_bridle import INPUT_NAMES
+from bridle_hf.embedding.tables import FORMATS, Part, load_columns, load_values, part_bytes, write_table
 
 
 logger = logging.getLogger(__name__)
@@ -205,71 +204,3 @@ def _finish(
 
 def _is_used(name: str, column: np.ndarray) -> bool:
     return name == "id" or column.dtype.kind != "U" or bool((column != "").any())
-
-
-def search(args: SearchArguments) -> list[dict[str, Any]]:
-    """The rows of a table that are nearest to a file, by the cosine of their embeddings; with a picture, if asked for.
-
-    Returns:
-        For each of the nearest, in order: `similarity`, and the table's columns.
-
-    Raises:
-        ArgumentError: the table or the file cannot be read; the table is not of clips; a neighbour that is to be drawn
-            is no file.
-    """
-    try:
-        table = read_table(Path(args.table))
-        made = table.made
-        if made["level"] != "clip":
-            raise ValueError(f"{args.table} has a row for each {made['level']}: make one of level clip to search in")
-        options = {name: made[name] for name in ("overlap", "stride")}
-        embedder = Embedder.from_pretrained(args.model or made["model"], **options)
-        query = embedder.embed(args.file, layers=read_layers(made["layers"]), pooling=made["pooling"])
-        if query.shape != table.values.shape[1:]:
-            raise ValueError(f"{args.table} has embeddings {table.values.shape[1:]}, the model gives {query.shape}")
-    except (ValueError, OSError) as error:
-        raise ArgumentError(str(error)) from error
-    rows = torch.from_numpy(table.values).flatten(1)
-    similarities = torch.nn.functional.cosine_similarity(rows, torch.from_numpy(query).flatten()[None])
-    best = similarities.topk(min(args.top_k, len(rows))).indices.tolist()
-    columns = {"similarity": similarities.numpy(), **table.columns}
-    rows = [{name: column[row].item() for name, column in columns.items()} for row in best]
-    if args.picture:
-        try:
-            processor = load_processor(args.model or made["model"], embedder.config)
-            _draw_neighbours(args, embedder.config, processor, made["data"], rows)
-        except (ValueError, OSError, ImportError) as error:
-            raise ArgumentError(f"--picture: {error}") from error
-    return rows
-
-
-def _draw_neighbours(
-    args: SearchArguments, config: Any, processor: Any, data: str, rows: list[dict[str, Any]]
-) -> None:
-    from bridle_hf.visualization_bridle import plot_inputs
-
-    load = make_sample_loader(config, processor)
-    names = [(args.file, "the file itself")]
-    for row in rows:
-        label = row.get("label") or row.get("labels")
-        names.append((os.path.join(data, row["id"]), f"{row['similarity']:.3f}  {row['id'][-24:]}"
-                      + (f"\n{label}" if label else "")))  # fmt: skip
-    inputs = []
-    for path, _ in names:
-        loaded = load(Sample(path))
-        values = loaded[INPUT_NAMES[config.modality]]
-        inputs.append(values[: int(loaded["attention_mask"].sum())] if "attention_mask" in loaded else values)
-    rate = {"sampling_rate": processor.sampling_rate} if config.modality == "audio" else {}
-    title = f"{os.path.basename(args.file)} and its nearest neighbours, by cosine similarity"
-    figure = plot_inputs(inputs, [name for _, name in names], config, title=title, **rate)
-    write_figure(Path(args.picture), figure)
-
-
-def search_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """What [`search`] returns, as a table to print."""
-    names = [name for name in rows[0] if name != "similarity"]
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in names}
-    lines = [f"{'similarity':>10}  " + "  ".join(f"{name:<{widths[name]}}" for name in names)]
-    for row in rows:
-        lines.append(f"{row['similarity']:10.4f}  " + "  ".join(f"{row[name]!s:<{widths[name]}}" for name in names))
-    return [line.rstrip() for line in lines]

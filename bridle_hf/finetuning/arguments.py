@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bridle_hf.cards.arguments import LICENSE_HELP, PRIVATE_HELP
 from bridle_hf.common.arguments import YamlMapping, check_ranges
 from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
@@ -83,6 +84,9 @@ class FinetuneArguments:
     loader_timeout: float = field(
         default=0.0, metadata={"help": "seconds that the loader's workers may take for a batch; 0: no limit"}
     )
+
+    hub_private: bool = field(default=False, metadata={"help": f"of --push_to_hub: {PRIVATE_HELP}"})
+    license: str | None = field(default=None, metadata={"help": LICENSE_HELP})
 
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})

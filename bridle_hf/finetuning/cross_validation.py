@@ -54,6 +54,8 @@ def begin_folds(args: FinetuneArguments, training_args: FinetuneTrainingArgument
             resumed is another run.
     """
     out = Path(training_args.output_dir)
+    if training_args.push_to_hub:
+        raise ValueError("--push_to_hub pushes one model, and --folds all makes several: `bridle push` one of them")
     names, described = find_folds(args)
     run = run_record(
         CROSS_VALIDATION, arguments, args.data, training_args.seed,

@@ -31,7 +31,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from bridle_hf.cards.arguments import check_publishing
 from bridle_hf.cards.card import write_card
+from bridle_hf.cards.publishing import open_repositories, push
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, RunError, TooManyBadFiles
 from bridle_hf.common.files import write_json
@@ -77,6 +79,12 @@ OPTIONS_OF = {
     ("audio",): ("max_length", "mean", "std", "mel_mask", "time_mask"),
     ("image", "video"): ("rand_augment", "random_erasing", "cutmix_probability"),
     ("video",): ("eval_clips", "eval_crops"),
+}
+# Of `TrainingArguments`, whose Trainer would push checkpoints, or its output folder as it is.
+OTHER_HUB_OPTIONS = {
+    "hub_token": "log in by `hf auth login`, or set HF_TOKEN",
+    "hub_private_repo": "give --hub_private",
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), "the classifier is pushed once, in the end"),
 }
 # What is not known of single time steps, or would move them.
 OF_WHOLE_RECORDINGS = ("augment", "mixup_probability", "patch_dropout", "balanced_sampling")
@@ -125,6 +133,11 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
         model, processor = load_model(args, training_args, task)
         adapters = add_adapters(model.bridle, args.lora_rank) if args.lora_rank else None
         loaders = make_loaders(args, model.config, processor, task)
+        repositories = {}
+        if training_args.push_to_hub and PartialState().is_main_process:
+            model_id = training_args.hub_model_id
+            repositories = open_repositories(FINETUNING, model_id, args.license, args.hub_private)
+        training_args.push_to_hub = False  # of the Trainer
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         run = run_record(
             FINETUNING, arguments, args.data, training_args.seed, samples=len(task.train),
@@ -150,6 +163,8 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
     except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
         raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     release(lock)
+    if results is not None:
+        push(out, repositories, args.license)
     return FinetuneResult(out, results)
 
 
@@ -183,6 +198,7 @@ def check_arguments(
                 suited = " and ".join(modalities)
                 raise ValueError(f"--{name} is for {suited}, but --model {args.model} is for {config.modality}")
     _check_training_arguments(training_args, task)
+    check_publishing(training_args.push_to_hub, training_args.hub_model_id, args.hub_private, args.license)
     for name in OF_WHOLE_RECORDINGS if task.of_events else ():
         if np.any(getattr(args, name)):
             raise ValueError(f"--{name} is for labels of whole recordings, and these have strong ones: leave it out")
@@ -202,11 +218,9 @@ def _check_training_arguments(training_args: FinetuneTrainingArguments, task: Ta
         raise ValueError("--resume_from_checkpoint: give --resume, which takes the newest checkpoint of --output_dir")
     if training_args.restore_callback_states_from_checkpoint:
         raise ValueError("--restore_callback_states_from_checkpoint: --resume restores what a run needs by itself")
-    if training_args.push_to_hub:
-        raise ValueError(
-            "--push_to_hub would push what checkpoints are made of: load the finished model of --output_dir with "
-            "from_pretrained, and push it with its card by push_to_hub"
-        )
+    for name, instead in OTHER_HUB_OPTIONS.items():
+        if getattr(training_args, name) != TrainingArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"--{name}: {instead}")
     if training_args.label_smoothing_factor and task.labels.multi_label:
         raise ValueError("--label_smoothing_factor is for one label per sample, but these samples have several")
     if not 0 <= training_args.label_smoothing_factor < 1:

@@ -22,7 +22,7 @@ FREE_ON_RESUME = {
     "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "log_level", "log_level_replica",
     "log_on_each_node", "report_to", "run_name", "project", "save_strategy", "save_steps", "save_total_limit",
     "use_cpu", "ddp_backend", "ddp_timeout", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "push_to_hub", "hub_model_id", "hub_private", "license",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from bridle_hf.cards.arguments import MODEL_ID_HELP
+
 
 @dataclass
 class FinetuneTrainingArguments(TrainingArguments):
@@ -26,6 +28,8 @@ class FinetuneTrainingArguments(TrainingArguments):
     label_smoothing_factor: float = field(default=0.0, metadata={"help": "of the single-label cross-entropy"})
     seed: int = field(default=0, metadata={"help": "of everything that is random"})
     dataloader_pin_memory: bool = field(default=torch.cuda.is_available(), metadata={"help": "faster copies to a GPU"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push the classifier to the Hub in the end"})
+    hub_model_id: str | None = field(default=None, metadata={"help": MODEL_ID_HELP})
     # Without it, several processes on CPUs would not know of each other, and bf16 would be refused.
     use_cpu: bool = field(default=not torch.accelerator.is_available(), metadata={"help": "no GPU"})
     # The batches hold what the model takes, and `skipped` for the trainer.

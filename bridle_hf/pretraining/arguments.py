@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bridle_hf.cards.arguments import LICENSE_HELP, MODEL_ID_HELP, PRIVATE_HELP, check_publishing
 from bridle_hf.common.arguments import YamlMapping, YamlSequence, check_ranges
 from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
@@ -130,6 +131,10 @@ class PretrainArguments:
     )
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint of output_dir"})
     overwrite: bool = field(default=False, metadata={"help": "remove what a run left in output_dir"})
+    push_to_hub: bool = field(default=False, metadata={"help": "push both models to the Hub in the end"})
+    hub_model_id: str | None = field(default=None, metadata={"help": MODEL_ID_HELP})
+    hub_private: bool = field(default=False, metadata={"help": PRIVATE_HELP})
+    license: str | None = field(default=None, metadata={"help": LICENSE_HELP})
     dry_run: bool = field(
         default=False,
         metadata={"help": "do three steps of each phase, tell what the run would take, and write nothing"},
@@ -155,6 +160,7 @@ class PretrainArguments:
             "loader_timeout": (0, 1e9),
         }  # fmt: skip
         check_ranges(self, ranges)
+        check_publishing(self.push_to_hub, self.hub_model_id, self.hub_private, self.license)
         if self.loader_timeout and not self.num_workers:
             raise ValueError("--loader_timeout is for loader workers: give --num_workers 1 or more")
         if not 0 <= self.encoder_ema < 1:

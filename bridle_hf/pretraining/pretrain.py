@@ -16,6 +16,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 
+from bridle_hf.cards.publishing import push
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, RunError, TooManyBadFiles
 from bridle_hf.common.signals import StopRequest
@@ -73,21 +74,24 @@ def run_pretraining(args: PretrainArguments) -> PretrainResult | list[str]:
             with refusing():
                 return dry_run(args)
         with StopRequest() as stop:
-            finished = carry_out(args, stop)
+            finished, repositories = carry_out(args, stop)
+        if finished:
+            push(Path(args.output_dir), repositories, args.license)
     out = Path(args.output_dir)
     rows = read_metrics(out / "metrics.jsonl")
     return PretrainResult(out, out / "encoder", out / "tokenizer", rows[-1] if rows else {}, finished)
 
 
-def carry_out(args: PretrainArguments, stop: StopRequest) -> bool:
-    """The run, from its start to its end; returns whether it came to its last step."""
+def carry_out(args: PretrainArguments, stop: StopRequest) -> tuple[bool, dict[str, str]]:
+    """The run, from its start to its end; returns whether it came to its last step, and the repositories to push to
+    (on rank 0)."""
     with refusing():
         run = start(args)
     try:
         finished = run.train(stop)
         if finished:
             run.finish()
-        return finished
+        return finished, run.repositories
     except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
         raise RunError(f"{error}; mend this (output_dir is {run.out}), and --resume goes on") from error
 

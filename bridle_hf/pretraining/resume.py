@@ -20,7 +20,7 @@ FREE_ON_RESUME = {
     "resume", "overwrite", "num_workers", "cache_mb", "log_every", "save_every", "keep_last", "keep_every",
     "report_every", "probe_every", "probe_samples", "tracker", "keep_iterations", "output_dir", "micro_batch_size",
     "bucket_by_length", "data", "data_streaming", "media_column", "layout", "peak_tflops", "dry_run",
-    "allow_changed_data", "loader_timeout", "code_cache",
+    "allow_changed_data", "loader_timeout", "code_cache", "push_to_hub", "hub_model_id", "hub_private", "license",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from bridle_hf import BridleForPreTraining, BridleModel, BridleTokenizerModel
 from bridle_hf.cards.card import write_card
+from bridle_hf.cards.publishing import open_repositories
 from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.files import write_json
 from bridle_hf.common.output_folder import PRETRAINING, hash_of_names, prepare, release, run_record
@@ -100,6 +101,9 @@ class Run:
         self.teacher_flops = None if teacher is None else teacher.flops
         self.dataset = self._make_dataset()
         self._sampler(0)  # raises if the processes cannot share a batch
+        self.repositories: dict[str, str] = {}
+        if args.push_to_hub and accelerator.is_main_process:
+            self.repositories = open_repositories(PRETRAINING, args.hub_model_id, args.license, args.hub_private)
         # Nothing that could refuse the arguments follows --overwrite's deletion.
         self.lock = None
         inputs = {name: getattr(args, name) for name in ("data", "encoder_from", "tokenizer_from")}

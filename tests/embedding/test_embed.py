@@ -25,6 +25,7 @@ from bridle_hf.commands import main
 from bridle_hf.common.errors import ArgumentError, RunError
 from bridle_hf.embedding import embed as embed_module
 from bridle_hf.embedding.embedder import Embedder
+from bridle_hf.embedding.search import Neighbours
 from bridle_hf.embedding.tables import read_table
 
 
@@ -146,7 +147,7 @@ def test_a_picture_of_the_neighbours(model, tmp_path, capsys):
         ("other.png", "--picture: .*: no such file"),
     ):
         if name == "other.png":
-            neighbour = embed_module.search(embed_module.SearchArguments(table, search[1], top_k=2))[1]["id"]
+            neighbour = Neighbours(table).find(search[1], 2)[1]["id"]
             (tmp_path / "data" / neighbour).unlink()
         with pytest.raises(SystemExit):
             main("search", [*search, "--picture", str(tmp_path / name)])

@@ -24,7 +24,11 @@ LICENSES = {"apache-2.0", "cc-by-4.0", "cc0-1.0", "mit", "unknown"}
 
 
 class HubStandIn(ThreadingHTTPServer):
-    """The server: `repos` maps an id to its commits, each a (sha, {path: content}); `objects` holds LFS files."""
+    """The server: `repos` maps an id to its commits, each a (sha, {path: content}); `objects` holds LFS files.
+
+    Who writes needs a token, "hf_read" excepted, which may read alone; a name without its owner is of "me". Of the
+    repositories in `private`, the Hub says so. The next `failures` commits fail.
+    """
 
     daemon_threads = True
 
@@ -33,6 +37,8 @@ class HubStandIn(ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
         self.repos: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.objects: dict[str, bytes] = {}
+        self.private: set[str] = set()
+        self.failures = 0
         self.unknown_requests: list[str] = []
 
     def commit(self, repo_id: str, files: dict[str, bytes]) -> str:
@@ -62,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and method == self.command.replace("HEAD", "GET"):
-                return answer(self, **match.groupdict())
+                refused = self._refusal() if answer in WRITING else None
+                return self._reply(*refused) if refused else answer(self, **match.groupdict())
         self.server.unknown_requests.append(f"{self.command} {self.path}")
         self._reply(501, {"error": f"the stand-in does not know {self.command} {path}"})
 
@@ -80,11 +87,22 @@ class _Handler(BaseHTTPRequestHandler):
     def _not_found(self, code: str):
         self._reply(404, {"error": code}, X_Error_Code=code)
 
+    def _refusal(self) -> tuple[int, dict] | None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not token:
+            return 401, {"error": "Invalid username or password."}
+        return (403, {"error": "This token may read alone"}) if token == "hf_read" else None
+
+    def _may_write(self, id):
+        self._reply(200, {})
+
     def _create(self):
         wanted = json.loads(self.body)
-        repo_id = f"{wanted['organization']}/{wanted['name']}"
+        repo_id = f"{wanted['organization'] or 'me'}/{wanted['name']}"
         status = 409 if repo_id in self.server.repos else 200
         if status == 200:
+            if wanted.get("private") or wanted.get("visibility") == "private":
+                self.server.private.add(repo_id)
             self.server.repos[repo_id] = []
             self.server.commit(repo_id, {".gitattributes": b"*.safetensors filter=lfs\n"})
         self._reply(status, {"url": f"{self.server.endpoint}/{repo_id}"})
@@ -116,6 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._reply(200 if oid in self.server.objects else 404, {})
 
     def _commit(self, id, revision):
+        if self.server.failures:
+            self.server.failures -= 1
+            return self._reply(403, {"error": "The storage is full"})
         files = dict(self.server.files(id)[1])
         for line in self.body.decode().splitlines():
             operation = json.loads(line)
@@ -132,7 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, id, revision=None):
         if (found := self.server.files(id, revision or "main")) is None:
             return self._not_found("RevisionNotFound" if id in self.server.repos else "RepoNotFound")
-        self._reply(200, {"id": id, "sha": found[0], "siblings": [{"rfilename": path} for path in found[1]]})
+        siblings = [{"rfilename": path} for path in found[1]]
+        self._reply(200, {"id": id, "sha": found[0], "private": id in self.server.private, "siblings": siblings})
 
     def _tree(self, id, revision):
         if (found := self.server.files(id, revision)) is None:
@@ -190,6 +212,7 @@ ROUTES = [
     ("POST", rf"/{ID}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     ("PUT", "/lfs/(?P<oid>[0-9a-f]{64})", _Handler._lfs_upload),
     ("POST", "/lfs/(?P<oid>[0-9a-f]{64})/verify", _Handler._lfs_verify),
+    ("GET", f"/api/models/{ID}/auth-check/write", _Handler._may_write),
     ("GET", f"/api/models/{ID}", _Handler._info),
     ("GET", f"/api/models/{ID}/revision/(?P<revision>[^/]+)", _Handler._info),
     ("GET", f"/api/models/{ID}/tree/(?P<revision>[^/]+)", _Handler._tree),
@@ -201,6 +224,7 @@ ROUTES = [
     ("GET", "/api/agent-harnesses", _Handler._no_such_page),  # asked for by some clients, whatever they do
     ("GET", f"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler._resolve),
 ]
+WRITING = {_Handler._create, _Handler._may_write, _Handler._preupload, _Handler._commit, _Handler._lfs_batch}
 
 
 def metadata_errors(card: str) -> list[str]:
@@ -237,6 +261,23 @@ def _result_errors(result: dict) -> list[str]:
         if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float)):
             errors.append('"model-index[].results[].metrics[]" need a string `type` and a number as `value`')
     return errors
+
+
+def hub_snippets(repo_id: str, pipeline_tag: str | None) -> list[str]:
+    """What the Hub's page of a model with code of its own offers to copy: a pipeline where it has a tag, its class."""
+    load = f'"{repo_id}", trust_remote_code=True'
+    pipe = f'from transformers import pipeline\n\npipe = pipeline("{pipeline_tag}", model={load})'
+    model = f'from transformers import AutoModel\n\nmodel = AutoModel.from_pretrained({load}, dtype="auto")'
+    return [*([pipe] if pipeline_tag else []), model]
+
+
+def validate_cards_here() -> None:
+    """Before 2.1, huggingface_hub asks the real Hub whether a card is valid, whatever HF_ENDPOINT says."""
+    from huggingface_hub import constants, repocard
+
+    session = repocard.get_session()
+    post = session.post
+    session.post = lambda url, **options: post(url.replace("https://huggingface.co", constants.ENDPOINT), **options)
 
 
 @contextmanager
