@@ -26,10 +26,10 @@ demo: install-demo ## pretrain, probe and fine-tune on real data, in minutes on 
 release: install-demo ## the released checkpoints from nothing, into model_cards/released: hours
 	$(RUN) -m bridle_hf.release --output_dir runs/release --checkpoints_dir model_cards/released
 
-test: install ## the tests, in parallel, with the coverage of bridle_hf
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term
+test: install ## the tests, in parallel
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not slow"
 
-test-all: install ## the tests, the slow ones too
+test-all: install ## the tests, the slow ones too, with the coverage of bridle_hf
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term
 
 test-lowest: ## tests of models, data and short runs, with the lowest versions that pyproject.toml allows

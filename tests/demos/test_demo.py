@@ -110,7 +110,13 @@ def few_digits(folder: Path) -> str:
     ("modality", "make_data", "control"),
     [
         ("image", few_digits, "pixel regression"),
-        ("video", lambda folder: make_moving_digits(folder, num_clips=80), "frame regression"),
+        pytest.param(
+            "video",
+            lambda folder: make_moving_digits(folder, num_clips=80),
+            "frame regression",
+            marks=pytest.mark.slow,
+            id="video",
+        ),
     ],
 )
 def test_the_whole_way_of_pixels(tmp_path, in_this_process, modality, make_data, control):

@@ -99,7 +99,6 @@ def test_log_mel_by_one_convolution(rate, mels):
     [
         (BridleForAudioFrameClassification, "audio", {}),
         (BridleForPreTraining, "audio", {"input": "waveform"}),
-        (BridleForVideoClassification, "video", {}),
         (BridleTokenizerModel, "image", {"tokenizer_type": "self_distilled"}),
     ],
 )

@@ -82,8 +82,11 @@ def count(interleaving: Interleaving, step: int, batch: dict[str, torch.Tensor])
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(("masks_per_sample", "dropout"), [(1, 0.0), (3, 0.0), (1, 0.3)])
-@pytest.mark.parametrize(("modality", "decoder"), DECODERS, ids=str)
+@pytest.mark.parametrize(
+    ("modality", "decoder", "masks_per_sample", "dropout"),
+    [(*case, 3, 0.3) for case in DECODERS] + [(modality, {}, 1, 0.0) for modality in INPUTS],
+    ids=str,
+)
 def test_flops_are_those_that_torch_counts(modality, decoder, masks_per_sample, dropout, accelerator):
     """One more sample costs, to the last FLOP, what is computed from the configs: in each phase, for each side."""
     encoder, tokenizer = make_configs(modality, **decoder)
