@@ -14,7 +14,7 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo demo release test test-all test-lowest bench profile docs figures lint format clean
+.PHONY: help install install-demo demo release test test-all test-lowest bench profile docs tutorials figures lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -45,6 +45,9 @@ profile: install ## where the time of a step goes: a picture in runs/profile (RE
 # The variable hides a notice about versions of mkdocs to come.
 docs: install ## the documentation site, into site/; python -m http.server --directory site shows it
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
+tutorials: install ## run the tutorials and write their notebooks anew, in minutes
+	$(RUN) docs/building/tutorials.py
 
 figures: install ## draw the pictures of docs/how.md anew, in minutes
 	$(RUN) docs/building/draw_how.py

@@ -7,7 +7,6 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 from helpers.site import ROOT, build_site
 from markdown_it import MarkdownIt
 
@@ -53,17 +52,19 @@ class Content(HTMLParser):
         self.depth -= tag == "article"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    build_site(folder)
-    return folder
-
-
-def test_pages_are_whole(site):
-    """One build for all of it: nothing is loaded from elsewhere, links lead somewhere, Markdown reads as on GitHub."""
+def test_the_site(tmp_path):
+    """One build for all that is asked of it."""
+    site = tmp_path / "site"
+    build_site(site)
     pages = {path: Content(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
-    assert {site / place for place in PAGES.values()} < pages.keys()
+    check_addresses(site, pages)
+    check_markdown(site, pages)
+    check_reference(site)
+    check_commands(site)
+
+
+def check_addresses(site: Path, pages: dict[Path, Content]) -> None:
+    """Nothing is loaded from elsewhere, and links lead somewhere."""
     for path, page in pages.items():
         for address in page.loaded:
             assert not re.match(r"(\w+:)?//", address), f"{path.name} loads {address}"
@@ -76,18 +77,23 @@ def test_pages_are_whole(site):
             assert target.exists(), f"{path.name}: {link}"
             if anchor and target.suffix == ".html":
                 assert anchor in pages[target].ids, f"{path.name}: {link}"
+    for style in site.rglob("*.css"):
+        for address in re.findall(r"url\((?!data:)[\"']?([^)\"']+)", style.read_text(encoding="utf-8")):
+            assert not re.match(r"(\w+:)?//", address), f"{style.name} loads {address}"
+
+
+def check_markdown(site: Path, pages: dict[Path, Content]) -> None:
+    """Lists, tables and the like are those that GitHub shows."""
     different = {}
     for source, place in PAGES.items():
         theirs = MarkdownIt("commonmark").enable("table").render((ROOT / source).read_text(encoding="utf-8"))
         expected, found = Content(f"<article>{theirs}</article>").counts, pages[site / place].counts
         different |= {(source, tag): (expected[tag], found[tag]) for tag in COUNTED if expected[tag] != found[tag]}
     assert not different, "elements on GitHub, and on the site"
-    for style in site.rglob("*.css"):
-        for address in re.findall(r"url\((?!data:)[\"']?([^)\"']+)", style.read_text(encoding="utf-8")):
-            assert not re.match(r"(\w+:)?//", address), f"{style.name} loads {address}"
 
 
-def test_the_reference_has_all_public_names(site):
+def check_reference(site: Path) -> None:
+    """It has all public names, and nothing in it was not understood."""
     shown = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     missing = [name for name in bridle_hf.__all__ if f'id="bridle_hf.{name}"' not in shown]
     assert not missing
@@ -96,7 +102,8 @@ def test_the_reference_has_all_public_names(site):
     assert not re.findall(r".*(?:Args\b|\*optional\*|`).*", text)
 
 
-def test_all_commands_are_told(site):
+def check_commands(site: Path) -> None:
+    """All are told."""
     text = html.unescape(re.sub(r"<[^>]+>", "", (site / "commands.html").read_text(encoding="utf-8")))
     for name, command in COMMANDS.items():
         assert " ".join(f"usage: bridle {name} {command.usage}".split()) in text
