@@ -14,7 +14,8 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo demo release test test-all test-lowest bench profile docs tutorials figures lint format clean
+.PHONY: help install install-demo install-serve demo release test test-all test-serve test-lowest bench profile docs \
+	tutorials figures lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +32,9 @@ test: install ## the tests, in parallel
 
 test-all: install ## the tests, the slow ones too, with the coverage of bridle_hf
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term
+
+test-serve: install-serve ## the tests of the page of `bridle demo --serve`, in a headless chromium
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/demos/test_page.py
 
 test-lowest: ## tests of models, data and short runs, with the lowest versions that pyproject.toml allows
 	@$(MAKE) install VENV=$(LOWEST_VENV) CONSTRAINTS=constraints-lowest.txt
@@ -62,6 +66,7 @@ format: install ## ruff: mend what can be mended, and format
 
 install: $(VENV)/.installed-dev ## what development needs
 install-demo: $(VENV)/.installed-demo ## what the demo needs
+install-serve: $(VENV)/.installed-serve ## what the page of `bridle demo --serve` needs, and its tests
 
 # torch comes first and alone: a looser request would take a build with CUDA where a CPU build will do.
 $(VENV)/.installed-torch: $(CONSTRAINTS)
@@ -77,6 +82,11 @@ $(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed-demo
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# 140 MB that nothing else needs.
+$(VENV)/.installed-serve: $(VENV)/.installed-dev
+	$(PIP) --editable ".[serve,browser]"
 	@touch $@
 
 clean: ## remove the environment and what runs wrote

@@ -26,6 +26,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
     from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     Figure = None  # An extra: remote code must load without it.
 
@@ -305,9 +306,11 @@ class _Canvas:
         x, y = self.edges()
         seconds, hertz = np.linspace(x[0], x[-1], picture.shape[1] + 1), self._hertz()
         hertz = y if len(picture) == len(y) - 1 else hertz
-        return specshow(
+        mesh = specshow(
             picture, x_coords=seconds, y_coords=hertz, x_axis="s", y_axis="mel", shading="flat", ax=ax, **style
         )
+        ax.xaxis.set_major_locator(MaxNLocator(6))  # more would run into each other in narrow panels
+        return mesh
 
     def figure(self, panels: int) -> tuple["Figure", list["Axes"]]:
         """A figure with so many panels: one above the other where they are wide, else beside each other."""
@@ -370,7 +373,7 @@ def _draw_accuracy(ax: "Axes", accuracy: np.ndarray, codes: np.ndarray, codebook
     ax.axhline(100 / codebook_size, color="black", linestyle="--", label=f"chance (1 of {codebook_size} codes)")
     ax.set_title("Hidden patches right, by level", fontsize=TITLE_SIZE)
     ax.set(xlabel="level", ylabel="hidden patches (%)", xticks=levels)
-    ax.set_ylim(0, 1.4 * max(100 * accuracy.max(), 100 * most.max(), 5))
+    ax.set_ylim(0, 1.7 * max(100 * accuracy.max(), 100 * most.max(), 5))
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8, frameon=False, loc="upper right")
 

@@ -128,8 +128,8 @@ COMMANDS = {
         positionals=("output_dir",),
     ),
     "demo": Command(
-        "pretrain, probe and fine-tune on small real data, in minutes",
-        "[--modality audio|image|video] --output_dir OUT [--name value ...]",
+        "pretrain, probe and fine-tune on small real data, in minutes; or show models in a browser",
+        "--output_dir OUT [--modality M] [--name value ...] | --serve DIR [--embeddings X.parquet]",
         ("demos.arguments:DemoArguments",),
     ),
     "study": Command(

@@ -143,9 +143,11 @@ def report(args: ReportArguments) -> None:
 
 
 def demo(args: Any) -> None:
-    from bridle_hf.demos.demo import run_demo
-
-    for line in run_demo(args):
+    if args.serve is None:
+        from bridle_hf.demos.demo import run_demo as lines_of
+    else:
+        from bridle_hf.demos.page import serve as lines_of
+    for line in lines_of(args):
         print(line, flush=True)
 
 

@@ -116,6 +116,8 @@ def read_table(path: Path) -> Table:
     """
     if path.suffix not in (".parquet", ".npz"):
         raise ValueError(f"{path}: a table is .parquet or .npz")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
         return _read_parquet(path) if path.suffix == ".parquet" else _read_npz(path)
     except (KeyError, ValueError, zipfile.BadZipFile) as error:
