@@ -11,7 +11,7 @@ import numpy as np
 
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.common.files import write_figure, write_text
-from bridle_hf.probing.readouts import PRIMARY, READOUTS
+from bridle_hf.probing.readouts import ON_REQUEST, PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_grid
 from bridle_hf.study.results import read_items, read_results, unbits
@@ -100,7 +100,8 @@ def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dic
         for task, sources in row["scores"].items():
             for source, readouts in sources.items():
                 key = row["set"], task, source.replace("iteration ", f"{row['arm']}@")
-                found.setdefault(key, {})[row["seed"]] = readouts
+                # Runs of several arms may read the same features out in several ways.
+                found.setdefault(key, {}).setdefault(row["seed"], {}).update(readouts)
                 about[key] = row
     scores: dict[str, dict[str, dict[str, Scores]]] = {}
     for (set_name, task, source), by_seed in found.items():
@@ -148,7 +149,10 @@ def _difference(first: Scores, second: Scores, readout: str) -> Difference | Non
 
 def table_of_scores(set_name: str, tasks: Mapping[str, Mapping[str, Scores]]) -> str:
     """Markdown: sources down, tasks and read-outs across; mean over seeds in percent, and the spread of the first."""
+    present = {name for sources in tasks.values() for found in sources.values() for row in found.by_seed.values()
+               for name in row}  # fmt: skip
     names = [readout.name for readout in READOUTS]
+    names += [readout.name for readout in ON_REQUEST.values() if readout.name in present - {*names}]
     lines = []
     for task, sources in tasks.items():
         lines += [f"**{set_name}, {task}** ({len(next(iter(sources.values())).clusters)} samples)", ""]

@@ -30,15 +30,13 @@ from bridle_hf.pretraining.run import Run, start
 from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
 from bridle_hf.probing.few_labels import classify, draw_labelled, finetune_with
 from bridle_hf.probing.probes import ProbeResult, linear_probe, majority
-from bridle_hf.probing.readouts import READOUTS, collect_layers, encoder_tokens, patch_tokens
+from bridle_hf.probing.readouts import ON_REQUEST, PCA_SAMPLES, READOUTS, collect_layers, encoder_tokens, patch_tokens
 from bridle_hf.study.grid import RunSpec
 from bridle_hf.study.prefixes import Prefix, branch
 from bridle_hf.study.results import bits
 from bridle_hf.study.sets import Task
 
 
-# Samples that the principal components of the control are fitted on.
-PCA_SAMPLES = 1000
 RESULT = "result.json"
 
 
@@ -147,7 +145,8 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     else:
         sources = {name: encoder_tokens(encoder) for name, encoder in encoders(run, spec).items()}
     kept.clear()
-    collected = collect_layers(sources, config, batches(samples))
+    readouts = [*READOUTS, *(ON_REQUEST[name] for name in spec.readouts)]
+    collected = collect_layers(sources, config, batches(samples), readouts)
     paths = list(kept)
     regression, _ = INPUT_CONTROLS[INPUT_NAMES[config.modality]]
     inputs = {}
@@ -161,7 +160,7 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         tested = np.ones(len(paths), dtype=bool) if task.tested is None else folds == 0
         items["clusters"][name] = np.array(clusters)[tested].tolist()
         found = {
-            source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in READOUTS}
+            source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in readouts}
             for source, layers in collected.items()
         }
         if inputs:

@@ -111,6 +111,8 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
     assert not set(hashes(options={"steps_scale": 0.5}).values()) & set(before.values())
     assert len(set(before.values())) == len(before) == 7
     tuned = hashes(arms={"rq": RQ, "tuned": {**RQ, "finetune": {}}, "longer": {**RQ, "finetune": {"steps": 301}}})
+    assert hashes(arms={"rq": {**RQ, "readouts": []}}) == {("rq", seed): before["rq", seed] for seed in (0, 1)}
+    assert not set(hashes(arms={"rq": {**RQ, "readouts": ["attentive"]}}).values()) & set(before.values())
     assert len(set(tuned.values())) == 6 and tuned["rq", 0] == before["rq", 0]
 
 
@@ -128,6 +130,9 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
         ({"arms": {"rq": {"finetune": {"step": 3}}}}, "sounds, rq: FewLabels"),
         ({"arms": {"rq": {"finetune": {"shares": [0]}}}}, "sounds, rq: shares are [0]"),
         ({"arms": {"rq": {"features": "input", "finetune": {}}}}, "finetune is for an encoder"),
+        ({"arms": {"rq": {"readouts": ["attention"]}}}, "no read-out 'attention' to add: attentive"),
+        ({"arms": {"rq": {"readouts": ["gate"]}}}, "no read-out 'gate' to add"),
+        ({"arms": {"rq": {"readouts": ["attentive"], "finetune": {}}}}, "leave one of them out"),
         ({"first": ["mea"]}, "first: no arm 'mea'; did you mean 'mae'?"),
     ],
     ids=str,
@@ -143,11 +148,14 @@ def test_wrong_grids_are_refused(tmp_path, data, changes, expected):
 
 def test_a_run_in_this_process(tmp_path, data):
     """Its scores are of what it leaves; called again, it has nothing to train and finds the same."""
-    (spec,) = read_grid(write_grid(tmp_path, data, seeds=[0], arms={"rq": {"phases": [STEPS]}}))
+    arms = {"rq": {"phases": [STEPS], "readouts": ["attentive"]}}
+    (spec,) = read_grid(write_grid(tmp_path, data, seeds=[0], arms=arms))
     assert carry_out(spec, None, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["scores"].keys() == {"kind"} and result["scores"]["kind"].keys() == {"iteration 0"}
-    for entry in result["scores"]["kind"]["iteration 0"].values():
+    found = result["scores"]["kind"]["iteration 0"]
+    assert found.keys() == {*(readout.name for readout in READOUTS), "attentive/last/linear"}
+    for entry in found.values():
         assert unbits(entry["correct"], 24).mean() == pytest.approx(entry["score"], abs=1e-4)
     assert carry_out(spec, None, tmp_path / "run")
     again = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
