@@ -6,6 +6,9 @@ from bridle_hf.common.arguments import YamlMapping, check_ranges
 from bridle_hf.data.layouts.arguments import LAYOUT_HELP, LayoutName
 
 
+READOUT_NAMES = ("gate", "attentive")
+
+
 @dataclass
 class ProbeArguments:
     """Arguments of `bridle probe` and of `bridle_hf.probe`."""
@@ -30,6 +33,13 @@ class ProbeArguments:
             "help": "all: those of the data; else their number where the data has none (default: 5, or the groups)"
         },
     )
+    readouts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "further read-outs: gate (a learned convex combination of all layers), attentive (learned queries "
+            "attend to the patches)"
+        },
+    )
     loader: YamlMapping = field(
         default_factory=dict, metadata={"help": "arguments of the video loader, as {stride: 4, sampling: segments}"}
     )
@@ -42,3 +52,5 @@ class ProbeArguments:
         check_ranges(self, {"batch_size": (1, 1e9), "num_workers": (0, 1e4)})
         if self.folds not in (None, "all") and not str(self.folds).isdecimal():
             raise ValueError(f"--folds is {self.folds!r}: expected all, or a number")
+        if unknown := set(self.readouts) - set(READOUT_NAMES):
+            raise ValueError(f"--readouts {min(unknown)}: expected some of {', '.join(READOUT_NAMES)}")

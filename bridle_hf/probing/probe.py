@@ -27,6 +27,7 @@ from bridle_hf.data.sample import Sample
 from bridle_hf.probing.arguments import ProbeArguments
 from bridle_hf.probing.features import untrained_encoder
 from bridle_hf.probing.probes import format_probes, run_probes
+from bridle_hf.probing.readouts import run_readouts
 
 
 def probe(**options: Any) -> dict[str, Any]:
@@ -36,8 +37,8 @@ def probe(**options: Any) -> dict[str, Any]:
         options: the fields of [`ProbeArguments`].
 
     Returns:
-        `probes`: rows of the table, see [`run_probes`]; `samples`, `skipped`, `classes`, `folds`: how many;
-        `arguments`.
+        `probes`: rows of the table, see [`run_probes`] and [`run_readouts`]; `samples`, `skipped`, `classes`, `folds`:
+        how many; `arguments`.
 
     Raises:
         ArgumentError: arguments or data are not fit to be probed. It is a `ValueError`.
@@ -78,6 +79,21 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
                 seed=args.seed,
                 name="untrained encoder" if args.random_init else "encoder",
             )
+            if args.readouts:
+                rows += run_readouts(
+                    args.readouts,
+                    encoder,
+                    samples,
+                    load,
+                    labels,
+                    folds,
+                    ledger,
+                    controls=not args.random_init,
+                    batch_size=args.batch_size,
+                    num_workers=args.num_workers,
+                    seed=args.seed,
+                    name="untrained encoder" if args.random_init else "encoder",
+                )
         except TooManyBadFiles as error:
             # The file that the error speaks of goes with the folder.
             raise ArgumentError(f"{args.data}: {len(ledger.reasons)} files cannot be read, see above") from error

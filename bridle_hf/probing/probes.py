@@ -35,6 +35,8 @@ REGULARIZATIONS = (0.03, 0.3)
 TRIAL_ITERATIONS, MAX_ITERATIONS = 25, 100
 # The gate over a few layers settles long before the classifier that is trained with it.
 GATE_ITERATIONS = 20
+# Of attentive pooling: what looks where, each for a part of the numbers of a patch.
+QUERIES, ATTENTION_ITERATIONS = 4, 50
 NUM_NEIGHBORS = 20
 
 
@@ -107,25 +109,80 @@ def _learned_gate(layers: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if len(layers) == 1:
         return np.ones(1, dtype=np.float32)
     # A layout in which their combination is one product of a vector and a matrix.
-    values, targets = torch.from_numpy(np.ascontiguousarray(layers)), torch.from_numpy(labels)
+    values = torch.from_numpy(np.ascontiguousarray(layers))
+
+    def combined(gate: torch.Tensor) -> torch.Tensor:
+        return torch.tensordot(gate.softmax(dim=0), values, dims=1)
+
+    gate = _learned_beside_classifier(torch.zeros(len(values)), combined, labels, values.shape[2], GATE_ITERATIONS)
+    return gate.softmax(dim=0).numpy()
+
+
+def _learned_beside_classifier(
+    start: torch.Tensor,
+    pooled: Callable[[torch.Tensor], torch.Tensor],
+    labels: np.ndarray,
+    dim: int,
+    iterations: int,
+) -> torch.Tensor:
+    """What `pooled` makes features (samples, dim) of, trained from `start` with a linear classifier on these."""
+    targets = torch.from_numpy(labels)
     single = targets.dim() == 1
     classes = int(targets.max()) + 1 if single else targets.shape[1]
-    gate = torch.zeros(len(values), requires_grad=True)
-    weight = torch.zeros(values.shape[2], classes, requires_grad=True)
+    learned = start.clone().requires_grad_()
+    weight = torch.zeros(dim, classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([gate, weight, bias], max_iter=GATE_ITERATIONS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([learned, weight, bias], max_iter=iterations, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        logits = torch.tensordot(gate.softmax(dim=0), values, dims=1) @ weight + bias
+        logits = pooled(learned) @ weight + bias
         value = F.cross_entropy(logits, targets) if single else F.binary_cross_entropy_with_logits(logits, targets)
         # As scikit-learn has it: C times the sum over samples, plus half the squared norm.
-        value = value + weight.square().sum() / (2 * REGULARIZATIONS[0] * values.shape[1])
+        value = value + weight.square().sum() / (2 * REGULARIZATIONS[0] * len(targets))
         value.backward()
         return value
 
     optimizer.step(loss)
-    return gate.detach().softmax(dim=0).numpy()
+    return learned.detach()
+
+
+def attentive_probe(tokens: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
+    """[`linear_probe`] on what learned queries attend to among the patches, which each fold learns first.
+
+    A mean says little of what is in a few patches alone. Each query pools its part of a patch's numbers, by a softmax
+    of its products with the patches.
+
+    Args:
+        tokens: (samples, patches, dim); NaN where a patch is padding.
+    """
+    _, count, dim = tokens.shape
+
+    def scores(train: np.ndarray, train_labels: np.ndarray, train_folds: np.ndarray, test: np.ndarray) -> np.ndarray:
+        train, test = (torch.from_numpy(part.reshape(len(part), count, dim)) for part in (train, test))
+        queries = _learned_beside_classifier(
+            torch.zeros(min(QUERIES, dim), dim), _attention(train), train_labels, dim, ATTENTION_ITERATIONS
+        )
+        attended = [_attention(part)(queries).numpy() for part in (train, test)]
+        scaler = StandardScaler().fit(attended[0])
+        return _linear_scores(scaler.transform(attended[0]), train_labels, train_folds, scaler.transform(attended[1]))
+
+    return _cross_validate(scores, tokens.reshape(len(tokens), -1), labels, folds, width=dim)
+
+
+def _attention(tokens: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Queries (queries, dim) to (samples, dim), what they find in (samples, patches, dim), of which NaN is padding."""
+    padding = tokens[..., 0].isnan()
+    values = tokens.masked_fill(padding[..., None], 0.0)
+    dim = values.shape[2]
+
+    def attended(queries: torch.Tensor) -> torch.Tensor:
+        found = (values @ queries.T / dim**0.5).masked_fill(padding[..., None], -torch.inf)
+        parts = torch.tensor_split(values, len(queries), dim=2)
+        weights = found.softmax(dim=1).unbind(dim=2)
+        return torch.cat([torch.einsum("np,npd->nd", *pair) for pair in zip(weights, parts)], dim=1)
+
+    return attended
 
 
 def _fit_and_score(
@@ -181,8 +238,13 @@ def _cross_validate(
     features: np.ndarray,
     labels: np.ndarray,
     folds: np.ndarray,
+    width: int | None = None,
 ) -> ProbeResult:
-    """`scores(training features, their labels, their folds, test features)` gives (test samples, classes)."""
+    """`scores(training features, their labels, their folds, test features)` gives (test samples, classes).
+
+    Args:
+        width: how many numbers are standardised, each over all that stand so many apart; all of them if not given.
+    """
     features, labels, folds = np.asarray(features, dtype=np.float32), np.asarray(labels), np.asarray(folds)
     if not len(features) == len(labels) == len(folds):
         raise ValueError(
@@ -194,8 +256,12 @@ def _cross_validate(
     results, correct = [], np.zeros(len(labels), dtype=bool)
     for fold in tested:
         test = folds == fold
-        scaler = StandardScaler().fit(features[~test])
-        train_features, test_features = scaler.transform(features[~test]), scaler.transform(features[test])
+        train_features, test_features = features[~test], features[test]
+        scaler = StandardScaler().fit(train_features.reshape(-1, width or features.shape[1]))
+        train_features, test_features = (
+            scaler.transform(part.reshape(-1, scaler.n_features_in_)).reshape(part.shape)
+            for part in (train_features, test_features)
+        )
         found = scores(train_features, labels[~test], folds[~test], test_features)
         results.append(score(labels[test], found))
         if labels.ndim == 1:
@@ -268,6 +334,15 @@ def run_probes(
 
 
 def _row(name: str, pooling: str, linear: ProbeResult, knn: ProbeResult) -> dict[str, Any]:
+    return linear_row(name, pooling, linear) | {
+        "knn": knn.score,
+        "knn_deviation": knn.deviation,
+        "knn_folds": list(knn.per_fold),
+    }
+
+
+def linear_row(name: str, pooling: str, linear: ProbeResult) -> dict[str, Any]:
+    """A row of `run_probes` without nearest neighbours."""
     return {
         "features": name,
         "pooling": pooling,
@@ -275,18 +350,18 @@ def _row(name: str, pooling: str, linear: ProbeResult, knn: ProbeResult) -> dict
         "linear": linear.score,
         "linear_deviation": linear.deviation,
         "linear_folds": list(linear.per_fold),
-        "knn": knn.score,
-        "knn_deviation": knn.deviation,
-        "knn_folds": list(knn.per_fold),
     }
 
 
 def format_probes(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `run_probes` as a table to print, scores and their deviation over folds in percent."""
+    """The rows of `run_probes` and `run_readouts` as a table to print, scores and their deviation over folds in
+    percent."""
     title = f"linear {rows[0]['metric']}"
-    lines = [f"{'features':<20} {'pooling':<10} {title:>16} {'+-':>5} {'kNN':>6}   linear, fold by fold"]
+    width = max(10, *(len(row["pooling"]) for row in rows))
+    lines = [f"{'features':<20} {'pooling':<{width}} {title:>16} {'+-':>5} {'kNN':>6}   linear, fold by fold"]
     for row in rows:
         per_fold = " ".join(f"{100 * value:5.1f}" for value in row["linear_folds"])
-        values = f"{100 * row['linear']:16.1f} {100 * row['linear_deviation']:5.1f} {100 * row['knn']:6.1f}"
-        lines.append(f"{row['features']:<20} {row['pooling']:<10} {values}   {per_fold}")
+        knn = f"{100 * row['knn']:6.1f}" if "knn" in row else f"{'':6}"
+        values = f"{100 * row['linear']:16.1f} {100 * row['linear_deviation']:5.1f} {knn}"
+        lines.append(f"{row['features']:<20} {row['pooling']:<{width}} {values}   {per_fold}")
     return "\n".join(lines)

@@ -8,16 +8,33 @@ about the encoder. The control of a read-out is a linear map of the patches, as 
 same way: what an encoder gives that looks at no other patch and bends nothing.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.data.batches import iterate_eval
+from bridle_hf.data.labels import Labels
+from bridle_hf.data.sample import Sample
 from bridle_hf.embedding.poolings import POOLINGS, POOLINGS_OF, Pooling, with_deviation
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of, patchify
-from bridle_hf.probing.probes import ProbeResult, gated_probe, knn_probe, linear_probe
+from bridle_hf.probing.features import untrained_encoder
+from bridle_hf.probing.probes import (
+    ProbeResult,
+    attentive_probe,
+    gated_probe,
+    knn_probe,
+    linear_probe,
+    linear_row,
+)
+
+
+ATTENTIVE = "attentive"
+# That the principal components of the control are fitted on.
+PCA_SAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class Readout:
     """How features become an answer.
 
     Args:
-        pooling: `mean_std`, or `region_mean_std`: see [`pooling_of`].
+        pooling: `mean_std`, or `region_mean_std`: see [`pooling_of`]; or `attentive`, of the last layer.
         layers: `gate`, a learned convex combination of all; or `last`.
         probe: `linear` or `knn`.
     """
@@ -39,7 +56,9 @@ class Readout:
         return "/".join(asdict(self).values())
 
     def __call__(self, layers: np.ndarray, labels: np.ndarray, folds: np.ndarray) -> ProbeResult:
-        """Of features (samples, layers, dim) under this read-out's pooling; see `probes.py`."""
+        """Of features under this read-out's pooling, see `LayerFeatures` and `probes.py`."""
+        if self.pooling == ATTENTIVE:
+            return attentive_probe(layers, labels, folds)
         if self.layers == "gate":
             return gated_probe(layers, labels, folds)
         return {"linear": linear_probe, "knn": knn_probe}[self.probe](layers[:, -1], labels, folds)
@@ -55,32 +74,39 @@ READOUTS = (
 # The one that counts, fixed before the first reported run: on notes it is the best or near it for a trained encoder,
 # an untrained one and the patches alike, in both tasks, so that no source is held back by what its pooling drops.
 PRIMARY = READOUTS[0]
-POOLINGS_READ = tuple(dict.fromkeys(readout.pooling for readout in READOUTS))
+# By name, those that are read where they are asked for: tokens of all patches are much to keep.
+ON_REQUEST = {"gate": PRIMARY, "attentive": Readout(ATTENTIVE, "last", "linear")}
 
-# By pooling: (samples, layers, dim) float32.
+# By pooling: (samples, layers, dim) float32; of `attentive` (samples, patches, dim), NaN where a patch is padding.
 LayerFeatures = dict[str, np.ndarray]
 # A model's input (its values and, of audio, which patches are real) to the tokens of every layer.
 Tokens = Callable[[torch.Tensor, torch.Tensor | None], list[torch.Tensor]]
 
 
 def collect_layers(
-    sources: dict[str, Tokens], config: Any, batches: Iterable[dict[str, torch.Tensor]]
+    sources: dict[str, Tokens],
+    config: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    readouts: Sequence[Readout] = READOUTS,
 ) -> dict[str, LayerFeatures]:
-    """Pooled features of several sources, by name, in one pass over the batches.
+    """Features of several sources, by name, under the poolings of the read-outs, in one pass over the batches.
 
     Args:
         sources: [`encoder_tokens`] and [`patch_tokens`], by name.
         config: of an encoder; all sources cut the input into the same patches.
     """
-    parts: dict[str, dict[str, list[np.ndarray]]] = {
-        name: {pooling: [] for pooling in POOLINGS_READ} for name in sources
-    }
+    poolings = dict.fromkeys(readout.pooling for readout in readouts)
+    parts: dict[str, dict[str, list[np.ndarray]]] = {name: {pooling: [] for pooling in poolings} for name in sources}
     for batch in batches:
         values, mask = batch[INPUT_NAMES[config.modality]], batch.get("attention_mask")
         real, grid = None if mask is None else patch_attention_mask(mask, config), patch_grid_of(values, config)
         for name, tokens_of in sources.items():
             layers = tokens_of(values, mask)
-            for pooling in POOLINGS_READ:
+            for pooling in poolings:
+                if pooling == ATTENTIVE:
+                    tokens = layers[-1] if real is None else layers[-1].masked_fill(~real[..., None], torch.nan)
+                    parts[name][pooling].append(tokens.numpy())
+                    continue
                 pooled = [pooling_of(pooling, config.modality)(tokens, grid, real) for tokens in layers]
                 parts[name][pooling].append(torch.stack(pooled, dim=1).numpy())
     return {
@@ -96,14 +122,61 @@ def pooling_of(name: str, modality: str) -> Pooling:
     return {"region_mean_std": with_deviation(POOLINGS[regional])}[name]
 
 
+def run_readouts(
+    names: Sequence[str],
+    encoder: Any,
+    samples: Sequence[Sample],
+    load: Callable,
+    labels: Labels,
+    folds: np.ndarray,
+    ledger: SkippedFiles,
+    controls: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    seed: int = 0,
+    name: str = "encoder",
+) -> list[dict[str, Any]]:
+    """Read-outs of a frozen encoder `ON_REQUEST`, with the controls beside them.
+
+    Args:
+        names: of the read-outs.
+        encoder, samples, load, labels, folds, ledger, batch_size, num_workers, seed, name: as in [`run_probes`].
+        controls: also read out an untrained encoder (of `seed`) and the patches, see [`patch_tokens`].
+
+    Returns:
+        Rows as of [`run_probes`], without nearest neighbours.
+    """
+    kept: list[int] = []
+
+    def batches(of: Sequence[Sample]) -> Iterable[dict[str, torch.Tensor]]:
+        kept.clear()
+        for indices, batch in iterate_eval(of, load, batch_size, ledger, num_workers):
+            kept.extend(indices)
+            yield batch
+
+    sources = {name: encoder_tokens(encoder)}
+    if controls:
+        sources["untrained encoder"] = encoder_tokens(untrained_encoder(encoder, seed).to(encoder.device))
+        sources["patches"] = patch_tokens(encoder.config, batches(samples[:: -(-len(samples) // PCA_SAMPLES)]))
+    readouts = [ON_REQUEST[readout] for readout in names]
+    collected = collect_layers(sources, encoder.config, batches(samples), readouts)
+    targets, folds = labels.encode(samples).numpy()[kept], np.asarray(folds)[kept]
+    return [
+        linear_row(source, f"{readout.pooling}/{readout.layers}", readout(layers[readout.pooling], targets, folds))
+        for source, layers in collected.items()
+        for readout in readouts
+    ]
+
+
 def encoder_tokens(encoder: Any) -> Tokens:
     """The patches' features at the embedding, after every layer but the last, and at the encoder's output."""
     encoder, first = encoder.eval(), int(encoder.config.use_class_token)
 
     @torch.no_grad()
     def tokens(values: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-        output = encoder(values, mask, output_hidden_states=True)
-        return [state[:, first:].float() for state in (*output.hidden_states[:-1], output.last_hidden_state)]
+        mask = None if mask is None else mask.to(encoder.device)
+        output = encoder(values.to(encoder.device), mask, output_hidden_states=True)
+        return [state[:, first:].float().cpu() for state in (*output.hidden_states[:-1], output.last_hidden_state)]
 
     return tokens
 

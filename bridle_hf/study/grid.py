@@ -18,13 +18,15 @@
 A set is one of sets.py, or a folder: `mine: {data: DIR, recipe: audio_demo, tasks: {word: {group: voice}}}`.
 An entry of an arm's `phases` that says `like: N` is phase N of the recipe with what else it says; `steps_of` gives it
 the steps of these phases together. An arm's `features` are those of the encoder as `trained`, or `untrained`, as it is
-drawn, or of the `input` itself; its `seeds` replace the grid's, and `only_sets` names the sets that it is for.
+drawn, or of the `input` itself; its `seeds` replace the grid's, and `only_sets` names the sets that it is for. Where
+it has `finetune`, fields of [`FewLabels`], its encoder (as drawn: from scratch) is fine-tuned instead of read out;
+with `readouts: [attentive]` its features are read out in this way, too.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,15 @@ from bridle_hf.common.arguments import make_arguments, merged, read_yaml
 from bridle_hf.common.errors import ArgumentError, nearest
 from bridle_hf.common.recipes import find_recipe
 from bridle_hf.pretraining.arguments import PretrainArguments
-from bridle_hf.probing.readouts import READOUTS
+from bridle_hf.probing.few_labels import FewLabels
+from bridle_hf.probing.readouts import ON_REQUEST, READOUTS
 from bridle_hf.study.sets import SETS, StudySet, Task
 
 
 FOLDER = Path(__file__).parent
 KEYS = ("seeds", "sets", "options", "arms", "first", "comparisons")
 # What an arm says beside options of pretraining.
-ARM_KEYS = ("features", "seeds", "only_sets")
+ARM_KEYS = ("features", "finetune", "readouts", "seeds", "only_sets")
 FEATURES = ("trained", "untrained", "input")
 DEFAULTS = json.loads(json.dumps(vars(PretrainArguments(data="-", output_dir="-"))))
 # What cannot change a run's result.
@@ -55,6 +58,8 @@ class RunSpec:
         options: all arguments of pretraining, but for data and output_dir.
         features: one of `FEATURES`.
         study_set: what `set` names.
+        finetune: the encoder is fine-tuned in this way; `None`: read out as it is.
+        readouts: names of those beside `READOUTS`.
     """
 
     set: str
@@ -63,12 +68,18 @@ class RunSpec:
     features: str
     options: Mapping[str, Any]
     study_set: StudySet
+    finetune: FewLabels | None = None
+    readouts: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
         """Of all that decides its result, code and data apart."""
         names = sorted(readout.name for readout in READOUTS)
         parts = [self.set, self.features, self.seed, counted(self.options), names]
+        if self.finetune is not None:
+            parts.append({"finetune": asdict(self.finetune)})
+        if self.readouts:
+            parts.append({"readouts": sorted(self.readouts)})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -158,9 +169,20 @@ def _run_spec(grid: dict[str, Any], set_name: str, arm_name: str, seed: int) -> 
     features = changes.pop("features", "trained")
     if features not in FEATURES:
         raise ArgumentError(f"{where}: features is {features!r}: {', '.join(FEATURES)}")
+    finetune = changes.pop("finetune", None)
+    if finetune is not None and features == "input":
+        raise ArgumentError(f"{where}: finetune is for an encoder: features is {features!r}")
+    readouts = tuple(changes.pop("readouts", ()))
+    if readouts and finetune is not None:
+        raise ArgumentError(f"{where}: an encoder that finetune trains has no readouts: leave one of them out")
+    for name in readouts:
+        if ON_REQUEST.get(name) in (None, *READOUTS):
+            known = [name for name, readout in ON_REQUEST.items() if readout not in READOUTS]
+            raise ArgumentError(f"{where}: readouts: no read-out {name!r} to add: {', '.join(known)}")
     options = {name: value for name, value in changes.items() if name not in ARM_KEYS}
     recipe = read_yaml(find_recipe(study_set.recipe).read_text(encoding="utf-8"))
     try:
+        few_labels = None if finetune is None else FewLabels(**finetune)
         if "phases" in options:
             options["phases"] = [_phase(entry, recipe["phases"]) for entry in options["phases"]]
         (args,) = make_arguments(
@@ -168,11 +190,11 @@ def _run_spec(grid: dict[str, Any], set_name: str, arm_name: str, seed: int) -> 
             recipe=study_set.recipe,
             values={**options, "seed": seed, "data": "-", "output_dir": "-"},
         )
-    except (ArgumentError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise ArgumentError(f"{where}: {error}") from error
     plain = json.loads(json.dumps(vars(args)))
     options = {name: plain[name] for name in plain if name not in ("data", "output_dir")}
-    return RunSpec(set_name, arm_name, seed, features, options, study_set)
+    return RunSpec(set_name, arm_name, seed, features, options, study_set, few_labels, readouts)
 
 
 def _study_set(name: str, entry: dict[str, Any]) -> StudySet:

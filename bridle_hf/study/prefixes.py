@@ -48,9 +48,9 @@ class Prefix:
 
 
 def prefixes_of(spec: RunSpec, out: Path) -> list[Prefix]:
-    """All that a run has, the shortest first; the whole of it is none."""
+    """All that a run has, the shortest first; the last is the whole of it, which may be read out in several ways."""
     found = []
-    for phases in range(1, len(spec.options["phases"])) if spec.features == "trained" else ():
+    for phases in range(1, len(spec.options["phases"]) + 1) if spec.features == "trained" else ():
         options = prefix_options(spec.options, phases)
         parts = json.dumps([spec.set, counted(options)], sort_keys=True)
         found.append(Prefix(phases, options, out / FOLDER / hashlib.sha256(parts.encode()).hexdigest()[:16]))
@@ -59,6 +59,8 @@ def prefixes_of(spec: RunSpec, out: Path) -> list[Prefix]:
 
 def prefix_options(options: Mapping[str, Any], phases: int) -> dict[str, Any]:
     """Options of a run that does the first phases alone; what cannot count up to there is as by default."""
+    if phases == len(options["phases"]):
+        return dict(options)
     first = options["phases"][:phases]
     until = {**options, "phases": first, "code_cache": DEFAULTS["code_cache"]}
     fits = options["tokenizer"].get("tokenizer_type") == "kmeans" and phases > 1

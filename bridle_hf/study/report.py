@@ -1,5 +1,6 @@
 """Report of a study: tables of scores, paired differences with their intervals, pictures; from results.jsonl alone."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.common.files import write_figure, write_text
-from bridle_hf.probing.readouts import PRIMARY, READOUTS
+from bridle_hf.probing.readouts import ON_REQUEST, PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_grid
 from bridle_hf.study.results import read_items, read_results, unbits
@@ -36,10 +37,10 @@ class Scores:
     def of(self, readout: str) -> list[float]:
         return [100 * found[readout]["score"] for found in self.by_seed.values() if readout in found]
 
-    def correct(self, seeds: Sequence[int]) -> np.ndarray:
-        """(seeds, samples) bool under the primary read-out."""
+    def correct(self, seeds: Sequence[int], readout: str) -> np.ndarray:
+        """(seeds, samples) bool."""
         rows = [self.by_seed[min(self.by_seed) if self.seedless else seed] for seed in seeds]
-        return np.stack([unbits(row[PRIMARY.name]["correct"], len(self.clusters)) for row in rows])
+        return np.stack([unbits(row[readout]["correct"], len(self.clusters)) for row in rows])
 
 
 def write_report(args: StudyArguments) -> Path:
@@ -52,14 +53,21 @@ def write_report(args: StudyArguments) -> Path:
     rows = [row for row in read_results(out) if row["status"] == "done"]
     if not rows:
         raise ArgumentError(f"{out} holds no results of a study")
-    scores = gather(rows, out)
-    compared = compare(scores, read_comparisons(args.grid))
+    comparisons = read_comparisons(args.grid)
+    scores = gather([row for row in rows if not row.get("finetune")], out)
+    tuned = gather([row for row in rows if row.get("finetune")], out)
+    compared = compare(scores, comparisons, [PRIMARY.name])
+    compared_tuned = compare(tuned, comparisons, shares_of(tuned))
     parts = {"runs": progress(read_grid(args.grid), read_results(out))}
     parts |= {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
-    parts["differences"] = table_of_differences(compared)
+    if tuned:
+        parts["few labels"] = table_of_few_labels(tuned)
+    parts["differences"] = table_of_differences([*compared, *compared_tuned])
     text = "\n".join(f"## {title}\n\n{body}\n" for title, body in parts.items())
     write_text(out / "report.md", text)
-    draw(out / "figures", scores, compared)
+    draw(out / "figures", scores, [*compared, *compared_tuned])
+    if tuned:
+        draw_few_labels(out / "figures" / "few_labels.png", tuned)
     if args.page:
         fill(Path(args.page), {f"{Path(args.grid).stem}: {title}": body for title, body in parts.items()})
     return out / "report.md"
@@ -92,7 +100,8 @@ def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dic
         for task, sources in row["scores"].items():
             for source, readouts in sources.items():
                 key = row["set"], task, source.replace("iteration ", f"{row['arm']}@")
-                found.setdefault(key, {})[row["seed"]] = readouts
+                # Runs of several arms may read the same features out in several ways.
+                found.setdefault(key, {}).setdefault(row["seed"], {}).update(readouts)
                 about[key] = row
     scores: dict[str, dict[str, dict[str, Scores]]] = {}
     for (set_name, task, source), by_seed in found.items():
@@ -104,19 +113,23 @@ def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dic
 
 
 def compare(
-    scores: Mapping[str, Mapping[str, Mapping[str, Scores]]], comparisons: Sequence[Comparison]
+    scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
+    comparisons: Sequence[Comparison],
+    readouts: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Each comparison on each set and task that has both: difference, adjusted p (over the sets), verdict."""
+    """Each comparison under each read-out on each set and task that has both: difference, adjusted p (over the sets),
+    verdict."""
     rows = []
-    for comparison in comparisons:
+    for comparison, readout in itertools.product(comparisons, readouts):
         of_sets = []
         for set_name, tasks in scores.items():
             for number, (task, sources) in enumerate(tasks.items()):
                 if comparison.first in sources and comparison.second in sources:
-                    difference = _difference(sources[comparison.first], sources[comparison.second])
+                    difference = _difference(sources[comparison.first], sources[comparison.second], readout)
                     if difference is not None:
-                        of_sets.append({"comparison": comparison, "set": set_name, "task": task, "main": number == 0,
-                                        "difference": difference})  # fmt: skip
+                        where = ", ".join([set_name, task, *([] if readout == PRIMARY.name else [readout])])
+                        of_sets.append({"comparison": comparison, "set": set_name, "where": where,
+                                        "main": number == 0, "difference": difference})  # fmt: skip
         # The first task of a set is the one that counts; the others are told beside it.
         adjusted = holm({row["set"]: row["difference"].p for row in of_sets if row["main"]})
         for row in of_sets:
@@ -126,17 +139,20 @@ def compare(
     return rows
 
 
-def _difference(first: Scores, second: Scores) -> Difference | None:
+def _difference(first: Scores, second: Scores, readout: str) -> Difference | None:
     """`None` where they have no seed in common, or are of different samples."""
     seeds = [seed for seed in first.by_seed if second.seedless or seed in second.by_seed]
     if not seeds or first.items != second.items:
         return None
-    return paired_difference(first.correct(seeds), second.correct(seeds), first.clusters)
+    return paired_difference(first.correct(seeds, readout), second.correct(seeds, readout), first.clusters)
 
 
 def table_of_scores(set_name: str, tasks: Mapping[str, Mapping[str, Scores]]) -> str:
     """Markdown: sources down, tasks and read-outs across; mean over seeds in percent, and the spread of the first."""
+    present = {name for sources in tasks.values() for found in sources.values() for row in found.by_seed.values()
+               for name in row}  # fmt: skip
     names = [readout.name for readout in READOUTS]
+    names += [readout.name for readout in ON_REQUEST.values() if readout.name in present - {*names}]
     lines = []
     for task, sources in tasks.items():
         lines += [f"**{set_name}, {task}** ({len(next(iter(sources.values())).clusters)} samples)", ""]
@@ -164,6 +180,40 @@ def _order(source: str) -> tuple[int, str]:
     return (0 if source == "majority" else 1 if "@" not in source else 2, source)
 
 
+def shares_of(tuned: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> list[str]:
+    """Of the labels, that encoders were fine-tuned on, the smallest first."""
+    found = {
+        share
+        for tasks in tuned.values()
+        for sources in tasks.values()
+        for scores in sources.values()
+        for shares in scores.by_seed.values()
+        for share in shares
+    }
+    return sorted(found, key=_percent)
+
+
+def _percent(share: str) -> float:
+    return float(share.removesuffix("%"))
+
+
+def table_of_few_labels(tuned: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> str:
+    """Markdown: sources down, shares of the labels across; mean over seeds in percent, its spread, and how many labels
+    there were."""
+    shares = shares_of(tuned)
+    lines = [f"| fine-tuned | seeds | {' | '.join(shares)} |", f"|---|---|{'---|' * len(shares)}"]
+    for set_name, tasks in tuned.items():
+        for task, sources in tasks.items():
+            for source, found in sorted(sources.items()):
+                counts = {share: entry["labels"] for row in found.by_seed.values() for share, entry in row.items()}
+                cells = [
+                    f"{_cell(found.of(share), spread=True)} ({counts[share]})" if share in counts else ""
+                    for share in shares
+                ]
+                lines.append(f"| {source}: {set_name}, {task} | {len(found.by_seed)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table_of_differences(compared: Sequence[dict[str, Any]]) -> str:
     """Markdown: one row per comparison, set and task; points of the primary read-out."""
     lines = ["| comparison | set, task | seeds | difference | 95% interval | seeds above 0 | p (Holm) | verdict |",
@@ -173,7 +223,7 @@ def table_of_differences(compared: Sequence[dict[str, Any]]) -> str:
         p = "" if row["p"] is None else f"{row['p']:.4f}"
         above = sum(value > 0 for value in difference.per_seed)
         lines.append(
-            f"| {comparison.first} - {comparison.second} | {row['set']}, {row['task']} | {len(difference.per_seed)} | "
+            f"| {comparison.first} - {comparison.second} | {row['where']} | {len(difference.per_seed)} | "
             f"{100 * difference.mean:+.1f} | {100 * difference.low:+.1f} to {100 * difference.high:+.1f} | "
             f"{above} | {p} | {row['verdict']} |"
         )
@@ -209,15 +259,33 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
         difference = row["difference"]
         ends = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]
         ax.errorbar(100 * difference.mean, place, xerr=ends, fmt="o", color=colours[row["verdict"]], capsize=3)
-    labels = [
-        f"{row['comparison'].first} - {row['comparison'].second}: {row['set']}, {row['task']}" for row in compared
-    ]
+    labels = [f"{row['comparison'].first} - {row['comparison'].second}: {row['where']}" for row in compared]
     ax.set_yticks(range(len(labels)), labels[::-1])
     ax.axvline(0, color="black", linewidth=0.8)
     ax.axvspan(-100 * MARGIN, 100 * MARGIN, color="black", alpha=0.08)
     ax.set(xlabel="difference (points), 95% interval over seeds and clusters; shaded: the margin")
     ax.grid(axis="x", alpha=0.3)
     write_figure(folder / "differences.png", figure)
+
+
+def draw_few_labels(path: Path, tuned: Mapping[str, Mapping[str, Mapping[str, Scores]]]) -> None:
+    """Accuracy against the share of the labels, a line per source with a dot per seed, a panel per set and task."""
+    from matplotlib.figure import Figure
+
+    panels = [(set_name, task, sources) for set_name, tasks in tuned.items() for task, sources in tasks.items()]
+    figure = Figure(figsize=(4 * len(panels), 3.2), dpi=110, layout="constrained")
+    for ax, (set_name, task, sources) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
+        for number, (source, found) in enumerate(sorted(sources.items())):
+            shares = sorted({share for row in found.by_seed.values() for share in row}, key=_percent)
+            for share in shares:
+                values = found.of(share)
+                ax.plot([_percent(share)] * len(values), values, "o", color=f"C{number}", alpha=0.5)
+            means = [np.mean(found.of(share)) for share in shares]
+            ax.plot([_percent(share) for share in shares], means, color=f"C{number}", label=source)
+        ax.set(title=f"{set_name}: {task}", xlabel="labels (%)", ylabel="accuracy (%), fine-tuned", xscale="log")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    write_figure(path, figure)
 
 
 def fill(page: Path, parts: Mapping[str, str]) -> None:

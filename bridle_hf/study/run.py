@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,15 @@ from bridle_hf.pretraining.evaluation import spread
 from bridle_hf.pretraining.pretrain import refusing
 from bridle_hf.pretraining.run import Run, start
 from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
+from bridle_hf.probing.few_labels import classify, draw_labelled, finetune_with
 from bridle_hf.probing.probes import ProbeResult, linear_probe, majority
-from bridle_hf.probing.readouts import READOUTS, collect_layers, encoder_tokens, patch_tokens
+from bridle_hf.probing.readouts import ON_REQUEST, PCA_SAMPLES, READOUTS, collect_layers, encoder_tokens, patch_tokens
 from bridle_hf.study.grid import RunSpec
 from bridle_hf.study.prefixes import Prefix, branch
 from bridle_hf.study.results import bits
 from bridle_hf.study.sets import Task
 
 
-# Samples that the principal components of the control are fitted on.
-PCA_SAMPLES = 1000
 RESULT = "result.json"
 
 
@@ -62,7 +62,7 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequ
         run.finish()
     else:
         release(run.lock)
-    scores, items = read_out(run, spec)
+    scores, items = (read_out if spec.finetune is None else fine_tune)(run, spec)
     metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "samples" in row or row.get("event")]
     result = {
         "hash": spec.hash,
@@ -74,6 +74,7 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequ
         "revision": git_revision(),
         "data": Path(data).name,
         "options": dict(spec.options),
+        "finetune": spec.finetune and asdict(spec.finetune),
         "pretraining_seconds": round(run.seconds, 1),
         "seconds": round(time.monotonic() - began, 1),
         "metrics": metrics[-1:],
@@ -138,15 +139,14 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
             kept.extend(samples[index].path for index in indices)
             yield batch
 
-    samples = run.samples
-    if any(task.tested for task in spec.study_set.tasks.values()):  # what may have been kept out of pretraining
-        samples = find_samples(run.args.data, run.args.modality)
+    samples = asked(run, spec)
     if spec.features == "input":
         sources = {"patches": patch_tokens(config, batches(spread(run.samples, PCA_SAMPLES)))}
     else:
         sources = {name: encoder_tokens(encoder) for name, encoder in encoders(run, spec).items()}
     kept.clear()
-    collected = collect_layers(sources, config, batches(samples))
+    readouts = [*READOUTS, *(ON_REQUEST[name] for name in spec.readouts)]
+    collected = collect_layers(sources, config, batches(samples), readouts)
     paths = list(kept)
     regression, _ = INPUT_CONTROLS[INPUT_NAMES[config.modality]]
     inputs = {}
@@ -160,7 +160,7 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
         tested = np.ones(len(paths), dtype=bool) if task.tested is None else folds == 0
         items["clusters"][name] = np.array(clusters)[tested].tolist()
         found = {
-            source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in READOUTS}
+            source: {readout.name: readout(layers[readout.pooling], labels, folds) for readout in readouts}
             for source, layers in collected.items()
         }
         if inputs:
@@ -171,6 +171,44 @@ def read_out(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
             source: {key: _plain(value, tested) for key, value in row.items()} for source, row in found.items()
         }
     return scores, items
+
+
+def fine_tune(run: Run, spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How well the last encoder, or one as it is drawn, answers the first task on fold 0, fine-tuned on shares of the
+    labels of the other folds.
+
+    Returns:
+        As [`read_out`]; in the place of read-outs there are the shares, as `10%`, with how many `labels` these are.
+    """
+    samples = asked(run, spec)
+    kept = [index for indices, _ in iterate_eval(samples, run.load, 128, run.ledger) for index in indices]
+    samples = [samples[index] for index in kept]
+    name, task = next(iter(spec.study_set.tasks.items()))
+    labels, folds, clusters = answers(run.args.data, run.args.modality, task, [sample.path for sample in samples])
+    train, test = np.flatnonzero(folds != 0), np.flatnonzero(folds == 0)
+    tested = [samples[index] for index in test]
+    *_, (source, encoder) = encoders(run, spec).items()
+    found = {}
+    for share in spec.finetune.shares:
+        labelled = train[draw_labelled(labels[train], share, spec.seed)]
+        model = finetune_with(
+            encoder.to(run.accelerator.device), samples, labels, labelled, run.load, spec.finetune, spec.seed
+        )
+        correct = classify(model, tested, run.load, run.ledger) == labels[test]
+        score = round(float(correct.mean()), 5)
+        found[f"{100 * share:g}%"] = {"score": score, "labels": len(labelled), "correct": bits(correct)}
+    items = {
+        "hash": _hash([sample.path for sample in tested]),
+        "clusters": {name: [clusters[index] for index in test]},
+    }
+    return {name: {source if spec.features == "trained" else spec.arm: found}}, items
+
+
+def asked(run: Run, spec: RunSpec) -> list[Sample]:
+    """What the tasks are about: also what they test, where that was kept out of pretraining."""
+    if any(task.tested for task in spec.study_set.tasks.values()):
+        return find_samples(run.args.data, run.args.modality)
+    return run.samples
 
 
 def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:

@@ -38,6 +38,7 @@ ARMS = {
             "phases": [STEPS, {**LAST, "train": "alternate", "switch_every": 1}],
         },
     ),
+    "tuned": (3, {"finetune": {"steps": 2}, "phases": [STEPS, TAUGHT, LAST]}),
     "wide": (0, {"encoder": {"intermediate_size": 48}, "phases": [STEPS, TAUGHT, LAST]}),
     "average": (0, {"encoder_ema": 0.9, "phases": [STEPS, TAUGHT, LAST]}),
     "level1": (0, {"encoder": {"codebook_loss_weights": [1, 0]}, "phases": [STEPS, TAUGHT, LAST]}),
@@ -62,8 +63,8 @@ def test_runs_share_the_phases_up_to_which_all_that_counts_is_the_same(tmp_path,
 def test_another_seed_set_or_control_shares_nothing(tmp_path, data):
     grid = read_grid(write_grid(tmp_path, data))
     folders = {(spec.arm, spec.seed): {prefix.folder for prefix in prefixes_of(spec, tmp_path)} for spec in grid}
-    assert len(folders["rq", 0]) == len(folders["rq", 1]) == 2 and not folders["rq", 0] & folders["rq", 1]
-    assert not folders["input", 0] | folders["untrained", 0] | folders["mae", 0], "the whole of a run is no prefix"
+    assert len(folders["rq", 0]) == len(folders["rq", 1]) == 3 and not folders["rq", 0] & folders["rq", 1]
+    assert not folders["input", 0] | folders["untrained", 0], "nothing is trained"
     assert not any(shared_prefixes(grid, tmp_path).values()), "what one run alone needs is not kept"
 
 
@@ -71,7 +72,7 @@ def test_another_seed_set_or_control_shares_nothing(tmp_path, data):
 def test_prefixes_of_the_grids_of_the_package_can_start(grid, tmp_path):
     specs = {(spec.set, spec.arm): spec for spec in read_grid(grid) if spec.seed == 0}
     shared = shared_prefixes(list(specs.values()), tmp_path)
-    assert len(shared[specs[next(iter(specs))[0], "rq"].hash]) == 2
+    assert len(shared[specs[next(iter(specs))[0], "rq"].hash]) == 3
     for prefix in {prefix.folder: prefix for prefixes in shared.values() for prefix in prefixes}.values():
         make_configs(PretrainArguments(data="-", output_dir="-", **prefix.options))
 
@@ -149,7 +150,8 @@ def test_a_prefix_that_is_broken_fails_one_run_alone(tmp_path, data):
     (spec, *_), out = read_grid(grid), tmp_path / "out"
     run_study(StudyArguments(grid, str(out), only=["rq"]))
     assert not (out / "prefixes").exists(), "no other run was asked for"
-    *_, longest = prefixes = prefixes_of(spec, out)
+    *prefixes, _ = prefixes_of(spec, out)
+    longest = prefixes[-1]
     assert carry_out(spec, None, tmp_path / "aside", prefixes)
     for path in longest.folder.glob("checkpoints/*/encoder.safetensors"):
         path.write_bytes(b"broken")

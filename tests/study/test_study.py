@@ -14,6 +14,7 @@ from helpers.tiny_study import STEPS, write_grid
 from helpers.waiting import DEADLINE
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from bridle_hf.common.errors import ArgumentError
 from bridle_hf.interleaving.schedule import Schedule
@@ -22,10 +23,15 @@ from bridle_hf.pretraining.configs import make_configs
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.grid import FOLDER, read_grid
+from bridle_hf.study.prefixes import shared_prefixes
 from bridle_hf.study.report import progress, write_report
 from bridle_hf.study.results import append_result, bits, read_results, unbits
 from bridle_hf.study.run import carry_out
 from bridle_hf.study.study import run_study
+
+
+RQ = {"phases": [STEPS, {"like": 1, "steps": 2}, {"like": 2, "steps": 2}]}
+TUNING = {"steps": 3, "batch_size": 4, "shares": [0.05, 0.5, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +106,14 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
         return {(run.arm, run.seed): run.hash for run in read_grid(write_grid(tmp_path, data, **changes))}
 
     before = hashes()
+    assert before["rq", 0] == "e49acb586cf27dfd", "a study would do anew what it has done"
     assert hashes(options={"log_every": 3, "num_workers": 1}) == before
     assert not set(hashes(options={"steps_scale": 0.5}).values()) & set(before.values())
     assert len(set(before.values())) == len(before) == 7
+    tuned = hashes(arms={"rq": RQ, "tuned": {**RQ, "finetune": {}}, "longer": {**RQ, "finetune": {"steps": 301}}})
+    assert hashes(arms={"rq": {**RQ, "readouts": []}}) == {("rq", seed): before["rq", seed] for seed in (0, 1)}
+    assert not set(hashes(arms={"rq": {**RQ, "readouts": ["attentive"]}}).values()) & set(before.values())
+    assert len(set(tuned.values())) == 6 and tuned["rq", 0] == before["rq", 0]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,12 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
         ({"arms": {"rq": {"features": "new"}}}, "features is 'new'"),
         ({"arms": {"rq": {"phases": [{"like": 5}]}}}, "sounds, rq"),
         ({"comparisons": ["rq"]}, "comparisons: 'rq'"),
+        ({"arms": {"rq": {"finetune": {"step": 3}}}}, "sounds, rq: FewLabels"),
+        ({"arms": {"rq": {"finetune": {"shares": [0]}}}}, "sounds, rq: shares are [0]"),
+        ({"arms": {"rq": {"features": "input", "finetune": {}}}}, "finetune is for an encoder"),
+        ({"arms": {"rq": {"readouts": ["attention"]}}}, "no read-out 'attention' to add: attentive"),
+        ({"arms": {"rq": {"readouts": ["gate"]}}}, "no read-out 'gate' to add"),
+        ({"arms": {"rq": {"readouts": ["attentive"], "finetune": {}}}}, "leave one of them out"),
         ({"first": ["mea"]}, "first: no arm 'mea'; did you mean 'mae'?"),
     ],
     ids=str,
@@ -131,15 +148,74 @@ def test_wrong_grids_are_refused(tmp_path, data, changes, expected):
 
 def test_a_run_in_this_process(tmp_path, data):
     """Its scores are of what it leaves; called again, it has nothing to train and finds the same."""
-    (spec,) = read_grid(write_grid(tmp_path, data, seeds=[0], arms={"rq": {"phases": [STEPS]}}))
+    arms = {"rq": {"phases": [STEPS], "readouts": ["attentive"]}}
+    (spec,) = read_grid(write_grid(tmp_path, data, seeds=[0], arms=arms))
     assert carry_out(spec, None, tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["scores"].keys() == {"kind"} and result["scores"]["kind"].keys() == {"iteration 0"}
-    for entry in result["scores"]["kind"]["iteration 0"].values():
+    found = result["scores"]["kind"]["iteration 0"]
+    assert found.keys() == {*(readout.name for readout in READOUTS), "attentive/last/linear"}
+    for entry in found.values():
         assert unbits(entry["correct"], 24).mean() == pytest.approx(entry["score"], abs=1e-4)
     assert carry_out(spec, None, tmp_path / "run")
     again = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert again["scores"] == result["scores"]
+
+
+def test_few_labels_of_an_encoder_and_from_scratch(tmp_path, data):
+    """The same samples, apart from the groups that they are tested on; the pretrained encoder is that of the arm."""
+    arms = {
+        "rq": {"phases": [STEPS]},
+        "tuned": {"phases": [STEPS], "finetune": {**TUNING, "learning_rate": 0.0}},
+        "scratch": {"features": "untrained", "phases": [STEPS], "finetune": {**TUNING, "learning_rate": 0.0}},
+    }
+    rq, *specs = read_grid(write_grid(tmp_path, data, arms=arms, seeds=[1]))
+    shared = shared_prefixes([rq, *specs], tmp_path)
+    results = {}
+    for spec in specs:
+        assert carry_out(spec, None, tmp_path / spec.arm, shared[spec.hash])
+        results[spec.arm] = json.loads((tmp_path / spec.arm / "result.json").read_text(encoding="utf-8"))
+    tuned, scratch = (results[arm] for arm in ("tuned", "scratch"))
+    assert tuned["items"] == scratch["items"]
+    groups = tuned["items"]["clusters"]["kind"]
+    assert len(groups) == 6 and len(set(groups)) == 1
+    (found,), (drawn,) = (list(result["scores"]["kind"].items()) for result in (tuned, scratch))
+    assert (found[0], drawn[0]) == ("iteration 0", "scratch")
+    for _, shares in (found, drawn):
+        # Of 9 of each of two labels, in three groups of 6.
+        assert {share: entry["labels"] for share, entry in shares.items()} == {"5%": 2, "50%": 8, "100%": 18}
+        for entry in shares.values():
+            assert unbits(entry["correct"], 6).mean() == pytest.approx(entry["score"], abs=1e-4)
+    (prefix,) = shared[rq.hash]
+    whole, ours = (
+        load_file(folder / "encoder" / "model.safetensors") for folder in (prefix.folder, tmp_path / "tuned")
+    )
+    assert all((ours[name] == whole[name]).all() for name in whole), "rq and its fine-tuning share all phases"
+
+
+@pytest.mark.slow
+def test_few_labels_in_the_report(tmp_path, data):
+    arms = {
+        "tuned": {"phases": [STEPS], "finetune": TUNING},
+        "scratch": {"features": "untrained", "phases": [STEPS], "finetune": TUNING},
+    }
+    grid = write_grid(tmp_path, data, arms=arms, comparisons=[["tuned@0", "scratch"]])
+    rows = run_study(StudyArguments(grid, str(tmp_path / "out"), workers=2))
+    text = write_report(StudyArguments(grid, str(tmp_path / "out"), report=True)).read_text(encoding="utf-8")
+    scores = {
+        (row["arm"], row["seed"]): {share: 100 * entry["score"] for share, entry in found.items()}
+        for row in rows
+        for found in row["scores"]["kind"].values()
+    }
+    for arm, source in (("tuned", "tuned@0"), ("scratch", "scratch")):
+        means = {share: np.mean([scores[arm, seed][share] for seed in (0, 1)]) for share in ("5%", "50%", "100%")}
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {source}: sounds, kind | 2 |")]
+        cells = [cell.split(" ± ")[0].strip() for cell in line.split("|")[3:6]]
+        assert cells == [f"{mean:.1f}" for mean in means.values()] and "(8)" in line
+    gain = np.mean([scores["tuned", seed]["50%"] - scores["scratch", seed]["50%"] for seed in (0, 1)])
+    assert f"| tuned@0 - scratch | sounds, kind, 50% | 2 | {gain:+.1f} |" in text
+    assert "| fine-tuned | seeds | 5% | 50% | 100% |" in text
+    assert (tmp_path / "out" / "figures" / "few_labels.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
