@@ -43,7 +43,7 @@ def _csv_table(file: Iterable[str]) -> tuple[list[str], Rows]:
         raise ValueError(f"line 1: the column {twice[0]} is there twice")
     rows, width = [], len(columns)
     for cells in reader:
-        cells = [cell.strip() for cell in cells]
+        cells = list(map(str.strip, cells))
         if len(cells) == width and cells[0]:  # as most are
             rows.append((reader.line_num, dict(zip(columns, cells))))
             continue

@@ -179,7 +179,7 @@ def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sampl
     runs, tables = [], []
     for place, names in walk_folders(folder):
         tables += [place + name for name in METADATA_NAMES if name in names]
-        if files := [place + name for name in names if name.lower().endswith(extensions)]:
+        if files := [place + name for name in names if name.endswith(extensions) or name.lower().endswith(extensions)]:
             refuse_other_encodings(folder, files)
             runs.append((place, files))
     if tables and (samples := metadata_samples(folder, tables, columns, list(chain(*(files for _, files in runs))))):

@@ -73,16 +73,19 @@ def sample_of_row(
         names = (found or "").split(";") if isinstance(found, str | None) else found
         names = names if isinstance(names, list | tuple) else [names]
         labels = tuple(name for name in map(clean, names) if name) or None
-    else:
+    elif found is not None:
         label = _cell(found)
-    split, fold, group = _cell(row.get("split")), _cell(row.get("fold")), _cell(row.get(columns.group))
-    split = None if split is None else _split_named(split)
-    return Sample(path, label, labels, split, fold, group, source, class_order, events)
+    split, fold, group = row.get("split"), row.get("fold"), row.get(columns.group)
+    return Sample(
+        path, label, labels,
+        None if split is None else _split_of_cell(split),
+        None if fold is None else _cell(fold),
+        None if group is None else _cell(group),
+        source, class_order, events,
+    )  # fmt: skip
 
 
 def _cell(value: Any) -> str | None:
-    if value is None:
-        return None
     return _cleaned(value) if isinstance(value, str) else clean(value) or None
 
 
@@ -92,7 +95,12 @@ def _cleaned(value: str) -> str | None:
     return clean(value) or None
 
 
-_split_named = lru_cache(maxsize=256)(canonical_split)
+def _split_of_cell(value: Any) -> str | None:
+    name = _cell(value)
+    return None if name is None else _canonical(name)
+
+
+_canonical = lru_cache(maxsize=256)(canonical_split)
 
 
 # --- metadata.csv, metadata.jsonl ---

@@ -42,7 +42,7 @@ def walk_folders(folder: Path, place: str = "") -> Iterator[tuple[str, list[str]
         with os.scandir(folder / place) as entries:
             for entry in entries:
                 name = entry.name
-                if not name.startswith("."):
+                if name[0] != ".":
                     names.append(name)
                     try:
                         if entry.is_dir():
