@@ -27,7 +27,7 @@ class BridleCrossLayer(GradientCheckpointingLayer):
         self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = BridleAttention(config, width, heads, context_size=config.hidden_size)
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = BridleMLP(width, config.decoder_intermediate_size, config.hidden_act)
+        self.mlp = BridleMLP(width, config.decoder_intermediate_size, config.hidden_act, spare_memory=True)
 
     def forward(
         self, hidden_states: torch.Tensor, context: torch.Tensor, attention_mask: torch.Tensor | None = None

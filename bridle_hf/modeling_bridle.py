@@ -467,7 +467,7 @@ def _on_grid(rows: torch.Tensor, indices: torch.Tensor, valid: torch.Tensor, pat
     shape = (*indices.shape, *[1] * (rows.dim() - 2))
     grid = rows.new_zeros(len(rows), patches, *rows.shape[2:])
     # Where a row has fewer patches than another, its index points at one that is not chosen: that stays 0.
-    return grid.scatter(1, indices.view(shape).expand_as(rows), rows.masked_fill(~valid.view(shape), 0.0))
+    return grid.scatter_(1, indices.view(shape).expand_as(rows), rows.masked_fill(~valid.view(shape), 0.0))
 
 
 _FORMER_NORM = {r"^classifier_norm\.": "fc_norm."}

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from bridle_hf import BridleConfig, BridleForPreTraining
+from bridle_hf import BridleConfig, BridleForPreTraining, encoder_bridle
 from bridle_hf.decoder_bridle import BridleCrossLayer
 from bridle_hf.encoder_bridle import BridleSwinAttention
 from bridle_hf.masking_bridle import chosen_patches, draw_share, make_mask
+from bridle_hf.pretraining.dry_run import PeakMemory
 
 
 EXACT = {"atol": 1e-5, "rtol": 0.0}
@@ -246,6 +247,32 @@ def test_every_parameter_learns_with_and_without_checkpointing(tiny_config, tiny
     assert not [name for name, gradient in gradients[0].items() if gradient is None]
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decoder_type", ["swin", "cross"])
+def test_what_the_backward_makes_anew_is_the_same_to_the_bit(
+    tiny_config, tiny_input, monkeypatch, decoder_type, precision
+):
+    """With dropout (of the position bias), under autocast, too; and what lives until the backward is less."""
+    model = BridleForPreTraining(tiny_config("audio", decoder_type=decoder_type)).train()
+    hidden, values = make_masks(model.config, batch=8), tiny_input("audio", batch=8)
+    labels = torch.randint(16, (*hidden.shape, 3))
+
+    def step():
+        torch.manual_seed(0)
+        model.zero_grad()
+        with PeakMemory() as memory:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+                loss = model(values, bool_masked_pos=hidden, labels=labels).loss
+            kept = memory.live
+        loss.backward()
+        return kept, [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    less, found = step()
+    monkeypatch.setattr(encoder_bridle, "made_anew", lambda function, *tensors: function(*tensors))
+    more, expected = step()
+    assert all(map(torch.equal, found, expected)) and less < more
 
 
 @settings(max_examples=100, deadline=None)

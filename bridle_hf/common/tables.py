@@ -16,7 +16,8 @@ Rows = list[tuple[int, dict[str, Any]]]
 
 def clean(name: Any) -> str:
     """A cell, or the name of a class folder, as text: however a file system or an editor spells it."""
-    return unicodedata.normalize("NFC", str(name).strip())
+    name = str(name).strip()
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def read_table(path: str | os.PathLike) -> tuple[list[str], Rows]:
@@ -40,16 +41,19 @@ def _csv_table(file: Iterable[str]) -> tuple[list[str], Rows]:
     columns = [name.strip() for name in next(reader, [])]
     if twice := [name for name, count in Counter(columns).items() if name and count > 1]:
         raise ValueError(f"line 1: the column {twice[0]} is there twice")
-    rows = []
+    rows, width = [], len(columns)
     for cells in reader:
-        cells = [cell.strip() for cell in cells]
-        if any(cells[len(columns) :]):
+        cells = list(map(str.strip, cells))
+        if len(cells) == width and cells[0]:  # as most are
+            rows.append((reader.line_num, dict(zip(columns, cells))))
+            continue
+        if any(cells[width:]):
             raise ValueError(
-                f"line {reader.line_num}: {len(cells)} cells for {len(columns)} columns; a cell with a comma in it "
+                f"line {reader.line_num}: {len(cells)} cells for {width} columns; a cell with a comma in it "
                 "needs quotes"
             )
         if any(cells):
-            empty = [None] * (len(columns) - len(cells))
+            empty = [None] * (width - len(cells))
             rows.append((reader.line_num, dict(zip(columns, cells + empty))))
     return columns, rows
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from bridle_hf.common.errors import one_line
 from bridle_hf.common.tables import clean
 from bridle_hf.data.folds import are_splits, canonical_split, check_class_folders, split_of
 from bridle_hf.data.labels import labels_of
-from bridle_hf.data.layouts.files import refuse_other_encodings, walk
+from bridle_hf.data.layouts.files import refuse_other_encodings, walk_folders
 from bridle_hf.data.layouts.lists import names_lists, read_lists
 from bridle_hf.data.layouts.table import LAYOUTS, find_layout, half_there, read_layout
 from bridle_hf.data.metadata import METADATA_NAMES, Columns, metadata_samples, sample_of_row
@@ -174,19 +175,20 @@ def _of_split(samples: list[Sample], split: str, data: str) -> list[Sample]:
 @garbage_left()
 def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sample]:
     extensions = MODALITIES[modality].extensions
-    names = [name for name in walk(folder) if name.lower().endswith((*extensions, *METADATA_NAMES))]
-    tables = [name for name in names if name.endswith(METADATA_NAMES) and os.path.basename(name) in METADATA_NAMES]
-    files = [name for name in names if name not in tables] if tables else names
-    refuse_other_encodings(folder, files)
-    if samples := metadata_samples(folder, tables, columns, files):
+    # A list for each folder: what it says of its files is made out once, and there may be millions of them.
+    runs, tables = [], []
+    for place, names in walk_folders(folder):
+        tables += [place + name for name in METADATA_NAMES if name in names]
+        if files := [place + name for name in names if name.endswith(extensions) or name.lower().endswith(extensions)]:
+            refuse_other_encodings(folder, files)
+            runs.append((place, files))
+    if tables and (samples := metadata_samples(folder, tables, columns, list(chain(*(files for _, files in runs))))):
         return samples
-    if files and (columns.label, columns.group) != ("label", "group"):
+    if runs and (columns.label, columns.group) != ("label", "group"):
         raise ValueError(
             f"{folder}: columns {columns.label!r} and {columns.group!r} were asked for: needs a metadata.csv"
         )
-    # What a file's folders say is made out once for each folder: there may be millions of files.
-    places = [name.rpartition(os.sep)[0] for name in files]
-    folders = {place: place.split(os.sep) if place else [] for place in dict.fromkeys(places)}
+    folders = {place: place.split(os.sep)[:-1] for place, _ in runs}
     by_split = are_splits({parts[0] for parts in folders.values() if parts}, folder)
     splits = {place: split_of(parts[0]) if by_split and parts else None for place, parts in folders.items()}
     if by_split:
@@ -194,9 +196,12 @@ def _folder_samples(folder: Path, modality: str, columns: Columns) -> list[Sampl
     classes, hint = {parts[0] for parts in folders.values() if parts}, half_there(folder, modality)
     check_class_folders(classes, str(folder), columns.needed, hint)
     _warn_of_splits_within({parts[1] for parts in folders.values() if len(parts) > 1}, folder)
-    labels = {place: clean(parts[0]) if parts else None for place, parts in folders.items()}
-    prefix = _prefix(folder)
-    return [Sample(prefix + name, label=labels[place], split=splits[place]) for name, place in zip(files, places)]
+    samples, prefix = [], _prefix(folder)
+    for place, files in runs:
+        label = clean(folders[place][0]) if folders[place] else None
+        split = splits[place]
+        samples += [Sample(prefix + name, label, None, split) for name in files]
+    return samples
 
 
 def _warn_of_splits_within(names: Collection[str], folder: Path) -> None:

@@ -5,6 +5,8 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,21 +65,42 @@ def sample_of_row(
     source: Source | None = None,
     class_order: tuple[str, ...] | None = None,
 ) -> Sample:
-    def cell(column: str) -> str | None:
-        value = row.get(column)
-        return None if value is None else clean(value) or None
-
-    label, labels, found = cell(columns.label), None, row.get(columns.label)
+    label, labels, found = None, None, row.get(columns.label)
     events = row.get(_EVENTS)
     if events is not None:
-        label, labels = None, tuple(sorted({name for _, _, name in events}))
+        labels = tuple(sorted({name for _, _, name in events}))
     elif columns.label == "labels" or isinstance(found, list | tuple):
         names = (found or "").split(";") if isinstance(found, str | None) else found
         names = names if isinstance(names, list | tuple) else [names]
-        label, labels = None, tuple(name for name in map(clean, names) if name) or None
-    split = cell("split")
-    split = None if split is None else canonical_split(split)
-    return Sample(path, label, labels, split, cell("fold"), cell(columns.group), source, class_order, events)
+        labels = tuple(name for name in map(clean, names) if name) or None
+    elif found is not None:
+        label = _cell(found)
+    split, fold, group = row.get("split"), row.get("fold"), row.get(columns.group)
+    return Sample(
+        path, label, labels,
+        None if split is None else _split_of_cell(split),
+        None if fold is None else _cell(fold),
+        None if group is None else _cell(group),
+        source, class_order, events,
+    )  # fmt: skip
+
+
+def _cell(value: Any) -> str | None:
+    return _cleaned(value) if isinstance(value, str) else clean(value) or None
+
+
+# Most cells say one of few things, which are cleaned, and kept, once.
+@lru_cache(maxsize=4096)
+def _cleaned(value: str) -> str | None:
+    return clean(value) or None
+
+
+def _split_of_cell(value: Any) -> str | None:
+    name = _cell(value)
+    return None if name is None else _canonical(name)
+
+
+_canonical = lru_cache(maxsize=256)(canonical_split)
 
 
 # --- metadata.csv, metadata.jsonl ---
@@ -92,13 +115,13 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
         ValueError: a table without `file_name` in `folder` itself, or what `Columns.among` refuses; a file that is
             listed twice, or not at all beside tables in folders.
     """
-    samples, listed = [], {}
+    samples, listed = [], set()
     order = tuple(read_label_order(folder / LABEL_ORDER)[0]) if tables and (folder / LABEL_ORDER).exists() else None
     used = list(_read_tables(folder, tables))
-    places = {os.path.dirname(table) for table, _ in used} - {""}
+    places = {os.path.dirname(table) for table, _, _ in used} - {""}
     are_splits({_split_part(place) or place for place in places}, folder)
-    for table, rows in used:
-        place, found = os.path.dirname(table), list(dict.fromkeys(name for _, row in rows for name in row))
+    for table, found, rows in used:
+        place = os.path.dirname(table)
         own = columns.among(found, folder / table)
         splits = {} if "split" in found else _splits_by_folder(place, rows)
         if {"onset", "offset"} <= set(found):
@@ -106,13 +129,14 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
             rows = _with_events(folder / table, rows, own)
         paths = _paths_of_names(folder / place, [row["file_name"] for _, row in rows])
         for (line, row), path in zip(rows, paths):
-            first = listed.setdefault(_normal(path), (table, line))
-            if first != (table, line):
+            normal = _normal(path)
+            if normal in listed:
+                first = _first_place(folder, used, normal)
                 raise ValueError(
-                    f"{folder / table}, line {line}: {row['file_name']!r} is listed before, at {folder / first[0]}, "
-                    f"line {first[1]}: one row for each file; several labels of a file go into a column `labels`, as "
-                    '"dog;rain"'
+                    f"{folder / table}, line {line}: {row['file_name']!r} is listed before, at {first}: one row for "
+                    'each file; several labels of a file go into a column `labels`, as "dog;rain"'
                 )
+            listed.add(normal)
             samples.append(sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order))
     covered = tuple(f"{place}{os.sep}" for place in places)
     missing = [name for name in files if places and not name.startswith(covered)]
@@ -121,7 +145,17 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
         raise ValueError(
             f"{folder}: {used[0][0]} lists files, but {len(missing)} others, such as {missing[0]}, are in no table"
         )
-    return sorted(samples, key=lambda sample: sample.path)
+    return sorted(samples, key=attrgetter("path"))
+
+
+def _first_place(folder: Path, used: Sequence[tuple[str, list[str], Rows]], normal: str) -> str:
+    """Table and line of the first row with the file of this path."""
+    for table, _, rows in used:
+        paths = _paths_of_names((folder / table).parent, [row["file_name"] for _, row in rows])
+        for (line, _), path in zip(rows, paths):
+            if _normal(path) == normal:
+                return f"{folder / table}, line {line}"
+    raise KeyError(normal)
 
 
 def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
@@ -197,8 +231,8 @@ def _split_part(place: str) -> str | None:
     return next((part for part in place.split(os.sep) if split_of(part)), None)
 
 
-def _read_tables(folder: Path, tables: Sequence[str]) -> Iterator[tuple[str, Rows]]:
-    """Name and rows of each table of samples; ValueError for two in a folder."""
+def _read_tables(folder: Path, tables: Sequence[str]) -> Iterator[tuple[str, list[str], Rows]]:
+    """Name, columns and rows of each table of samples; ValueError for two in a folder."""
     places = [os.path.dirname(table) for table in tables]
     for place in places:
         if places.count(place) > 1:
@@ -209,7 +243,7 @@ def _read_tables(folder: Path, tables: Sequence[str]) -> Iterator[tuple[str, Row
             for line, row in rows:
                 if not isinstance(row.get("file_name"), str) or not row["file_name"]:
                     raise ValueError(f"{folder / table}, line {line}: file_name is empty")
-            yield table, rows
+            yield table, list(dict.fromkeys(names)), rows
         elif os.path.dirname(table):
             logger.warning("%s: lists no file_name: not used; the columns are %s", folder / table, names)
         elif "file_name" in names:

@@ -46,7 +46,8 @@ class Source(Protocol):
         """The bytes, or the path of a file. MediaError if there are none."""
 
 
-@dataclass(frozen=True, slots=True)
+# Nothing writes to one; but `frozen` would make it in six times the time, and there may be millions.
+@dataclass(slots=True, unsafe_hash=True)
 class Sample:
     """One recording, image or clip, before it is read.
 

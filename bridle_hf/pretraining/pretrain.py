@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from bridle_hf.cards.publishing import push
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, RunError, TooManyBadFiles
+from bridle_hf.common.heap import keep_large_tensors_out_of_the_heap
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.monitoring.metrics_log import read_metrics
 from bridle_hf.pretraining.arguments import PretrainArguments
@@ -85,6 +86,7 @@ def run_pretraining(args: PretrainArguments) -> PretrainResult | list[str]:
 def carry_out(args: PretrainArguments, stop: StopRequest) -> tuple[bool, dict[str, str]]:
     """The run, from its start to its end; returns whether it came to its last step, and the repositories to push to
     (on rank 0)."""
+    keep_large_tensors_out_of_the_heap()
     with refusing():
         run = start(args)
     try:

@@ -10,6 +10,7 @@ Each benchmark is a process of its own, on one thread.
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from harness import Row, table
 
 FOLDER = Path(__file__).parent
 BENCHMARKS = (
-    "quantization", "feature_extraction", "video_loader", "models", "steps", "padding", "shortcuts", "recipes",
+    "quantization", "feature_extraction", "video_loader", "embedding", "models", "steps", "padding", "shortcuts",
+    "recipes",
 )  # fmt: skip
 
 
@@ -33,17 +35,24 @@ def main():
     rows, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:
-            print(f"{name} ...", file=sys.stderr, flush=True)
             found = Path(folder) / f"{name}.json"
             subprocess.run(
                 [sys.executable, FOLDER / f"bench_{name}.py", "--json", found],
                 check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
+            print(f"{name}: {minutes(began)}", file=sys.stderr, flush=True)
             rows += json.loads(found.read_text(encoding="utf-8"))
     print(table(Row(**row) for row in rows))
-    print(f"\n{len(rows)} rows in {(time.monotonic() - began) / 60:.1f} minutes; written to {options.json}")
+    print(f"\n{len(rows)} rows in {minutes(began)}; written to {options.json}")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def minutes(began):
+    """Since then; and what processes that have ended took of the CPU, which a busy machine does not lengthen."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = used.ru_utime + used.ru_stime
+    return f"{(time.monotonic() - began) / 60:.1f} minutes ({cpu / 60:.1f} of the CPU)"
 
 
 if __name__ == "__main__":

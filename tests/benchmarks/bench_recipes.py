@@ -19,6 +19,8 @@ import torch
 from harness import row, run
 from steps import Steps
 
+from bridle_hf.common.heap import keep_large_tensors_out_of_the_heap
+
 
 VIEWS, STEPS = 8, 3
 SAMPLES = {"audio_base_fast": 1, "audio_base": VIEWS}  # by recipe; of the fast one, each has 8 masks
@@ -44,6 +46,7 @@ def in_process(*arguments):
 
 def measure(recipe, number, samples, *options):
     """Of steps of phase `number`, of which the first warms up."""
+    keep_large_tensors_out_of_the_heap()  # as `bridle pretrain` does
     torch.set_num_threads(1)
     steps, seconds = Steps(recipe, int(samples), options=options), []
     if int(number) == 2:

@@ -75,11 +75,12 @@ def row(what: str, peer_name: str, ours: list[float], peer: list[float], unit: s
 
 def table(rows: Iterable[Row]) -> str:
     """Rows as a table of Markdown."""
-    lines = ["| what | ours | peer | | ratio | quartiles |", "|---|---|---|---|---|---|"]
+    lines = ["| what | ours | peer | | ratio | quartiles | command |", "|---|---|---|---|---|---|---|"]
     for entry in rows:
         ours, peer = (f"{_shortened(value)} {entry.unit}" for value in (entry.ours, entry.peer))
         spread = " to ".join(f"{value:.2f}" for value in entry.spread)
-        lines.append(f"| {entry.what} | {ours} | {peer} | {entry.peer_name} | {entry.ratio:.2f} | {spread} |")
+        cells = (entry.what, ours, peer, entry.peer_name, f"{entry.ratio:.2f}", spread, f"`{entry.command}`")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -457,3 +457,23 @@ def test_columns_are_named_where_there_are_no_labels(tmp_path):
         rows.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / name / "train.parquet")
         with pytest.raises(ValueError, match=r"no column 'label'.*'genre_label'.*give --label_column 'genre_label'"):
             find_samples(str(tmp_path / name.split("/")[0]), "audio", need_labels=True)
+
+
+def test_files_beside_folders_come_in_the_order_of_their_paths_parts(tmp_path):
+    names = [
+        "b.wav",
+        "a.wav",
+        "a/z.wav",
+        "a b.wav",
+        "a/b/c.wav",
+        "a/b.wav",
+        "a-b/x.wav",
+        "c/.hidden/x.wav",
+        ".d/y.wav",
+    ]
+    for name in [*names, "a/old_metadata.csv", "METADATA.CSV"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    seen = [path for path in map(Path, names) if not any(part.startswith(".") for part in path.parts)]
+    expected = [str(tmp_path / path) for path in sorted(seen, key=lambda path: path.parts)]
+    assert [sample.path for sample in find_samples(str(tmp_path), "audio")] == expected

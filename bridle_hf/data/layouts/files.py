@@ -4,7 +4,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,22 +26,43 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python spells bytes of a file n
 
 
 def walk(folder: Path) -> list[str]:
-    """Every file below, relative and in order, through links too, but not round in a circle, nor what is hidden.
+    """Every file of [`walk_folders`], relative to `folder`."""
+    return [place + name for place, names in walk_folders(folder) for name in names]
+
+
+def walk_folders(folder: Path, place: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Every file below, in order, through links too, but not round in a circle, nor what is hidden: the place, "" or
+    ending with a slash, and the names of files that follow each other in it.
 
     Raises:
         ValueError: a folder cannot be listed.
     """
-
-    def refuse(error: OSError) -> None:
+    names, folders = [], set()
+    try:
+        with os.scandir(folder / place) as entries:
+            for entry in entries:
+                name = entry.name
+                if name[0] != ".":
+                    names.append(name)
+                    try:
+                        if entry.is_dir():
+                            folders.add(name)
+                    except OSError:
+                        pass  # a link to itself: a file that cannot be read
+    except OSError as error:
         raise ValueError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    found = []
-    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _closes_a_circle(Path(root, name))]
-        place = os.path.relpath(root, folder) + os.sep if root != str(folder) else ""
-        found += [place + name for name in names if not name.startswith(".")]
-    # Folder by folder, as their names would be sorted one by one.
-    return sorted(found, key=lambda name: name.replace(os.sep, "\0"))
+    names.sort()
+    # A folder's files come where its name does, as paths would be sorted part by part.
+    first = 0
+    for index, name in enumerate(names) if folders else ():
+        if name in folders:
+            if first < index:
+                yield place, names[first:index]
+            first = index + 1
+            if not _closes_a_circle(folder / place / name):
+                yield from walk_folders(folder, f"{place}{name}{os.sep}")
+    if first < len(names):
+        yield place, names[first:]
 
 
 def _closes_a_circle(path: Path) -> bool:
@@ -51,7 +72,8 @@ def _closes_a_circle(path: Path) -> bool:
 
 def refuse_other_encodings(folder: Path, files: Sequence[str]) -> None:
     """Raise a `ValueError` that names the first file whose name is not UTF-8."""
-    if _NOT_UTF8.search("".join(files)):
+    together = "".join(files)
+    if not together.isascii() and _NOT_UTF8.search(together):
         name = next(filter(_NOT_UTF8.search, files))
         raise ValueError(f"{folder}: the name of {name!a} is not UTF-8: rename it")
 
