@@ -69,4 +69,4 @@ def copy_weights(ours, peer):
 
 
 if __name__ == "__main__":
-    run(__doc__, [audio, image, video], rounds=5)
+    run(__doc__, [audio, image, video], rounds=3)

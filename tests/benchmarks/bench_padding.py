@@ -43,7 +43,7 @@ def padding(rounds):
     for draw in ("uniform", "log-uniform"):
         for recipe, count, size in (("audio_small", 32, 8), ("audio_base", 128, None)):
             found = {True: [], False: []}
-            for number in range(4 * rounds):
+            for number in range(6 * rounds):
                 batch = draw_batch(config, draw, count, number)
                 for by_length, shares in found.items():
                     parts = list(micro_batches(batch, config, size, torch.device("cpu"), by_length))
@@ -69,4 +69,4 @@ def seconds(rounds):
 
 
 if __name__ == "__main__":
-    run(__doc__, [padding, seconds], rounds=3)
+    run(__doc__, [padding, seconds], rounds=2)

@@ -18,10 +18,10 @@ SAMPLES = 2
 
 
 def rows(rounds):
-    steps = Steps("audio_small", SAMPLES)
+    steps = Steps("audio_small", SAMPLES, options=("--masks_per_sample", "1"))
     batch, interleaving = steps.batch, steps.interleaving
     _, step = steps.enter(1)
-    every = torch.ones_like(batch["bool_masked_pos"], dtype=torch.bool)
+    every = torch.ones(SAMPLES, batch["bool_masked_pos"].shape[-1], dtype=torch.bool)
     dropped = {"bool_dropped_pos": ~draw_share(every, 0.5)}
     yield row("audio_small, tokenizer 1, half of the patches dropped", "none dropped",
               *_seconds(steps, step, dropped, rounds), "s")  # fmt: skip
