@@ -66,6 +66,18 @@ class _BridlePipeline:
         # Of iterators, transformers takes generators alone for several inputs.
         return super().__call__((entry for entry in inputs) if isinstance(inputs, Iterator) else inputs, **kwargs)
 
+    def _sanitize_parameters(self, function_to_apply=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
+        if function_to_apply is None:
+            # Older releases of transformers put a softmax here, whatever the model's problem is.
+            postprocess.pop("function_to_apply", None)
+        return preprocess, forward, postprocess
+
+    def _fitting_function(self) -> str:
+        """What makes scores of the logits of the model's problem."""
+        by_problem = {"regression": "none", "multi_label_classification": "sigmoid"}
+        return by_problem.get(self.model.config.problem_type, "softmax")
+
 
 class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioClassificationPipeline):
     """
@@ -121,9 +133,6 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         self, return_timeline=None, overlap=None, function_to_apply=None, threshold=None, **kwargs
     ):
         _, _, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
-        if function_to_apply is None:
-            # Older releases of transformers put a softmax here, whatever the model's problem is.
-            postprocess.pop("function_to_apply", None)
         preprocess = {}
         if return_timeline is not None:
             postprocess["return_timeline"] = preprocess["whole"] = return_timeline
@@ -172,11 +181,8 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         return {"logits": self.model(**model_inputs).logits, **kept}
 
     def postprocess(self, model_outputs, top_k=5, function_to_apply=None, return_timeline=False, threshold=0.5) -> Any:
-        if function_to_apply is None:
-            by_problem = {"regression": "none", "multi_label_classification": "sigmoid"}
-            function_to_apply = by_problem.get(self.model.config.problem_type, "softmax")
         logits = torch.cat([output["logits"] for output in model_outputs]).float()
-        scores = _FUNCTIONS[function_to_apply](logits)
+        scores = _FUNCTIONS[function_to_apply or self._fitting_function()](logits)
         spans = np.array([_span(output["span"]) for output in model_outputs])
         if self.of_steps:
             return self._of_steps(scores, spans, top_k, return_timeline, threshold)
@@ -322,6 +328,9 @@ class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipe
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         return BatchFeature({"pixel_values": torch.from_numpy(views)[None]}).to(self.dtype)
+
+    def postprocess(self, model_outputs: Any, top_k: int = 5, function_to_apply: str | None = None) -> Any:
+        return super().postprocess(model_outputs, top_k, function_to_apply or self._fitting_function())
 
     def _view(self, frame: np.ndarray) -> np.ndarray:
         """(height, width, 3) to (3, height, width) of the model's input."""

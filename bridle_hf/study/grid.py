@@ -20,7 +20,8 @@ An entry of an arm's `phases` that says `like: N` is phase N of the recipe with 
 the steps of these phases together. An arm's `features` are those of the encoder as `trained`, or `untrained`, as it is
 drawn, or of the `input` itself; its `seeds` replace the grid's, and `only_sets` names the sets that it is for. Where
 it has `finetune`, fields of [`FewLabels`], its encoder (as drawn: from scratch) is fine-tuned instead of read out;
-with `readouts: [attentive]` its features are read out in this way, too.
+with `readouts: [attentive]` its features are read out in this way, too. `{seed}` in an option's text is the run's
+seed, as in `encoder_from: "runs/source/{seed}/encoder"`.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ from bridle_hf.probing.readouts import ON_REQUEST, READOUTS
 from bridle_hf.study.sets import SETS, StudySet, Task
 
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "grids"
 KEYS = ("seeds", "sets", "options", "arms", "first", "comparisons")
 # What an arm says beside options of pretraining.
 ARM_KEYS = ("features", "finetune", "readouts", "seeds", "only_sets")
@@ -179,7 +180,11 @@ def _run_spec(grid: dict[str, Any], set_name: str, arm_name: str, seed: int) -> 
         if ON_REQUEST.get(name) in (None, *READOUTS):
             known = [name for name, readout in ON_REQUEST.items() if readout not in READOUTS]
             raise ArgumentError(f"{where}: readouts: no read-out {name!r} to add: {', '.join(known)}")
-    options = {name: value for name, value in changes.items() if name not in ARM_KEYS}
+    options = {
+        name: value.replace("{seed}", str(seed)) if isinstance(value, str) else value
+        for name, value in changes.items()
+        if name not in ARM_KEYS
+    }
     recipe = read_yaml(find_recipe(study_set.recipe).read_text(encoding="utf-8"))
     try:
         few_labels = None if finetune is None else FewLabels(**finetune)

@@ -56,7 +56,8 @@ def test_the_grids_of_the_package_can_be_read():
 def test_every_arm_of_the_package_has_models_and_a_schedule(grid):
     """An arm that cannot start shows here, not after hours of others."""
     for run in {(run.set, run.arm): run for run in read_grid(grid)}.values():
-        args = PretrainArguments(data="-", output_dir="-", **run.options)
+        # Encoders to go on from are made by runs of their own.
+        args = PretrainArguments(data="-", output_dir="-", **run.options | {"encoder_from": None})
         encoder, tokenizer = make_configs(args)
         schedule = Schedule(args.phases, 60.0, args.steps_scale, tokenizer.tokenizer_type == "kmeans")
         assert schedule.total_steps > 100 and encoder.patch_grid == tokenizer.patch_grid, run.name
@@ -67,6 +68,7 @@ def test_arms_are_changes_to_a_recipe(tmp_path, data):
         "rq": {},
         "rq_long": {"phases": [{"like": 0, "steps_of": [0, 1, 2]}, {"like": 2, "target": "features", "steps": 3}]},
         "narrow": {"encoder": {"num_codebooks": 1}},
+        "continued": {"encoder_from": "runs/{seed}/encoder"},
     }
     runs = {
         run.arm: run for run in read_grid(write_grid(tmp_path, data, arms=arms, seeds=[3], options={"log_every": 7}))
@@ -77,6 +79,7 @@ def test_arms_are_changes_to_a_recipe(tmp_path, data):
     assert first == {**recipe[0], "steps": 18}
     assert second == {**recipe[2], "target": "features", "steps": 3}
     assert runs["narrow"].options["encoder"] == {**runs["rq"].options["encoder"], "num_codebooks": 1}
+    assert runs["continued"].options["encoder_from"] == "runs/3/encoder"
 
 
 def test_what_a_grid_names_comes_first_and_all_goes_seed_by_seed(tmp_path, data):
