@@ -9,12 +9,13 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --co
 RUN = $(VENV)/bin/python
 
 LOWEST_VENV = .venv-lowest
+QUANTIZATION_VENV = .venv-quantization
 # What calls the libraries most: models, processors, data, pictures, short runs.
 LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py tests/test_hub.py \
 	tests/test_image_video_processing.py tests/data tests/interleaving tests/monitoring tests/probing tests/finetuning \
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
-.PHONY: help install install-demo install-serve demo release test test-all test-serve test-lowest bench profile docs \
+.PHONY: help install install-demo install-serve demo release test test-all test-serve test-quantization test-lowest bench profile docs \
 	tutorials figures lint format clean
 .DEFAULT_GOAL := help
 
@@ -35,6 +36,11 @@ test-all: install ## the tests, the slow ones too, with the coverage of bridle_h
 
 test-serve: install-serve ## the tests of the page of `bridle demo --serve`, in a headless chromium
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/demos/test_page.py
+
+test-quantization: ## the tests of models in 8 and 4 bits, in an environment that has torchao and bitsandbytes
+	@$(MAKE) install VENV=$(QUANTIZATION_VENV)
+	$(QUANTIZATION_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable ".[quantization]"
+	OMP_NUM_THREADS=1 $(QUANTIZATION_VENV)/bin/python -m pytest -s tests/test_quantized_models.py
 
 test-lowest: ## tests of models, data and short runs, with the lowest versions that pyproject.toml allows
 	@$(MAKE) install VENV=$(LOWEST_VENV) CONSTRAINTS=constraints-lowest.txt
@@ -90,4 +96,4 @@ $(VENV)/.installed-serve: $(VENV)/.installed-dev
 	@touch $@
 
 clean: ## remove the environment and what runs wrote
-	rm -rf $(VENV) $(LOWEST_VENV) runs site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage
+	rm -rf $(VENV) $(LOWEST_VENV) $(QUANTIZATION_VENV) runs site build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage

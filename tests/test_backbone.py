@@ -75,6 +75,7 @@ def test_segmentation_by_a_model_of_transformers_learns(tiny_config, tmp_path):
     torch.testing.assert_close(again(pixels).logits, model.eval()(pixels).logits)
 
 
+@pytest.mark.slow
 def test_through_the_auto_class_with_the_package_and_by_remote_code(tiny_config, tmp_path):
     """From a Hub: AutoBackbone of transformers takes no folder."""
     model = BridleForPreTraining(tiny_config("image", num_hidden_layers=2)).eval()

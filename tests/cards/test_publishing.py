@@ -166,6 +166,7 @@ def test_what_cannot_be_pushed_is_refused_before_training(hub, published):
     assert "org/x" not in hub.repos and hub.files("org/public")[1] == {"README.md": b"mine"}
 
 
+@pytest.mark.slow
 def test_a_failed_push_loses_nothing_and_is_done_again_by_a_command(hub, published):
     folder, hub.failures = published[0], 2
     said = run_fresh(PROLOGUE + BROKEN, folder / "broken", package=True, HF_ENDPOINT=hub.endpoint, HF_TOKEN="hf_write")

@@ -109,7 +109,7 @@ def few_digits(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("modality", "make_data", "control"),
     [
-        ("image", few_digits, "pixel regression"),
+        pytest.param("image", few_digits, "pixel regression", marks=pytest.mark.slow, id="image"),
         pytest.param(
             "video",
             lambda folder: make_moving_digits(folder, num_clips=80),

@@ -712,12 +712,11 @@ KMEANS = {"tokenizer_type": "kmeans", "teacher_layers": [1, 2]}
 @pytest.mark.parametrize(
     ("phases", "options"),
     [
-        (TRAINED, {}),
-        (TRAINED, {"encoder_ema": 0.9}),
-        (FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9}),
-        (TRAINED, {"levels_join_at": 1e-3}),
+        pytest.param(TRAINED, {}, id="trained", marks=pytest.mark.slow),
+        pytest.param(TRAINED, {"encoder_ema": 0.9}, id="averaged", marks=pytest.mark.slow),
+        pytest.param(FITTED, {"tokenizer": KMEANS, "encoder_ema": 0.9}, id="fitted"),
+        pytest.param(TRAINED, {"levels_join_at": 1e-3}, id="levels"),
     ],
-    ids=["trained", "averaged", "fitted", "levels"],
 )
 def test_a_state_resumes_bit_equal_at_every_step(build, phases, options):
     """In the middle of phases and between them, whatever was trained before."""

@@ -161,6 +161,7 @@ def test_one_batch_can_be_overfitted(data, tmp_path, quick):
 # --deterministic
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_are_asked_for(data, tmp_path, quick):
     """In a process of its own: each kind of step runs under them, and twice to the same bit."""
     recipe = write_recipe(tmp_path / "recipe.yaml", phases=[*PHASES["phases"], *PHASES["joint"]])

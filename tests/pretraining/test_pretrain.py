@@ -275,12 +275,14 @@ def test_a_code_cache_that_could_do_nothing_is_refused(data, tmp_path):
     assert "there is none" in refusal(joint, data, tmp_path / "out", "--code_cache", "true")
 
 
+@pytest.mark.slow
 def test_options_of_the_method_beside_shortcuts_are_resumed(data, tmp_path, quick):
     """The average, levels, visible patches and mixtures with kept codes, dropped patches and phases ended early."""
     options = {"encoder_ema": 0.5, "levels_join_at": 0.005, "mixture": 0.5, "encoder": {"visible_loss_weight": 0.3}}
     resume_from(8, write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, **options), data, tmp_path)
 
 
+@pytest.mark.slow
 def test_codes_of_kmeans_from_the_cache(data, tmp_path, quick):
     """A phase that fits anew has codes of its own; one that fits within itself keeps none."""
     until = {"accuracy_gain": 0.9, "over": 6}
@@ -494,7 +496,11 @@ KILLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("schedule", KILLS)
+# The two that meet most of what there is are quick.
+@pytest.mark.parametrize(
+    "schedule",
+    ["alternate", "shortcuts", *(pytest.param(name, marks=pytest.mark.slow) for name in ("phases", "joint", "views"))],
+)
 def test_killed_and_resumed_is_bit_equal(tmp_path, schedule):
     run_killed(tmp_path, [{"schedule": schedule, "kills": kills} for kills in KILLS[schedule]])
 

@@ -176,6 +176,7 @@ def test_two_processes_with_micro_batches_equal_one(folder, launcher):
     check_against_one_process(folder, launcher, "--micro_batch_size", "3")
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_in_one_process(folder):
     """The checkpoint of a sharded run is whole: weights, their average, both optimizers, codebooks."""
     run_all("fsdp2", folder, [["moved", "options", 8, []]])

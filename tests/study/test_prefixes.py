@@ -77,10 +77,8 @@ def test_prefixes_of_the_grids_of_the_package_can_start(grid, tmp_path):
         make_configs(PretrainArguments(data="-", output_dir="-", **prefix.options))
 
 
-@pytest.mark.parametrize(
-    "arm", ["features", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("warm", "centred", "kmeans", "dropout",
-                                                                                         "joint", "refreshed"))]
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["features", "warm", "centred", "kmeans", "dropout", "joint", "refreshed"])
 def test_a_run_from_a_prefix_is_the_run_done_whole(arm, tmp_path, data):
     """Models of all iterations, scores, and what was logged after the prefix."""
     shared, changes = ARMS[arm]
