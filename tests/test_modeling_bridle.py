@@ -282,6 +282,7 @@ def test_compiled_encoder_equals_eager(tiny_config, tiny_input):
 
 
 # How many patches a mask leaves visible, and which, are numbers that torch.compile must be told to follow.
+@pytest.mark.slow
 @torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True)
 def test_compiled_graphs_of_padding_classifier_and_pretraining(tiny_config, tiny_input):
     torch._dynamo.reset()

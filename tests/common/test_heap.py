@@ -28,6 +28,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
 def test_large_tensors_are_given_back_whatever_lives_on_between_them():
     taken = {

@@ -142,6 +142,7 @@ def test_a_run_does_not_outlive_its_launcher(tiny, undisturbed, tmp_path):
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(tiny, tmp_path):
     """Loader workers, which signals do not end, end with the process."""
     stopped = run_program([*tiny, str(tmp_path / "out"), "SIGINT+SIGINT", "4", "0", "--num_workers 1"], tmp_path)

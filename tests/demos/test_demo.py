@@ -133,6 +133,7 @@ def test_the_whole_way_of_pixels(tmp_path, in_this_process, modality, make_data,
     assert f"{modality}-classification" in (tmp_path / "out" / "classifier" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_ends_the_demo(tmp_path):
     """In processes of their own: what the one in the background said last is told."""
     words = ["probe", "--model", str(tmp_path / "nowhere"), "--data", str(tmp_path)]

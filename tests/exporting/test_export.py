@@ -68,6 +68,7 @@ def test_one_file_of_onnx_takes_any_batch_and_time(tmp_path, saved):
     assert json.loads(told["id2label"]) == {"0": "cat", "1": "dog"} and told["modality"] == "audio"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_from_the_waveform_on(tmp_path, saved):
     """Where it runs, nobody needs to know what log-mel is."""

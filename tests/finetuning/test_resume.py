@@ -70,6 +70,7 @@ def run_killed(folder: Path, moments: list) -> None:
         assert_same(folder / str(number), folder / "undisturbed")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_equal(tmp_path):
     """Before the first checkpoint, in a save, before old ones are removed, and while the end is written."""
     step = "finetuning.callbacks:SkipNonFinite.on_pre_optimizer_step"

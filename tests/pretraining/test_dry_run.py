@@ -143,6 +143,7 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 # --overfit_one_batch
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted(data, tmp_path, quick):
     """The loss falls near zero on one batch, and not so on many."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "decoder_hidden_size": 64, "decoder_type": "plain"}

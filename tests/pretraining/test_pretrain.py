@@ -243,6 +243,7 @@ def test_phases_end_by_evidence(data, tmp_path, quick):
         assert "phases[0]: until is for phases with target: codes; encoder.target" in message
 
 
+@pytest.mark.slow
 def test_codes_from_the_cache_are_those_without_it(data, tmp_path, quick):
     """Where clips are no longer than the input; of those that are cropped, codes are made each time."""
     recipe = write_recipe(tmp_path / "recipe.yaml", **SHORTCUTS, log_every=1)

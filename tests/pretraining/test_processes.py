@@ -161,8 +161,16 @@ def check_against_one_process(folder: Path, launcher: str, *options: str, recipe
         assert any(sum(row.get("usage/reseeded", [])) for row in rows(folder / name)) or name == "kmeans"
 
 
-def test_two_processes_equal_one(folder):
-    check_against_one_process(folder, "forks", recipes=[*PHASES, "views", "shortcuts", "options", "kmeans"])
+@pytest.mark.parametrize(
+    "recipes",
+    [
+        ["alternate", "shortcuts", "options"],
+        pytest.param(["phases", "joint", "views", "kmeans"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_two_processes_equal_one(folder, recipes):
+    check_against_one_process(folder, "forks", recipes=recipes)
 
 
 @pytest.mark.slow
