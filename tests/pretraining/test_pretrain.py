@@ -657,11 +657,23 @@ def test_a_loader_that_fails_saves_and_ends_the_run(data, tmp_path, quick, monke
     def fail(self, sample, rng):
         in_worker = torch.utils.data.get_worker_info() is not None
         if in_worker and sample.path.endswith("/11.wav") and not (tmp_path / "mended").exists():
+            # It reads ahead: a worker that dies before the first step is done leaves nothing to save.
+            while not (tmp_path / "stepped").exists():
+                time.sleep(0.1)
             if failure == "killed":
+                time.sleep(1)
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(60)
         return load(self, sample, rng)
 
+    step = bridle_hf.pretraining.run.Interleaving.step
+
+    def stepped(self, number, batch):
+        metrics = step(self, number, batch)
+        (tmp_path / "stepped").touch()
+        return metrics
+
+    monkeypatch.setattr(bridle_hf.pretraining.run.Interleaving, "step", stepped)
     monkeypatch.setattr(bridle_hf.pretraining.run.MaskedLoader, "__call__", fail)
     recipe, out = write_recipe(tmp_path / "recipe.yaml", "joint", measure_normalization=False), tmp_path / "out"
     options = ("--num_workers", "1", "--loader_timeout", "3", "--save_every", "0", "--seed", "3")
