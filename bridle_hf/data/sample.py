@@ -1,10 +1,12 @@
 """Sample: one recording, image or clip before it is read, and where its bytes are."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
 
 from bridle_hf.common.errors import MediaError
 
@@ -97,3 +99,8 @@ def garbage_left() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most `most` samples, spread evenly over all."""
+    return [samples[index] for index in np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)]

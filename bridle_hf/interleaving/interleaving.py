@@ -27,6 +27,7 @@ from bridle_hf.interleaving.codebook_initialization import initialize_codebooks,
 from bridle_hf.interleaving.gradients import gradient_norms
 from bridle_hf.interleaving.levels import Levels
 from bridle_hf.interleaving.micro_batches import MicroBatch, micro_batches, sample_order, shares
+from bridle_hf.interleaving.optimizers import adamw
 from bridle_hf.interleaving.plateau import Plateau
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.interleaving.sharding import Sharding, gathered_state, sharded_like, whole_model
@@ -263,13 +264,7 @@ class Interleaving:
     def _trained(self, model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
         model.freeze_unseen_biases()
         wrapped = self.sharding.wrap(model)
-        # Decay on matrices alone: not on biases, norms, tokens.
-        decayed = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-        # One kernel for all, where there is one; on a CPU three to five times as fast as tensor by tensor.
-        fused = self.accelerator.device.type in ("cpu", "cuda")
-        return wrapped, torch.optim.AdamW(groups, lr=0.0, fused=fused, **self.adam_options)
+        return wrapped, adamw(model, lr=0.0, **self.adam_options)
 
     def _initialize_codebooks(self, batches: Iterable[dict[str, Any]], go_on: bool = False) -> None:
         initialize_codebooks(

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from bridle_hf import BridleForPreTraining, BridleTokenizerModel
@@ -15,6 +14,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import Sample
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
+from bridle_hf.data.sample import spread
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of
 from bridle_hf.probing.explained_variance import codes_explained_variance
 from bridle_hf.probing.features import check_finite
@@ -137,11 +137,6 @@ def check_probes(samples: Sequence[Sample], most: int, tell: bool = False) -> No
             labels.log({"probes": chosen})
     elif tell:
         logger.warning("no probes: the samples have no labels, or all the same one")
-
-
-def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """At most `most` samples, spread evenly over all."""
-    return [samples[index] for index in np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(int)]
 
 
 def _inputs(batch: dict[str, Any], model: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -37,6 +37,7 @@ from bridle_hf.data.loaders import MixtureLoader
 from bridle_hf.data.masked_loader import MaskedLoader
 from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
 from bridle_hf.data.normalization import measure_normalization
+from bridle_hf.data.sample import spread
 from bridle_hf.interleaving.interleaving import Interleaving
 from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.monitoring.flops import ScheduleFlops, find_peak
@@ -53,7 +54,6 @@ from bridle_hf.pretraining.evaluation import (
     evaluate_tokenizer,
     probe_accuracies,
     probe_samples,
-    spread,
 )
 from bridle_hf.pretraining.processes import Rank0, asked_to_shard, make_accelerator
 from bridle_hf.pretraining.resume import check_unchanged, load_newest_of_all, plain

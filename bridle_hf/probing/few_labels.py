@@ -20,6 +20,7 @@ from bridle_hf.common.errors import NonFiniteError
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.sample import Sample
+from bridle_hf.interleaving.optimizers import adamw
 from bridle_hf.patching_bridle import INPUT_NAMES
 
 
@@ -97,12 +98,7 @@ def finetune_with(
         model = CLASSIFIERS[config.modality](config)
         model.bridle.load_state_dict(encoder.state_dict())
         model = model.to(encoder.device).train()
-        matrices = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() == 2]
-        others = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.dim() != 2]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
-            lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=encoder.device.type in ("cpu", "cuda"),
-        )  # fmt: skip
+        optimizer = adamw(model, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
         warmup = max(1, round(recipe.warmup * recipe.steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

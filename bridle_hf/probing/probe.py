@@ -65,35 +65,17 @@ def run_probing(args: ProbeArguments) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ledger = SkippedFiles(Path(folder) / "skipped.jsonl", len(samples))
         try:
-            rows = run_probes(
-                encoder,
-                samples,
-                load,
-                labels,
-                folds,
-                ledger,
-                controls=not args.random_init,
-                batch_size=args.batch_size,
-                num_workers=args.num_workers,
-                device="cuda" if torch.cuda.is_available() else "cpu",
-                seed=args.seed,
-                name="untrained encoder" if args.random_init else "encoder",
-            )
+            of = (encoder, samples, load, labels, folds, ledger)
+            how = {
+                "controls": not args.random_init,
+                "batch_size": args.batch_size,
+                "num_workers": args.num_workers,
+                "seed": args.seed,
+                "name": "untrained encoder" if args.random_init else "encoder",
+            }
+            rows = run_probes(*of, device="cuda" if torch.cuda.is_available() else "cpu", **how)
             if args.readouts:
-                rows += run_readouts(
-                    args.readouts,
-                    encoder,
-                    samples,
-                    load,
-                    labels,
-                    folds,
-                    ledger,
-                    controls=not args.random_init,
-                    batch_size=args.batch_size,
-                    num_workers=args.num_workers,
-                    seed=args.seed,
-                    name="untrained encoder" if args.random_init else "encoder",
-                )
+                rows += run_readouts(args.readouts, *of, **how)
         except TooManyBadFiles as error:
             # The file that the error speaks of goes with the folder.
             raise ArgumentError(f"{args.data}: {len(ledger.reasons)} files cannot be read, see above") from error

@@ -18,7 +18,7 @@ import torch
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.labels import Labels
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import Sample, spread
 from bridle_hf.embedding.poolings import POOLINGS, POOLINGS_OF, Pooling, with_deviation
 from bridle_hf.patching_bridle import INPUT_NAMES, patch_attention_mask, patch_grid_of, patchify
 from bridle_hf.probing.features import untrained_encoder
@@ -157,7 +157,7 @@ def run_readouts(
     sources = {name: encoder_tokens(encoder)}
     if controls:
         sources["untrained encoder"] = encoder_tokens(untrained_encoder(encoder, seed).to(encoder.device))
-        sources["patches"] = patch_tokens(encoder.config, batches(samples[:: -(-len(samples) // PCA_SAMPLES)]))
+        sources["patches"] = patch_tokens(encoder.config, batches(spread(samples, PCA_SAMPLES)))
     readouts = [ON_REQUEST[readout] for readout in names]
     collected = collect_layers(sources, encoder.config, batches(samples), readouts)
     targets, folds = labels.encode(samples).numpy()[kept], np.asarray(folds)[kept]

@@ -11,17 +11,16 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import Sample, spread
 from bridle_hf.demos.data import make_digits, make_moving_digits, render_notes
 from bridle_hf.patching_bridle import INPUT_NAMES
-from bridle_hf.pretraining.evaluation import spread
 from bridle_hf.probing.features import INPUT_CONTROLS, collect_features, untrained_encoder
 from bridle_hf.probing.probes import linear_probe
-from bridle_hf.probing.readouts import PRIMARY, collect_layers, encoder_tokens, patch_tokens
+from bridle_hf.probing.readouts import PCA_SAMPLES, PRIMARY, collect_layers, encoder_tokens, patch_tokens
 from bridle_hf.sets.creatures import make_creatures
 from bridle_hf.sets.pictures import make_emoji, make_fashion
 from bridle_hf.sets.speech import make_keywords, make_spoken
-from bridle_hf.study.run import PCA_SAMPLES, answers
+from bridle_hf.study.run import answers
 from bridle_hf.study.sets import Task
 
 

@@ -19,12 +19,11 @@ from bridle_hf.data.batches import iterate_eval
 from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import Sample, spread
 from bridle_hf.monitoring.metrics_log import read_metrics
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.checkpointing import list_checkpoints
-from bridle_hf.pretraining.evaluation import spread
 from bridle_hf.pretraining.pretrain import refusing
 from bridle_hf.pretraining.run import Run, start
 from bridle_hf.probing.features import INPUT_CONTROLS, collect_features
