@@ -139,7 +139,7 @@ class Run:
             tokenizer_from=self.tokenizer_from,
             teacher=teacher,
         )
-        self.seconds = 0.0
+        self.seconds, self.cpu_seconds = 0.0, 0.0
         self.first_step = self._resume(state)
         self.monitor = self._make_monitor()
 
@@ -233,7 +233,7 @@ class Run:
         self.skipped_steps.load_state_dict(state.get("skipped_among_the_last", []))
         if state["normalization"] is not None:
             self.processor.mean, self.processor.std = state["normalization"]
-        self.seconds = state["seconds"]
+        self.seconds, self.cpu_seconds = state["seconds"], state.get("cpu_seconds", 0.0)
         if self.accelerator.is_main_process:
             self.ledger.load_state_dict(state["skipped"])
         self.rank_0.wait()
@@ -270,7 +270,7 @@ class Run:
         """
         schedule, args = self.schedule, self.args
         batches, done = self.batches(self.first_step), self.first_step
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         stops = stop.is_made(self.accelerator)
         while done < schedule.total_steps and not stops:
             step, number = done, schedule.phase_number(done)
@@ -290,7 +290,8 @@ class Run:
             if saves or done % args.log_every == 0:
                 self._flush(done)
             self.seconds += time.monotonic() - started
-            started = time.monotonic()
+            self.cpu_seconds += time.process_time() - cpu_started
+            started, cpu_started = time.monotonic(), time.process_time()
             if ends:
                 self._end_phase(number, done)
             if args.probe_every and (done % args.probe_every == 0 or done == schedule.total_steps):
@@ -373,9 +374,9 @@ class Run:
         if self.accelerator.is_main_process:
             position = self._position(number)
             name = f"phase {number} ({position['kind']} {position['iteration']})"
-            lengths = {"steps": self.schedule.lengths[number], "full_steps": self.schedule.full_lengths[number]}
-            evaluated = {"tokenizer": self._evaluate(*models)}
-            self.monitor.event({"event": "phase_end", "step": done, **position, **lengths, **evaluated})
+            row = {"event": "phase_end", "step": done, **position, "cpu_seconds": round(self.cpu_seconds, 1)}
+            row |= {"steps": self.schedule.lengths[number], "full_steps": self.schedule.full_lengths[number]}
+            self.monitor.event(row | {"tokenizer": self._evaluate(*models)})
             loaded = self.dataset[self.schedule.starts[number]]
             draw_example(*models, self.processor, loaded, self.out / "figures", name)
             self._save_models(self.out, *models)
@@ -405,7 +406,7 @@ class Run:
             state |= {
                 "arguments": plain(self.args), "samples": len(self.samples),
                 "names_of_samples": self.names_of_samples, "skipped": self.ledger.state_dict(),
-                "normalization": measured, "seconds": self.seconds,
+                "normalization": measured, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds,
                 "scheduled_samples": self.scheduled_samples, "data_changes": self.data_changes,
                 "skipped_among_the_last": self.skipped_steps.state_dict(),
             }  # fmt: skip

@@ -14,6 +14,7 @@
     first: [input, untrained, rq, vq]       # whose runs of these seeds are done before all others
 
     comparisons: [[rq@1, vq@1]]             # of the report: first minus second, arm@iteration
+    curves: {RQ: [rq_short@0, rq@0]}        # of the report: accuracy against time
 
 A set is one of sets.py, or a folder: `mine: {data: DIR, recipe: audio_demo, tasks: {word: {group: voice}}}`.
 An entry of an arm's `phases` that says `like: N` is phase N of the recipe with what else it says; `steps_of` gives it
@@ -41,7 +42,7 @@ from bridle_hf.study.sets import SETS, StudySet, Task
 
 
 FOLDER = Path(__file__).parent / "grids"
-KEYS = ("seeds", "sets", "options", "arms", "first", "comparisons")
+KEYS = ("seeds", "sets", "options", "arms", "first", "comparisons", "curves")
 # What an arm says beside options of pretraining.
 ARM_KEYS = ("features", "finetune", "readouts", "seeds", "only_sets")
 FEATURES = ("trained", "untrained", "input")
@@ -107,6 +108,11 @@ def read_comparisons(name: str) -> list[Comparison]:
     return [Comparison(*pair) for pair in _read(name).get("comparisons", ())]
 
 
+def read_curves(name: str) -> dict[str, list[str]]:
+    """The learning curves that a grid asks for: sources, the shortest run first. ArgumentError: as `read_grid`."""
+    return dict(_read(name).get("curves", {}))
+
+
 def read_grid(name: str) -> list[RunSpec]:
     """The runs of a grid, in the order in which they are done, so that a study that is cut short tells something.
 
@@ -148,6 +154,11 @@ def _read(name: str) -> dict[str, Any]:
     for pair in grid.get("comparisons", ()):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(name, str) for name in pair):
             raise ArgumentError(f"grid {path}: comparisons: {pair!r}: expected two names, as [rq@1, vq@1]")
+    curves = grid.get("curves", {})
+    mapping = isinstance(curves, dict)
+    for curve in curves.values() if mapping else [curves]:
+        if not (mapping and isinstance(curve, list) and curve and all(isinstance(name, str) for name in curve)):
+            raise ArgumentError(f"grid {path}: curves: {curve!r}: expected names, as {{RQ: [rq@0, rq_2.5@0]}}")
     return grid
 
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +12,14 @@ from bridle_hf.common.errors import ArgumentError
 from bridle_hf.common.files import write_figure, write_text
 from bridle_hf.probing.readouts import ON_REQUEST, PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
-from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_grid
-from bridle_hf.study.results import read_items, read_results, unbits
+from bridle_hf.study.curves import draw_curves, table_of_curves
+from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_curves, read_grid
+from bridle_hf.study.results import Scores, gather, read_results
 from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict
 
 
 # A difference of less, in accuracy, is none worth having.
 MARGIN = 0.01
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one source of features got on one task: by seed, by read-out, as in results.jsonl.
-
-    The input itself has no seed: its one row stands beside each.
-    """
-
-    by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]
-    items: str
-    clusters: Sequence[str]
-    seedless: bool
-
-    def of(self, readout: str) -> list[float]:
-        return [100 * found[readout]["score"] for found in self.by_seed.values() if readout in found]
-
-    def correct(self, seeds: Sequence[int], readout: str) -> np.ndarray:
-        """(seeds, samples) bool."""
-        rows = [self.by_seed[min(self.by_seed) if self.seedless else seed] for seed in seeds]
-        return np.stack([unbits(row[readout]["correct"], len(self.clusters)) for row in rows])
 
 
 def write_report(args: StudyArguments) -> Path:
@@ -53,7 +32,7 @@ def write_report(args: StudyArguments) -> Path:
     rows = [row for row in read_results(out) if row["status"] == "done"]
     if not rows:
         raise ArgumentError(f"{out} holds no results of a study")
-    comparisons = read_comparisons(args.grid)
+    comparisons, curves = read_comparisons(args.grid), read_curves(args.grid)
     scores = gather([row for row in rows if not row.get("finetune")], out)
     tuned = gather([row for row in rows if row.get("finetune")], out)
     compared = compare(scores, comparisons, [PRIMARY.name])
@@ -62,12 +41,16 @@ def write_report(args: StudyArguments) -> Path:
     parts |= {f"scores of {name}": table_of_scores(name, scores[name]) for name in scores}
     if tuned:
         parts["few labels"] = table_of_few_labels(tuned)
+    if curves:
+        parts["learning curves"] = table_of_curves(scores, curves)
     parts["differences"] = table_of_differences([*compared, *compared_tuned])
     text = "\n".join(f"## {title}\n\n{body}\n" for title, body in parts.items())
     write_text(out / "report.md", text)
     draw(out / "figures", scores, [*compared, *compared_tuned])
     if tuned:
         draw_few_labels(out / "figures" / "few_labels.png", tuned)
+    if curves:
+        draw_curves(out / "figures" / "learning_curves.png", scores, curves)
     if args.page:
         fill(Path(args.page), {f"{Path(args.grid).stem}: {title}": body for title, body in parts.items()})
     return out / "report.md"
@@ -90,26 +73,6 @@ def progress(specs: Sequence[RunSpec], rows: Sequence[Mapping[str, Any]]) -> str
         ]
         lines.append(f"| {arm} | {' | '.join(counts)} |")
     return "\n".join(lines)
-
-
-def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dict[str, Scores]]]:
-    """Rows of results.jsonl by set, task and source, as `rq@1`, `untrained` or `patches`."""
-    found: dict[tuple[str, str, str], dict[int, Any]] = {}
-    about: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in rows:
-        for task, sources in row["scores"].items():
-            for source, readouts in sources.items():
-                key = row["set"], task, source.replace("iteration ", f"{row['arm']}@")
-                # Runs of several arms may read the same features out in several ways.
-                found.setdefault(key, {}).setdefault(row["seed"], {}).update(readouts)
-                about[key] = row
-    scores: dict[str, dict[str, dict[str, Scores]]] = {}
-    for (set_name, task, source), by_seed in found.items():
-        row = about[set_name, task, source]
-        scores.setdefault(set_name, {}).setdefault(task, {})[source] = Scores(
-            dict(sorted(by_seed.items())), row["items"]["hash"], read_items(out, row)[task], row["features"] == "input"
-        )
-    return scores
 
 
 def compare(

@@ -1,12 +1,37 @@
-"""Results of a study: rows of results.jsonl, with which samples were right as bits."""
+"""Results of a study: rows of results.jsonl, which samples were right as bits; scores by set, task and source."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bridle_hf.common.files import write_json
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one source of features got on one task: by seed, by read-out, as in results.jsonl.
+
+    The input itself has no seed: its one row stands beside each. `cpu_seconds` is what pretraining took up to there, by
+    seed, where that is known.
+    """
+
+    by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]
+    items: str
+    clusters: Sequence[str]
+    seedless: bool
+    cpu_seconds: Mapping[int, float] = field(default_factory=dict)
+
+    def of(self, readout: str) -> list[float]:
+        return [100 * found[readout]["score"] for found in self.by_seed.values() if readout in found]
+
+    def correct(self, seeds: Sequence[int], readout: str) -> np.ndarray:
+        """(seeds, samples) bool."""
+        rows = [self.by_seed[min(self.by_seed) if self.seedless else seed] for seed in seeds]
+        return np.stack([unbits(row[readout]["correct"], len(self.clusters)) for row in rows])
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
@@ -40,6 +65,30 @@ def keep_items(out: Path, row: dict[str, Any]) -> None:
 def read_items(out: Path, row: dict[str, Any]) -> dict[str, list[str]]:
     """By task, the cluster of each sample that is tested."""
     return json.loads((out / "items" / f"{row['set']}-{row['items']['hash']}.json").read_text(encoding="utf-8"))
+
+
+def gather(rows: Sequence[dict[str, Any]], out: Path) -> dict[str, dict[str, dict[str, Scores]]]:
+    """Rows of results.jsonl by set, task and source, as `rq@1`, `untrained` or `patches`."""
+    found: dict[tuple[str, str, str], dict[int, Any]] = {}
+    seconds: dict[tuple[str, str, str], dict[int, float]] = {}
+    about: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in rows:
+        for task, sources in row["scores"].items():
+            for source, readouts in sources.items():
+                key = row["set"], task, source.replace("iteration ", f"{row['arm']}@")
+                # Runs of several arms may read the same features out in several ways.
+                found.setdefault(key, {}).setdefault(row["seed"], {}).update(readouts)
+                if (took := row.get("cpu_seconds", {}).get(source)) is not None:
+                    seconds.setdefault(key, {})[row["seed"]] = took
+                about[key] = row
+    scores: dict[str, dict[str, dict[str, Scores]]] = {}
+    for (set_name, task, source), by_seed in found.items():
+        row = about[set_name, task, source]
+        scores.setdefault(set_name, {}).setdefault(task, {})[source] = Scores(
+            dict(sorted(by_seed.items())), row["items"]["hash"], read_items(out, row)[task],
+            row["features"] == "input", seconds.get((set_name, task, source), {}),
+        )  # fmt: skip
+    return scores
 
 
 def bits(correct: np.ndarray) -> str:

@@ -75,6 +75,7 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequ
         "options": dict(spec.options),
         "finetune": spec.finetune and asdict(spec.finetune),
         "pretraining_seconds": round(run.seconds, 1),
+        "cpu_seconds": cpu_seconds(run) if trained else {},
         "seconds": round(time.monotonic() - began, 1),
         "metrics": metrics[-1:],
         "items": items,
@@ -220,6 +221,16 @@ def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:
         if phase.trains_encoder
     ]
     return {f"iteration {number}": AutoModel.from_pretrained(folder) for number, folder in enumerate(folders)}
+
+
+def cpu_seconds(run: Run) -> dict[str, float]:
+    """What pretraining has taken up to the end of each iteration."""
+    ends = [row for row in read_metrics(run.out / "metrics.jsonl") if row.get("event") == "phase_end"]
+    of_encoders = [row for row in ends if run.schedule.phases[row["phase"]].trains_encoder]
+    # Phases that ended before there was such a number have none.
+    return {
+        f"iteration {number}": row["cpu_seconds"] for number, row in enumerate(of_encoders) if "cpu_seconds" in row
+    }
 
 
 def answers(data: str, modality: str, task: Task, paths: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:

@@ -22,10 +22,11 @@ from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.pretraining.configs import make_configs
 from bridle_hf.probing.readouts import PRIMARY, READOUTS
 from bridle_hf.study.arguments import StudyArguments
+from bridle_hf.study.curves import draw_curves, table_of_curves
 from bridle_hf.study.grid import FOLDER, read_grid
 from bridle_hf.study.prefixes import shared_prefixes
 from bridle_hf.study.report import progress, write_report
-from bridle_hf.study.results import append_result, bits, read_results, unbits
+from bridle_hf.study.results import append_result, bits, gather, read_results, unbits
 from bridle_hf.study.run import carry_out
 from bridle_hf.study.study import run_study
 
@@ -137,6 +138,8 @@ def test_a_hash_is_of_what_decides_the_result(tmp_path, data):
         ({"arms": {"rq": {"readouts": ["gate"]}}}, "no read-out 'gate' to add"),
         ({"arms": {"rq": {"readouts": ["attentive"], "finetune": {}}}}, "leave one of them out"),
         ({"first": ["mea"]}, "first: no arm 'mea'; did you mean 'mae'?"),
+        ({"curves": {"RQ": "rq@0"}}, "curves: 'rq@0': expected names"),
+        ({"curves": ["rq@0"]}, "curves: ['rq@0']: expected names"),
     ],
     ids=str,
 )
@@ -160,6 +163,7 @@ def test_a_run_in_this_process(tmp_path, data):
     assert found.keys() == {*(readout.name for readout in READOUTS), "attentive/last/linear"}
     for entry in found.values():
         assert unbits(entry["correct"], 24).mean() == pytest.approx(entry["score"], abs=1e-4)
+    assert 0 < result["cpu_seconds"]["iteration 0"] < 60
     assert carry_out(spec, None, tmp_path / "run")
     again = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert again["scores"] == result["scores"]
@@ -295,6 +299,36 @@ def test_a_line_cut_short_is_left_out_and_the_next_is_whole(tmp_path):
     append_result(tmp_path, {"hash": "c", "score": 3})
     append_result(tmp_path, {"hash": "a", "score": 2})
     assert read_results(tmp_path) == [{"hash": "a", "score": 2}, {"hash": "c", "score": 3}]
+
+
+def test_learning_curves_set_time_against_accuracy_seed_by_seed(tmp_path):
+    """Seed 2 of the short run has none to be compared with; a row of earlier code has no time, and is no point."""
+
+    def row(arm: str, seed: int, right: int, seconds: dict[str, float]) -> dict:
+        correct = bits(np.arange(10) < right)
+        return {
+            "hash": f"{arm}{seed}", "set": "sounds", "arm": arm, "seed": seed, "features": "trained", "status": "done",
+            "items": {"hash": "x"}, **seconds,
+            "scores": {"kind": {"iteration 0": {PRIMARY.name: {"score": right / 10, "correct": correct}}}},
+        }  # fmt: skip
+
+    def took(minutes: float) -> dict:
+        return {"cpu_seconds": {"iteration 0": 60 * minutes}}
+
+    rows = [row("long", 0, 8, took(10)), row("long", 1, 6, took(20)), row("long", 3, 1, {})]
+    rows += [row("short", 0, 7, took(5)), row("short", 1, 6, took(5)), row("short", 2, 2, took(5))]
+    (tmp_path / "items").mkdir()
+    items = json.dumps({"kind": [str(number) for number in range(10)]})
+    (tmp_path / "items" / "sounds-x.json").write_text(items, encoding="utf-8")
+    scores, curves = gather(rows, tmp_path), {"whole": ["long@0"], "part": ["short@0", "longer@0"]}
+    assert table_of_curves(scores, curves).splitlines()[2:] == [
+        "| sounds, kind | whole | long@0 | 2 | 15.0 | 70.0 ± 14.1 |  |  |",
+        "| sounds, kind | part | short@0 | 3 | 5.0 | 50.0 ± 26.5 | 0.38 | -5.0 ± 7.1 |",
+    ]
+    draw_curves(tmp_path / "none.png", scores, curves)
+    assert not (tmp_path / "none.png").exists(), "no curve has two points"
+    draw_curves(tmp_path / "curves.png", scores, {"both": ["short@0", "long@0"]})
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
