@@ -144,7 +144,8 @@ COMMANDS = {
 
 
 def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
-    """Run a command; ends the process with status 2 and one line if arguments or data are wrong, 1 if a run fails.
+    """Run a command; ends the process with one line and status 2 if arguments or data are wrong, 1 if a run fails,
+    130 at Ctrl-C, where that does not end a run in good order.
 
     Args:
         name: the command; the first word of `argv` if not given.
@@ -157,6 +158,8 @@ def main(name: str | None = None, argv: Sequence[str] | None = None) -> None:
         _end(error, 2)
     except RunError as error:
         _end(error, 1)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
 
 
 def run(name: str | None, words: list[str]) -> None:
@@ -213,6 +216,6 @@ def _find(path: str) -> type:
     return getattr(importlib.import_module(f"bridle_hf.{module}"), name)
 
 
-def _end(error: Exception, status: int) -> NoReturn:
+def _end(error: Exception | str, status: int) -> NoReturn:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -15,8 +15,8 @@ from bridle_hf.common.files import write_json
 class Scores:
     """What one source of features got on one task: by seed, by read-out, as in results.jsonl.
 
-    The input itself has no seed: its one row stands beside each. `cpu_seconds` is what pretraining took up to there, by
-    seed, where that is known.
+    The input itself has no seed: its one row stands beside each. `cpu_seconds` is what pretraining took up to there,
+    by seed, where that is known.
     """
 
     by_seed: Mapping[int, Mapping[str, Mapping[str, Any]]]

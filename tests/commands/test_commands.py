@@ -171,6 +171,16 @@ def test_wrong_arguments_end_with_2_and_failed_runs_with_1(tmp_path, capsys, mon
         main(argv=["demo", *out])
 
 
+def test_ctrl_c_ends_with_one_line(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bridle_hf.commands.actions.recipes", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(argv=["recipes"])
+    assert (caught.value.code, capsys.readouterr().err) == (130, "error: interrupted\n")
+
+
 def test_info(capsys):
     main(argv=["info"])
     shown = capsys.readouterr().out
