@@ -9,8 +9,9 @@ import numpy as np
 
 def write_m4a(path: Path, waveform: np.ndarray, rate: int, codec: str = "aac") -> Path:
     """(channels, samples) as AAC or by another codec, in the container that the name says."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="webm" if path.suffix == ".weba" else None) as container:
         stream = container.add_stream(codec, rate=rate, layout={1: "mono", 2: "stereo", 6: "5.1"}[len(waveform)])
+        stream.bit_rate = stream.bit_rate or 128_000  # of which wmav2 has none of its own
         frame = av.AudioFrame.from_ndarray(
             np.ascontiguousarray(waveform, np.float32), format="fltp", layout=stream.layout.name
         )
