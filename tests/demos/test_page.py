@@ -91,13 +91,19 @@ class running:  # noqa: N801 (read as `with running(...)`)
         self.process.wait(DEADLINE)
 
 
+def chrome(*words: str):
+    """Options of a browser without a window."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", *words):
+        options.add_argument(f"--{word}")
+    return options
+
+
 @pytest.fixture
 def browser(served):
     """A browser with the page open; all that it has asked for came from there."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1300,2600"):
-        options.add_argument(f"--{word}")
+    options = chrome("window-size=1300,2600")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
     url = served[1]
@@ -179,18 +185,39 @@ def test_bad_input_is_one_line_on_the_page(served, browser):
     screenshot(browser, folder / "refused.png")
 
 
+def test_a_recording_of_the_microphone_is_classified(tmp_path):
+    """Chromium's own microphone beeps."""
+    models = save_models(tmp_path / "models", "audio", "encoder", "classifier")
+    options = chrome("use-fake-device-for-media-stream", "use-fake-ui-for-media-stream")
+    with (
+        running(tmp_path, "--serve", str(models)) as url,
+        webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER)) as driver,
+    ):
+        driver.get(url)
+
+        def click(selector):
+            wait_for(lambda: [one for one in driver.find_elements("css selector", selector) if one.is_displayed()])
+            driver.find_element("css selector", selector).click()
+
+        click("#file button[aria-label='Record audio']")
+        click("#file button.record")
+        time.sleep(2)  # of sound
+        click("#file button.stop-button")
+        wait_for(lambda: pictures(driver) == ["timeline", "mask"])
+        lines = text(driver, "#classes").splitlines()
+    assert set(LABELS["audio"]) <= set(lines) and lines[2].endswith("%")
+
+
 def test_what_is_missing_is_said(tmp_path):
     models = save_models(tmp_path / "models", "image", "bare")
-    with running(tmp_path, "--serve", str(models / "bare")) as url:
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-            options.add_argument(f"--{word}")
-        with webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER)) as driver:
-            driver.get(url)
-            upload(driver, write_sample(tmp_path / "dark.png", "dark", np.random.default_rng(0)))
-            wait_for(lambda: pictures(driver) == ["input"])
-            shown = text(driver, "body")
+    with (
+        running(tmp_path, "--serve", str(models / "bare")) as url,
+        webdriver.Chrome(options=chrome(), service=webdriver.ChromeService(executable_path=DRIVER)) as driver,
+    ):
+        driver.get(url)
+        upload(driver, write_sample(tmp_path / "dark.png", "dark", np.random.default_rng(0)))
+        wait_for(lambda: pictures(driver) == ["input"])
+        shown = text(driver, "body")
     for what in ("classes", "mask", "codes", "neighbours"):
         assert f"No {what}: " in shown
 
