@@ -5,6 +5,7 @@ import json
 import pytest
 from helpers.fresh_process import run_fresh
 from helpers.hub_stand_in import metadata_errors, running_hub
+from helpers.tiny_run import run_script, write_recipe, write_recordings
 from huggingface_hub import ModelCard
 
 from bridle_hf.cards.arguments import check_publishing
@@ -183,6 +184,37 @@ def test_a_failed_push_loses_nothing_and_is_done_again_by_a_command(hub, publish
         assert pushed["model.safetensors"] == (folder / "broken" / kept / "model.safetensors").read_bytes()
     assert (card(hub, "org/a").data.license, card(hub, "org/elsewhere").data.license) == ("mit", "apache-2.0")
     assert card(hub, "org/elsewhere").data.base_model is None  # a folder's path is none
+
+
+COMMAND = """
+import sys
+from helpers.hub_stand_in import validate_cards_here
+from bridle_hf.commands import main
+
+validate_cards_here()
+main(argv=sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_pushes_and_a_refusal_ends_both(hub, tmp_path):
+    words = ["pretrain", write_recipe(tmp_path / "recipe.yaml"), "--data", write_recordings(tmp_path / "data"),
+             "--steps_scale", "0.2", "--push_to_hub", "true", "--license", "mit", "--hub_model_id"]  # fmt: skip
+    kept = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_write", "HF_HOME": str(tmp_path / "hf_home")}
+    kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+
+    def run(name, out, **changes):
+        words_of_run = [*words, name, "--output_dir", str(tmp_path / out), str(tmp_path / "command.py")]
+        return run_script(COMMAND, *words_of_run, processes=2, **kept | changes)
+
+    done = run("org/both", "out")
+    assert done.returncode == 0, done.stderr
+    for name, model in {"org/both": "encoder", "org/both-tokenizer": "tokenizer"}.items():
+        assert len(hub.repos[name]) == 2, "made, and pushed to once"
+        assert hub.files(name)[1]["model.safetensors"] == (tmp_path / "out" / model / "model.safetensors").read_bytes()
+    refused = run("org/never", "refused", HF_TOKEN="hf_read")
+    assert refused.returncode != 0 and refused.stderr.count("This token may read alone") == 1
+    assert "org/never" not in hub.repos and not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
