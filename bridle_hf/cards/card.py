@@ -135,6 +135,7 @@ def _metadata(
     card_license: str,
     base_model: str | None,
 ) -> ModelCardData:
+    datasets = [result.dataset for result in results.values()]
     evaluations = [
         EvalResult(
             # What an encoder is measured by is a probe: a classifier on its features.
@@ -142,6 +143,8 @@ def _metadata(
             task_name=what,
             dataset_type=hub_id(result.dataset) or _slug(result.dataset),
             dataset_name=result.dataset,
+            # Results of one set and task type are one entry of the metadata, under the name of the first.
+            dataset_config=_slug(what) if datasets.count(result.dataset) > 1 else None,
             dataset_split=result.split,
             metric_type=_slug(result.metric),
             metric_name=result.metric,

@@ -41,6 +41,8 @@ def content_hash(*content: object) -> str:
 
 
 def write_table(folder: Path, columns: Sequence[str], rows: list[tuple]) -> None:
-    """`metadata.csv`."""
+    """`metadata.csv`. ValueError for two rows of one file, the first column: one has been written over the other."""
+    if len({row[0] for row in rows}) < len(rows):
+        raise ValueError(f"{folder}: two rows are of one file")
     with open(folder / "metadata.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])

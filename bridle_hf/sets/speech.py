@@ -114,14 +114,15 @@ CROP = 4_000  # 250 ms: of whole clips, a language is told nearly without a mist
 def make_spoken(cache_dir: str | os.PathLike | None = None, languages: Sequence[str] = LANGUAGES) -> str:
     """Cut the recordings of 9 languages once and return their folder; a later call finds it ready.
 
-    `CACHE_DIR/spoken-<hash>` holds `audio/<stamp>_<language>.wav`, 250 ms about the loudest moment of a spoken
-    description, of unit power, with white noise of the same power (drawn by the file's place in the table); and
+    `CACHE_DIR/spoken-<hash>` holds `audio/<folders>_<stamp>_<language>.wav`, 250 ms about the loudest moment of a
+    spoken description, of unit power, with white noise of the same power (drawn by the file's place in the table); and
     `metadata.csv` with `file_name`, `label` (the language) and `group` (the stamp that is described).
 
     Raises:
         RuntimeError: the package cannot be fetched.
     """
-    name = f"spoken-{content_hash(STAMPS.sha256, CROP, COLUMNS, list(languages))}"
+    content = STAMPS.sha256, CROP, COLUMNS, list(languages), "whole paths"
+    name = f"spoken-{content_hash(*content)}"
     package = fetched(STAMPS, cache_dir) / "usr" / "share" / "tuxpaint" / "stamps"
     return made_once(cache_dir, name, lambda folder: _write_spoken(folder, package, languages))
 
@@ -139,7 +140,9 @@ def _write_spoken(folder: Path, package: Path, languages: Sequence[str]) -> None
             continue
         wave = wave / np.sqrt(np.mean(np.square(wave)))
         noisy = wave + np.random.default_rng(len(rows)).normal(size=CROP)
-        file_name = f"audio/{path.parent.name}_{stamp}_{language}.wav"
+        # Stamps of several folders share their names: cents of the US and of Canada.
+        place = "_".join(path.relative_to(package).parts[:-1])
+        file_name = f"audio/{place}_{stamp}_{language}.wav"
         soundfile.write(folder / file_name, 0.1 * noisy, SAMPLING_RATE, subtype="PCM_16")
         rows.append((file_name, language, f"{path.parent.name}/{stamp}"))
     write_table(folder, COLUMNS, rows)

@@ -17,9 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from bridle_hf.common.arguments import make_arguments
 from bridle_hf.data.finding import find_samples
+from bridle_hf.pretraining.arguments import PretrainArguments
 from bridle_hf.sets import creatures, pictures, speech
 from bridle_hf.sets.fetching import Package, fetched
+from bridle_hf.study.run import answers
+from bridle_hf.study.sets import SETS
 
 
 def rows(folder) -> list[dict[str, str]]:
@@ -115,6 +119,9 @@ def test_spoken_descriptions_by_language(tmp_path):
     for stamp in ("frog-1", "cat_2"):
         for language in ("fr", "ru", "en"):
             soundfile.write(package / f"{stamp}_desc_{language}.ogg", 0.1 * rng.normal(size=30_000), 44_100)
+    # One name in two folders of one name: two files, which no fold sets apart.
+    (tmp_path / "stamps" / "toys" / "animals").mkdir(parents=True)
+    shutil.copy(package / "cat_2_desc_fr.ogg", tmp_path / "stamps" / "toys" / "animals")
     speech._write_spoken(folder, tmp_path / "stamps", speech.LANGUAGES)
     found = {(row["label"], row["group"]) for row in rows(folder)}
     assert found == {(language, f"animals/{stamp}") for language in ("fr", "ru") for stamp in ("frog-1", "cat_2")}
@@ -122,7 +129,22 @@ def test_spoken_descriptions_by_language(tmp_path):
         wave, rate = soundfile.read(folder / row["file_name"])
         assert (len(wave), rate) == (speech.CROP, 16_000)
         assert np.mean(wave**2) == pytest.approx(2 * 0.1**2, rel=0.1)  # speech and noise of one power
-    assert len(find_samples(str(folder), "audio")) == 4
+    assert len(find_samples(str(folder), "audio")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETS)
+def test_every_set_of_the_study_can_be_listed_for_its_tasks(name):
+    """Fetches what is not in the user's cache."""
+    study_set = SETS[name]
+    data = study_set.make(None)
+    (args,) = make_arguments(PretrainArguments, recipe=study_set.recipe, values={"data": data, "output_dir": "-"})
+    paths = [sample.path for sample in find_samples(data, args.modality)]
+    assert len(paths) > 1000
+    for task in study_set.tasks.values():
+        labels, folds, clusters = answers(data, args.modality, task, paths)
+        assert len(labels) == len(folds) == len(clusters) == len(paths)
+        assert len(set(labels.tolist())) > 1 and len(set(folds.tolist())) > 1
 
 
 @pytest.mark.slow
