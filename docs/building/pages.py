@@ -25,6 +25,10 @@ PLACES = {
     "CHANGELOG.md": "changes.md",
     "LICENSE": "LICENSE.txt",
     "CITATION.cff": "CITATION.cff",
+    **{
+        f"model_cards/released/{path.parent.name}/README.md": f"released/{path.parent.name}.md"
+        for path in ROOT.glob("model_cards/released/*/README.md")
+    },
 }
 NOTEBOOKS = {
     f"docs/tutorials/{path.name}": f"tutorials/{path.stem}.md" for path in ROOT.glob("docs/tutorials/*.ipynb")
