@@ -133,6 +133,7 @@ def weights(out: Path) -> dict:
 
 def rows(out: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock, the memory, and on what was cached before a kill."""
-    clocks = ("codes/cached", "time", "samples_per_second", "data_wait_share", "flops_per_second", "mfu", "memory_gib")
+    clocks = {"codes/cached", "time", "cpu_seconds", "samples_per_second", "data_wait_share", "flops_per_second",
+              "mfu", "memory_gib"}  # fmt: skip
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in clocks} for line in lines]
