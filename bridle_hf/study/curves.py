@@ -12,6 +12,7 @@ import numpy as np
 from bridle_hf.common.files import write_figure
 from bridle_hf.probing.readouts import PRIMARY
 from bridle_hf.study.results import Scores
+from bridle_hf.study.statistics import with_deviation
 
 
 Curves = Mapping[str, Sequence[str]]
@@ -46,7 +47,7 @@ def table_of_curves(scores: Mapping[str, Mapping[str, Mapping[str, Scores]]], cu
                     times, accuracies = zip(*by_seed.values())
                     lines.append(
                         f"| {set_name}, {task} | {curve} | {name} | {len(by_seed)} | {np.mean(times) / 60:.1f} | "
-                        f"{_with_deviation(accuracies, '.1f')} | {_against(by_seed, last)} |"
+                        f"{with_deviation(accuracies)} | {_against(by_seed, last)} |"
                     )
     return "\n".join(lines)
 
@@ -57,12 +58,7 @@ def _against(by_seed: Mapping[int, tuple[float, float]], last: Mapping[int, tupl
     if not pairs or by_seed == last:
         return " | "
     share = np.mean([ours[0] / theirs[0] for ours, theirs in pairs])
-    return f"{share:.2f} | {_with_deviation([ours[1] - theirs[1] for ours, theirs in pairs], '+.1f')}"
-
-
-def _with_deviation(values: Sequence[float], form: str) -> str:
-    text = f"{np.mean(values):{form}}"
-    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
+    return f"{share:.2f} | {with_deviation([ours[1] - theirs[1] for ours, theirs in pairs], '+.1f')}"
 
 
 def draw_curves(path: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]], curves: Curves) -> None:

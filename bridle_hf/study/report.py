@@ -15,7 +15,7 @@ from bridle_hf.study.arguments import StudyArguments
 from bridle_hf.study.curves import draw_curves, table_of_curves
 from bridle_hf.study.grid import Comparison, RunSpec, read_comparisons, read_curves, read_grid
 from bridle_hf.study.results import Scores, gather, read_results
-from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict
+from bridle_hf.study.statistics import Difference, holm, paired_difference, verdict, with_deviation
 
 
 # A difference of less, in accuracy, is none worth having.
@@ -135,8 +135,7 @@ def table_of_scores(set_name: str, tasks: Mapping[str, Mapping[str, Scores]]) ->
 def _cell(values: list[float], spread: bool) -> str:
     if not values:
         return ""
-    text = f"{np.mean(values):.1f}"
-    return f"{text} ± {np.std(values, ddof=1):.1f}" if spread and len(values) > 1 else text
+    return with_deviation(values) if spread else f"{np.mean(values):.1f}"
 
 
 def _order(source: str) -> tuple[int, str]:

@@ -20,6 +20,7 @@ from bridle_hf.data.finding import find_samples
 from bridle_hf.data.folds import assign_folds
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample, spread
+from bridle_hf.interleaving.schedule import Schedule
 from bridle_hf.monitoring.metrics_log import read_metrics
 from bridle_hf.patching_bridle import INPUT_NAMES
 from bridle_hf.pretraining.arguments import PretrainArguments
@@ -62,7 +63,7 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequ
     else:
         release(run.lock)
     scores, items = (read_out if spec.finetune is None else fine_tune)(run, spec)
-    metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "samples" in row or row.get("event")]
+    metrics = read_metrics(folder / "metrics.jsonl")
     result = {
         "hash": spec.hash,
         "set": spec.set,
@@ -75,9 +76,9 @@ def carry_out(spec: RunSpec, cache_dir: str | None, folder: Path, prefixes: Sequ
         "options": dict(spec.options),
         "finetune": spec.finetune and asdict(spec.finetune),
         "pretraining_seconds": round(run.seconds, 1),
-        "cpu_seconds": cpu_seconds(run) if trained else {},
+        "cpu_seconds": cpu_seconds(metrics, run.schedule),
         "seconds": round(time.monotonic() - began, 1),
-        "metrics": metrics[-1:],
+        "metrics": [row for row in metrics if "samples" in row or row.get("event")][-1:],
         "items": items,
         "scores": scores,
     }
@@ -223,10 +224,10 @@ def encoders(run: Run, spec: RunSpec) -> dict[str, Any]:
     return {f"iteration {number}": AutoModel.from_pretrained(folder) for number, folder in enumerate(folders)}
 
 
-def cpu_seconds(run: Run) -> dict[str, float]:
-    """What pretraining has taken up to the end of each iteration."""
-    ends = [row for row in read_metrics(run.out / "metrics.jsonl") if row.get("event") == "phase_end"]
-    of_encoders = [row for row in ends if run.schedule.phases[row["phase"]].trains_encoder]
+def cpu_seconds(metrics: Sequence[Mapping[str, Any]], schedule: Schedule) -> dict[str, float]:
+    """What pretraining has taken up to the end of each iteration, by the rows of metrics.jsonl."""
+    ends = [row for row in metrics if row.get("event") == "phase_end"]
+    of_encoders = [row for row in ends if schedule.phases[row["phase"]].trains_encoder]
     # Phases that ended before there was such a number have none.
     return {
         f"iteration {number}": row["cpu_seconds"] for number, row in enumerate(of_encoders) if "cpu_seconds" in row

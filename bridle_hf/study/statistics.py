@@ -77,3 +77,9 @@ def verdict(difference: Difference, margin: float, p: float | None = None) -> st
     if difference.high < 0 and sure:
         return "below"
     return "equal" if -margin < difference.low and difference.high < margin else "open"
+
+
+def with_deviation(values: Sequence[float], form: str = ".1f") -> str:
+    """The mean over seeds, and their standard deviation where there are several, as text."""
+    text = f"{np.mean(values):{form}}"
+    return f"{text} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else text
