@@ -267,22 +267,13 @@ class BridleFeatureExtractor(SequenceFeatureExtractor):
 
     def _to_mono(self, waveform: np.ndarray, where: str) -> np.ndarray:
         """(samples,) or (channels, samples) -> (samples,), the mean of the channels."""
-        if waveform.ndim not in (1, 2):
-            raise ValueError(
-                f"{where} has shape {waveform.shape}: a clip is (samples,) or (channels, samples), a batch of them a"
-                " list of clips, (batch, samples) or (batch, channels, samples)."
-            )
-        if waveform.size == 0:
-            raise ValueError(f"{where} is empty (shape {waveform.shape}): leave the clip out.")
+        check_channels(waveform, where)
         if waveform.ndim == 1:
             return waveform
-        channels, samples = waveform.shape
-        if channels > samples:
-            raise ValueError(f"{where} has {channels} channels of {samples} samples: transpose (samples, channels).")
-        if channels > 1 and not self.downmix:
+        if len(waveform) > 1 and not self.downmix:
             raise ValueError(
-                f"{where} has {channels} channels and `downmix` is False: pass one channel, or set `downmix=True` to"
-                " average them."
+                f"{where} has {len(waveform)} channels and `downmix` is False: pass one channel, or set `downmix=True`"
+                " to average them."
             )
         return waveform.mean(axis=0)
 
@@ -454,6 +445,20 @@ def to_float(clip, where: str) -> np.ndarray:
         f"{where} has samples of type {samples.dtype}: pass floats in [-1, 1], or int16, int32 or uint8, whose full"
         " scale is known."
     )
+
+
+def check_channels(waveform: np.ndarray, where: str) -> None:
+    """Raise a `ValueError` for what is no clip of (samples,) or (channels, samples), or an empty one."""
+    if waveform.ndim not in (1, 2):
+        raise ValueError(
+            f"{where} has shape {waveform.shape}: a clip is (samples,) or (channels, samples), a batch of them a"
+            " list of clips, (batch, samples) or (batch, channels, samples)."
+        )
+    if waveform.size == 0:
+        raise ValueError(f"{where} is empty (shape {waveform.shape}): leave the clip out.")
+    if waveform.ndim == 2 and len(waveform) > waveform.shape[1]:
+        channels, samples = waveform.shape
+        raise ValueError(f"{where} has {channels} channels of {samples} samples: transpose (samples, channels).")
 
 
 def _resample(waveform: np.ndarray, source_rate: float, target_rate: int) -> np.ndarray:

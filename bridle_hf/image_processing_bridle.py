@@ -14,6 +14,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, make_nested_list_of_images
+from transformers.utils import logging
 
 from .configuration_bridle import BridleEncoderConfig
 
@@ -22,6 +23,8 @@ try:
     from PIL import Image, ImageOps
 except ImportError:  # without Pillow there are no images, but the package must import for audio
     Image = ImageOps = None
+
+logger = logging.get_logger(__name__)
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R 601, as Pillow's mode L
 PIXELS_PER_BLOCK = 2**20  # that are weighted to grey at a time
@@ -103,7 +106,8 @@ class BridleImageProcessor(PilBackend):
 
     All arguments are those of [`ViTImageProcessor`]; the number of channels is the length of `image_mean`. Images may
     be Pillow images (see [`image_to_array`]), or arrays and tensors (height, width), (height, width, channels) or
-    (channels, height, width), with values in 0..255; grey and colour are converted as in [`fit_channels`].
+    (channels, height, width), with values in 0..255, floats rounded; grey and colour are converted as in
+    [`fit_channels`]. Of values in 0..1, give `do_rescale=False`.
     Other values, sizes that [`check_size`] refuses and channels that do not fit raise a ValueError.
 
     Returns `pixel_values` (batch, channels, height, width).
@@ -142,8 +146,10 @@ class BridleImageProcessor(PilBackend):
             images = [image[None] if getattr(image, "ndim", None) == 2 else image for image in images]
         return super()._prepare_images_structure(images, expected_ndims)
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, image_mean=None, **kwargs):
-        """One image as (channels, height, width)."""
+    def process_image(
+        self, image, do_convert_rgb=None, input_data_format=None, image_mean=None, do_rescale=None, **kwargs
+    ):
+        """One image as (channels, height, width), uint8 but for what is not to be rescaled."""
         num_channels = len(image_mean)
         if Image is not None and isinstance(image, Image.Image):
             pixels = image_to_array(image, num_channels)
@@ -156,6 +162,13 @@ class BridleImageProcessor(PilBackend):
             if pixels.size and not 0 <= pixels.min() <= pixels.max() <= 255:  # nor NaN
                 raise ValueError(f"an image holds values of {pixels.min()} to {pixels.max()}: give 0 to 255")
             pixels = fit_channels(pixels, num_channels)
+            if do_rescale and np.issubdtype(pixels.dtype, np.floating):
+                if pixels.size and pixels.max() <= 1:
+                    logger.warning_once(
+                        "An image of floats holds no value over 1, where 0 to 255 are expected: where it is scaled to "
+                        "[0, 1] already, give `do_rescale=False`."
+                    )
+                pixels = np.rint(pixels).astype(np.uint8)  # Pillow takes no fractions
         return np.moveaxis(pixels, -1, 0)
 
     def resize(self, image, size, resample=None, **kwargs):

@@ -534,7 +534,7 @@ class BridleForClassification(BridlePreTrainedModel):
             ValueError: as [`BridleModel.forward`]; or labels of a type or shape that the problem does not have.
         """
         values = select_input(self.config, inputs, input_values, pixel_values, pixel_values_videos)
-        outputs = self.bridle(values, attention_mask, self._dropped_patches(values), **kwargs)
+        outputs = self.bridle(values, attention_mask, self._dropped_patches(values, attention_mask), **kwargs)
         logits = self.classifier(self.fc_norm(outputs.pooler_output))
         loss = None
         if labels is not None:
@@ -551,20 +551,28 @@ class BridleForClassification(BridlePreTrainedModel):
         labels = _fit_labels(labels, problem, logits)
         if problem == "single_label_classification":
             return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        return self.loss_function(labels, logits, self.config)
+        return self.loss_function(labels, logits.float(), self.config)
 
-    def _dropped_patches(self, values: torch.Tensor) -> torch.Tensor | None:
+    def _dropped_patches(self, values: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """While training, hide whole stripes of patches along each of the last two axes (`config.patch_dropout`)."""
         if not self.training or not any(self.config.patch_dropout):
             return None
         grid = patch_grid_of(values, self.config)
-        dropped = torch.zeros(len(values), *grid[-2:], dtype=torch.bool, device=values.device)
-        for axis, (size, rate) in enumerate(zip(grid[-2:], self.config.patch_dropout), start=1):
-            noise = torch.rand(len(values), size, device=values.device)
-            stripes = torch.zeros_like(noise, dtype=torch.bool)
-            stripes.scatter_(1, noise.topk(int(size * rate), dim=1).indices, True)
-            dropped |= stripes.unsqueeze(3 - axis)
+        real = torch.ones(len(values), *grid[-2:], dtype=torch.bool, device=values.device)
+        if attention_mask is not None:
+            real = patch_attention_mask(attention_mask, self.config).unflatten(1, grid)
+        time, mel = self.config.patch_dropout
+        dropped = _drawn_stripes(real[:, :, 0], time)[:, :, None] | _drawn_stripes(real[:, 0], mel)[:, None]
         return dropped.flatten(1).repeat(1, math.prod(grid[:-2]))
+
+
+def _drawn_stripes(real: torch.Tensor, rate: float) -> torch.Tensor:
+    """(batch, stripes) bool: `rate` of those that are `real`, at random, and as many others as make rows alike."""
+    size, number = real.shape[1], real.sum(dim=1, keepdim=True)
+    order = torch.rand(real.shape, device=real.device).masked_fill(~real, -1).argsort(dim=1, descending=True)
+    places = order.argsort(dim=1)  # the real ones first
+    drawn = (number * rate).long()
+    return (places < drawn) | (places >= size - (int(size * rate) - drawn))
 
 
 def is_integer(tensor: torch.Tensor) -> bool:
@@ -587,7 +595,7 @@ def _fit_labels(labels: torch.Tensor, problem: str, logits: torch.Tensor) -> tor
         expected = f"({len(logits)},) integers, or {tuple(logits.shape)} float"
     else:
         if several or (one_each and logits.shape[1] == 1):
-            return labels.reshape(logits.shape).to(logits.dtype)
+            return labels.reshape(logits.shape).float()  # half precision would round what is to be learned
         expected = f"{tuple(logits.shape)} numbers"
     raise ValueError(
         f"`labels` are {labels.dtype} of shape {tuple(labels.shape)}; for problem_type='{problem}' give {expected}"
@@ -673,11 +681,13 @@ class BridleForAudioFrameClassification(BridleForClassification):
                 f"integers, or {tuple(logits.shape)}"
             )
         counted = real & (labels != -100) if one_each else real
-        problem = self.config.problem_type or ("single" if one_each else "multi") + "_label_classification"
-        logits, labels = logits[counted], _fit_labels(labels[counted], problem, logits[counted])
+        if self.config.problem_type is None:  # as of a classifier of whole samples, for whoever reads the scores
+            self.config.problem_type = ("single" if one_each else "multi") + "_label_classification"
+        problem = self.config.problem_type
+        logits, labels = logits[counted].float(), _fit_labels(labels[counted], problem, logits[counted])
         if problem == "single_label_classification":
-            return F.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+            return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        return (F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits)(logits, labels)
 
 
 class BridleForImageClassification(BridleForClassification):

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .configuration_bridle import FRAME_SHIFT_MS, BridleEncoderConfig
+from .audio_windows_bridle import frame_shift, seconds_per_step
+from .configuration_bridle import BridleEncoderConfig
 from .feature_extraction_bridle import mel_bin_edges
 from .patching_bridle import to_volume
 
@@ -167,7 +168,8 @@ def plot_inputs(
         ax = axes[number]
         _Canvas(config, grid, sampling_rate).draw(ax, _displayable(volume[:, :: config.patch_shape[0]]), **style)
         if config.modality == "audio":
-            ax.set_xlim(0, len(values) * FRAME_SHIFT_MS / 1000)  # without what fills the last patch
+            seconds = len(values) * frame_shift(sampling_rate) / sampling_rate
+            ax.set_xlim(0, seconds)  # without what fills the last patch
         ax.set_title(name, fontsize=8)
         ax.tick_params(labelsize=7)
         ax.set_ylabel("" if number % columns else ax.get_ylabel(), fontsize=8)
@@ -248,7 +250,7 @@ class _Canvas:
         steps, rows, columns = self.grid
         _, height, width = self.config.patch_shape
         if self.config.modality == "audio":
-            return np.arange(rows + 1) * height * FRAME_SHIFT_MS / 1000, self._hertz()[::width]
+            return np.arange(rows + 1) * seconds_per_step(self.config, self.sampling_rate), self._hertz()[::width]
         return np.arange(steps * columns + 1) * width, np.arange(rows + 1) * height
 
     def middle_rows(self) -> np.ndarray:

@@ -18,7 +18,7 @@ def rng():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rate=st.sampled_from([8000, 11025, 22050, 44100, 48000, 96000, 192000, 22255.5]), samples=st.integers(1, 200_000)
+    rate=st.sampled_from([8000, 11025, 22050, 44100, 48000, 96000, 192000, 22255.5]), samples=st.integers(3, 200_000)
 )
 def test_resampled_in_blocks_as_in_one_piece(rate, samples):
     waveform = np.random.default_rng(samples).normal(size=(3, samples)).astype(np.float32)
@@ -31,7 +31,9 @@ def test_samples_that_are_none_are_refused(rng):
     for waveform, rate, options, reason in [
         (stereo, RATE, {"downmix": False}, "2 channels"),
         (stereo * np.nan, RATE, {}, "NaN or infinite"),
-        (stereo[:, :0], RATE, {}, "no samples"),
+        (stereo[:, :0], RATE, {}, "is empty"),
+        (stereo.T, RATE, {}, "has 100 channels of 2 samples: transpose"),
+        (stereo[None], RATE, {}, "a clip is"),
         (stereo, 0, {}, "0 Hz"),
         (stereo, float("nan"), {}, "nan Hz"),
     ]:

@@ -1,6 +1,7 @@
 """Processors of image and video folders: channels, Auto classes, pipelines, remote code; all without torchvision."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -215,6 +216,29 @@ def test_values_that_are_no_pixels(value):
     pixels[3, 3] = value
     with pytest.raises(ValueError, match=r"holds values of .* give 0 to 255"):
         make_image_processor(config_of("grey"))(pixels)
+
+
+@pytest.mark.parametrize("kind", ["grey", "five", "video"])
+def test_floats_are_as_whole_numbers(kind):
+    """Pillow takes no fractions: colours weighted to grey, or what came of an augmentation."""
+    processor, rng = make_image_processor(config_of(kind)), np.random.default_rng(0)
+    channels = FOLDERS[kind][1]
+    pixels = rng.integers(0, 256, (48, 40, 3 if channels == 1 else channels)).astype(np.float32)
+    wanted = processor([pixels.astype(np.uint8)], return_tensors="pt")["pixel_values"]
+    for image in (pixels, pixels + rng.uniform(-0.4, 0.4, pixels.shape).clip(-pixels, 255 - pixels)):
+        found = processor([image], return_tensors="pt")["pixel_values"]
+        assert (found - wanted).abs().max() < 1.01 / 255 / 0.2
+
+
+def test_images_that_are_scaled_already_are_told(caplog):
+    processor = make_image_processor(config_of("grey"))
+    propagate = logging.getLogger("transformers").propagate
+    logging.getLogger("transformers").propagate = True
+    try:
+        processor(np.full((40, 40), 0.5), return_tensors="pt")
+    finally:
+        logging.getLogger("transformers").propagate = propagate
+    assert "give `do_rescale=False`" in caplog.text
 
 
 def test_make_image_processor():

@@ -154,17 +154,48 @@ def test_frames_are_classified_each_for_itself(tiny_config):
     counted = [(0, step) for step in (0, 1, 3, 4, 5)] + [(1, step) for step in range(3)]
     wanted = F.cross_entropy(torch.stack([logits[place] for place in counted]), torch.stack([one[p] for p in counted]))
     torch.testing.assert_close(model(padded, mask, labels=one).loss, wanted)
-    several = torch.randint(2, (2, 6, 5))
+    model.config.problem_type, several = None, torch.randint(2, (2, 6, 5))
     wanted = F.binary_cross_entropy_with_logits(
         torch.cat([logits[0], logits[1, :3]]), torch.cat([several[0], several[1, :3]]).float()
     )
     for kind in (torch.int64, torch.float32, torch.bool):
         torch.testing.assert_close(model(padded, mask, labels=several.to(kind)).loss, wanted)
+    model.config.problem_type = None
     model(padded, mask, labels=one).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     for wrong in (one[:, :5], one.float(), several[:, :, :2]):
         with pytest.raises(ValueError, match="`labels` are"):
             model(padded, mask, labels=wrong)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (torch.zeros(1, 6, dtype=torch.int64), "single_label_classification"),
+        (torch.ones(1, 6, 2), "multi_label_classification"),
+    ],
+)
+def test_a_frame_classifier_keeps_its_problem(tiny_config, labels, problem):
+    """As the classifiers of whole clips do: a pipeline reads there what makes scores of logits."""
+    model = BridleForAudioFrameClassification(tiny_config("audio", num_labels=2))
+    model(torch.randn(1, 96, 64), labels=labels)
+    assert model.config.problem_type == problem
+
+
+def test_a_frame_classifier_regresses(tiny_config):
+    model = BridleForAudioFrameClassification(tiny_config("audio", num_labels=1, problem_type="regression")).eval()
+    clip = torch.randn(1, 96, 64)
+    out = model(clip, labels=torch.full((1, 6, 1), 7.0))
+    torch.testing.assert_close(out.loss, F.mse_loss(model(clip).logits, torch.full((1, 6, 1), 7.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_regressed_is_not_rounded_to_half_precision(tiny_config, dtype):
+    """1001.7 is 1000 in bfloat16, and 70,001 infinite in float16."""
+    model = BridleForImageClassification(tiny_config("image", num_labels=1)).eval().to(dtype)
+    wanted = torch.tensor([70001.0, 1001.7])
+    out = model(torch.randn(2, 3, 32, 32, dtype=dtype), labels=wanted)
+    torch.testing.assert_close(out.loss, F.mse_loss(out.logits.float().squeeze(1), wanted))
 
 
 def test_a_frame_classifier_saved_and_loaded(tiny_config, tmp_path):
@@ -187,7 +218,7 @@ def test_a_classifier_of_another_modality_is_refused(tiny_config):
 
 def test_patch_dropout_hides_whole_stripes_while_training(tiny_config, tiny_input, modality):
     model = CLASSIFIERS[modality](tiny_config(modality, patch_dropout=(0.5, 0.25)))
-    dropped = model.train()._dropped_patches(tiny_input(modality))
+    dropped = model.train()._dropped_patches(tiny_input(modality), None)
     dropped = dropped.view(2, -1, *model.config.patch_grid[-2:])
     rows, columns = model.config.patch_grid[-2:]
     assert (dropped == dropped[:, :1]).all(), "the same in all frames"
@@ -196,4 +227,17 @@ def test_patch_dropout_hides_whole_stripes_while_training(tiny_config, tiny_inpu
     left = (rows - rows // 2) * (columns - columns // 4)
     assert (~dropped[:, 0]).flatten(1).sum(1).tolist() == [left] * 2
     assert model(tiny_input(modality)).logits.shape == (2, 2)
-    assert model.eval()._dropped_patches(tiny_input(modality)) is None
+    assert model.eval()._dropped_patches(tiny_input(modality), None) is None
+
+
+def test_patch_dropout_leaves_each_clip_its_share_of_real_steps(tiny_config):
+    """Of 6 steps, 1 to 6 of them real, half of the real ones stay, and all rows keep as many patches."""
+    model = BridleForAudioClassification(tiny_config("audio", patch_dropout=(0.5, 0.0))).train()
+    lengths = torch.arange(1, 7).repeat(20)
+    mask = (torch.arange(96) < 16 * lengths[:, None]).long()
+    kept = ~model._dropped_patches(torch.zeros(len(lengths), 96, 64), mask).view(len(lengths), 6, 4)
+    assert (kept == kept[:, :, :1]).all() and (kept[:, :, 0].sum(1) == 3).all()
+    real = kept[:, :, 0] & (torch.arange(6) < lengths[:, None])
+    assert torch.equal(real.sum(1), lengths - lengths // 2)
+    seen = real.view(20, 6, 6)[:, -1].float().mean(0)
+    assert (seen > 0).all() and (seen < 1).all(), "drawn anew for each clip"

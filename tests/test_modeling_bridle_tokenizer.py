@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel
 
 from bridle_hf import (
     BridleModel,
@@ -198,3 +199,17 @@ def test_a_teacher_of_another_width(tiny_tokenizer_config, tiny_input):
     assert tokenizer(values, teacher_hidden_states=torch.randn(2, 24, 20)).estimate.shape == (2, 24, 20)
     with pytest.raises(ValueError, match=r"teacher_hidden_states.*\(2, 25, 20\).*\(2, 24, 20\)"):
         tokenizer(values, teacher_hidden_states=torch.randn(2, 25, 20))
+
+
+@pytest.mark.parametrize("tokenizer_type", ["self_distilled", "random_projection", "kmeans"])
+def test_made_in_half_precision_as_loaded_in_it(tiny_tokenizer_config, tiny_input, tokenizer_type, tmp_path):
+    """What `from_pretrained` keeps in float32 is in float32 where `from_config` makes a model, too."""
+    width = {"code_dim": 48} if tokenizer_type == "kmeans" else {}  # it quantizes features as they are
+    config = tiny_tokenizer_config("audio", tokenizer_type=tokenizer_type, **width)
+    made = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    made.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    types = {name: value.dtype for name, value in loaded.state_dict().items()}
+    assert {name: value.dtype for name, value in made.state_dict().items()} == types
+    values = tiny_input("audio").bfloat16()
+    assert torch.equal(made.encode(values), loaded.encode(values))

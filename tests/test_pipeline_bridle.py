@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import bridle_hf
+from bridle_hf.audio_windows_bridle import patch_times
 
 
 RATE = 16000
@@ -123,7 +124,29 @@ def test_arrays_as_transformers_takes_them(classify, folder):
         classify({"raw": stereo, "sampling_rate": 44_100}), classify(soxr.resample(stereo.mean(0), 44_100, RATE))
     )
     assert len(classify(clip, top_k=2)) == 2 and len(classify(clip, top_k=None)) == 3
+    assert len(pipeline("audio-classification", model=folder, top_k=1)(clip)) == 1
     assert type(classify) is bridle_hf.BridleAudioClassificationPipeline
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of_steps", [False, True])
+def test_whole_windows_are_heard_whatever_the_extractor_s_length(folder, folder_of_steps, of_steps):
+    """An extractor that cuts at 32 frames, beside one that fits the model."""
+    folder = folder_of_steps if of_steps else folder
+    short = bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=32)
+    long = sound(2.5)[:, 0].astype(np.float32)
+    wanted = pipeline("audio-classification", model=folder)(long, return_timeline=True)
+    found = pipeline("audio-classification", model=folder, feature_extractor=short)(long, return_timeline=True)
+    assert found == wanted
+
+
+def test_an_unknown_number_of_labels_is_five_by_default(tmp_path):
+    torch.manual_seed(0)
+    model = bridle_hf.BridleForAudioClassification(bridle_hf.BridleConfig(**SIZES, num_labels=7))
+    model.save_pretrained(tmp_path)
+    bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=96).save_pretrained(tmp_path)
+    classify, clip = pipeline("audio-classification", model=str(tmp_path)), sound(0.7)[:, 0]
+    assert [len(classify(clip, **options)) for options in ({}, {"top_k": None}, {"top_k": 2})] == [5, 7, 2]
 
 
 @contextmanager
@@ -435,6 +458,19 @@ def folder_of_steps(tmp_path_factory):
     model.save_pretrained(folder)
     bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=96).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.mark.parametrize("rate", [22_050, 11_025])
+def test_steps_last_as_long_as_their_samples(folder_of_steps, rate):
+    """Where a frame's 10 ms are no whole number of samples: a step begins half a patch before the patch's middle."""
+    model = bridle_hf.BridleForAudioFrameClassification.from_pretrained(folder_of_steps)
+    extractor = bridle_hf.BridleFeatureExtractor(num_mel_bins=32, max_length=96, sampling_rate=rate)
+    detect = pipeline("audio-classification", model=model, feature_extractor=extractor)
+    steps = detect(sound(60, rate)[:, 0].astype(np.float32), return_timeline=True)["timeline"]
+    middles = patch_times(model.config, len(steps), rate)
+    apart = middles - [(step["start"] + step["end"]) / 2 for step in steps]
+    np.testing.assert_allclose(apart, apart[0], atol=1e-9)
+    assert steps[-1]["end"] < 60 + 0.16
 
 
 @torch.no_grad()

@@ -13,10 +13,9 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset
 
 from bridle_hf import BridleConfig
-from bridle_hf.audio_windows_bridle import find_events, stitch_steps
+from bridle_hf.audio_windows_bridle import find_events, frame_shift, seconds_per_step, stitch_steps
 from bridle_hf.common.errors import reason_of
 from bridle_hf.common.skipped import SkippedFiles
-from bridle_hf.configuration_bridle import FRAME_SHIFT_MS
 from bridle_hf.data.decoding import read_audio, read_crops
 from bridle_hf.data.loaders import AudioLoader
 from bridle_hf.data.sample import SKIPPED, Sample
@@ -50,7 +49,8 @@ class EventLoader(AudioTrainingLoader):
     def __init__(self, load: AudioLoader, config: BridleConfig, names: Sequence[str], args: FinetuneArguments):
         super().__init__(load, (), {}, len(names), args)
         self.numbers = {name: number for number, name in enumerate(names)}
-        self.steps, self.seconds = config.patch_grid[0], config.seconds_per_frame
+        self.rate = load.feature_extractor.sampling_rate
+        self.steps, self.seconds = config.patch_grid[0], seconds_per_step(config, self.rate)
 
     def __call__(self, sample: Sample | Window, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         if isinstance(sample, Window):
@@ -64,11 +64,11 @@ class EventLoader(AudioTrainingLoader):
         return {**loaded, "labels": self._labels(events, start)}
 
     def _read_window(self, window: Window) -> tuple[np.ndarray, int, float]:
-        start = window.start * FRAME_SHIFT_MS / 1000
+        start = window.start * frame_shift(self.rate) / self.rate
 
         def crop(samples: int, rate: int) -> tuple[int, int]:
-            first = round(start * rate)
-            return first, min(num_samples(window.frames, rate), samples - first)
+            first, count = round(start * rate), int(num_samples(window.frames, self.rate) * rate / self.rate)
+            return first, min(count, samples - first)
 
         waveform, rate = read_audio(window.sample.media(), window.path, crop)
         return waveform, rate, start
@@ -101,8 +101,8 @@ def _windows(sample: Sample, load: EventLoader) -> list[Window]:
     lengths: list[tuple[int, int]] = []
     for _ in read_crops(sample.media(), sample.path, lambda samples, rate: lengths.append((samples, rate)) or ()):
         pass
-    ((samples, rate),), own = lengths, load.load.feature_extractor.sampling_rate
-    most, frames = load.load.max_frames, num_frames(int(samples * own / rate), own)
+    ((samples, rate),) = lengths
+    most, frames = load.load.max_frames, num_frames(int(samples * load.rate / rate), load.rate)
     patch, spare = most // load.steps, max(frames - most, 0)
     starts = [*range(0, spare, most), math.ceil(spare / patch) * patch]
     return [Window(sample, start, min(frames - start, most)) for start in starts]

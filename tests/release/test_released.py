@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+import bridle_hf
 from bridle_hf.release.measuring import MEASURED, measure
 from bridle_hf.release.release import RELEASES
 
@@ -31,6 +32,14 @@ def test_it_is_small_and_loads(released):
     encoder, tokenizer = AutoModel.from_pretrained(released), AutoModel.from_pretrained(released / "tokenizer")
     assert 3e6 <= sum(weight.numel() for weight in encoder.parameters()) <= 6e6
     assert encoder.dtype == torch.float32 and tokenizer.config.patch_grid == encoder.config.patch_grid
+
+
+def test_its_code_is_that_of_the_package(released):
+    """It loads without the package, by copies beside the weights."""
+    copies = list(released.rglob("*.py"))
+    for copy in copies:
+        assert copy.read_bytes() == (Path(bridle_hf.__file__).parent / copy.name).read_bytes(), f"copy {copy} anew"
+    assert copies
 
 
 def test_the_card_lists_every_material_and_task(released):

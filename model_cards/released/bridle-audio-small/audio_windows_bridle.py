@@ -13,7 +13,7 @@ import numpy as np
 
 from .audio_decoding_bridle import MIN_RATE
 from .configuration_bridle import BridleEncoderConfig
-from .feature_extraction_bridle import num_frames, num_samples, to_float
+from .feature_extraction_bridle import check_channels, num_frames, num_samples, to_float
 
 
 BLOCK = 1 << 16  # samples
@@ -42,10 +42,11 @@ def media_of_mapping(item: Mapping[str, Any]) -> Any:
 
 def array_blocks(waveform: Any) -> Iterator[np.ndarray]:
     """Blocks (samples, channels) float32 of a waveform (samples,) or (channels, samples), of any type that
-    [`BridleFeatureExtractor`] takes."""
+    [`BridleFeatureExtractor`] takes, and refused as there."""
     waveform = to_float(waveform, "the waveform")
-    waveform = waveform[None] if waveform.ndim == 1 else waveform
-    for start in range(0, max(waveform.shape[-1], 1), BLOCK):
+    check_channels(waveform, "the waveform")
+    waveform = np.atleast_2d(waveform)
+    for start in range(0, waveform.shape[1], BLOCK):
         yield waveform[:, start : start + BLOCK].T
 
 
@@ -134,6 +135,11 @@ def frame_shift(rate: int) -> int:
     return num_samples(2, rate) - num_samples(1, rate)
 
 
+def seconds_per_step(config: BridleEncoderConfig, rate: int) -> float:
+    """Seconds from one patch to the next: `config.seconds_per_frame` where 10 ms are whole samples at `rate` Hz."""
+    return config.patch_shape[1] * frame_shift(rate) / rate
+
+
 def patch_times(config: BridleEncoderConfig, num_steps: int | None = None, rate: int = 16000) -> np.ndarray:
     """Times of the patches of a recording, one for each step along the first axis of the grid.
 
@@ -202,5 +208,6 @@ __all__ = [
     "media_of_mapping",
     "mono_blocks",
     "patch_times",
+    "seconds_per_step",
     "stitch_steps",
 ]

@@ -312,8 +312,8 @@ class BridleConfig(BackboneConfigMixin, BridleEncoderConfig):
         label_smoothing (`float`, *optional*, defaults to 0.0):
             Of the classifiers' single-label cross-entropy.
         patch_dropout (pair of `float`, *optional*, defaults to `(0.0, 0.0)`):
-            Fractions of (time or height, mel or width) stripes of patches that the classifiers drop while training
-            (2-D patch dropout; for video of space alone).
+            Fractions of (time or height, mel or width) stripes of patches that the classifiers of whole samples drop
+            while training (2-D patch dropout; for video of space alone, for audio of the time that is no padding).
         pooling (`str`, *optional*, defaults to `"mean"`):
             What `pooler_output` and the classifiers see: `"mean"` of the patches, or `"cls"`, the class token.
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):

@@ -134,8 +134,8 @@ class BridleStandardization(nn.Module):
 
     def __init__(self, config: BridleTokenizerConfig):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(config.hidden_size))
-        self.register_buffer("deviation", torch.ones(config.hidden_size))
+        self.register_buffer("mean", torch.zeros(config.hidden_size, dtype=torch.float32))
+        self.register_buffer("deviation", torch.ones(config.hidden_size, dtype=torch.float32))
 
     def reset(self) -> None:
         init.zeros_(self.mean)

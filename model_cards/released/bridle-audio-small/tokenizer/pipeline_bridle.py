@@ -34,6 +34,7 @@ from .audio_windows_bridle import (
     frame_shift,
     media_of_mapping,
     mono_blocks,
+    seconds_per_step,
     stitch_steps,
 )
 from .feature_extraction_bridle import num_frames
@@ -133,6 +134,8 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         self, return_timeline=None, overlap=None, function_to_apply=None, threshold=None, **kwargs
     ):
         _, _, postprocess = super()._sanitize_parameters(function_to_apply=function_to_apply, **kwargs)
+        if "top_k" not in kwargs:
+            postprocess.pop("top_k", None)  # transformers' takes all labels here, whatever the pipeline was made with
         preprocess = {}
         if return_timeline is not None:
             postprocess["return_timeline"] = preprocess["whole"] = return_timeline
@@ -167,7 +170,8 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
                     break
                 if before is not None:
                     yield {**before, "is_last": False}
-                inputs = extractor([waveform], sampling_rate=rate, return_tensors="pt")
+                length = self.model.config.max_length  # the extractor's own may be another
+                inputs = extractor([waveform], sampling_rate=rate, max_length=length, return_tensors="pt")
                 if self.dtype is not None:
                     inputs = inputs.to(dtype=self.dtype)
                 start = start * frame_shift(rate) / rate
@@ -202,7 +206,7 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
     ) -> Any:
         """Of scores (windows, steps, classes)."""
         config, rate = self.model.config, self.feature_extractor.sampling_rate
-        patch, seconds = config.patch_shape[1], config.seconds_per_frame
+        patch, seconds = config.patch_shape[1], seconds_per_step(config, rate)
         frames = [num_frames(round(float(end - start) * rate), rate) for start, end in spans]
         windows = [window[: -(-count // patch)] for window, count in zip(scores.numpy(), frames)]
         steps = stitch_steps([round(float(start) * rate / frame_shift(rate)) for start, _ in spans], windows, config)

@@ -100,9 +100,10 @@ class BridleResidualQuantizer(nn.Module):
         self.config = config
         self.update_in_forward = True
         shape = (config.num_codebooks, config.codebook_size, config.code_dim)
-        self.register_buffer("codebooks", torch.empty(shape))
-        self.register_buffer("cluster_size", torch.zeros(shape[:2]))
-        self.register_buffer("cluster_sum", torch.zeros(shape))
+        exact = {"dtype": torch.float32}  # also where a model is made in another
+        self.register_buffer("codebooks", torch.empty(shape, **exact))
+        self.register_buffer("cluster_size", torch.zeros(shape[:2], **exact))
+        self.register_buffer("cluster_sum", torch.zeros(shape, **exact))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.reset()
 
