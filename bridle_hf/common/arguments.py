@@ -9,6 +9,7 @@ Every error about an argument is one line that names the field. Importing this i
 import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,16 +21,28 @@ from bridle_hf.common.errors import ArgumentError, nearest
 from bridle_hf.common.recipes import find_recipe
 
 
+_OTHERWISE = ("int", "float", "bool", "timestamp")
+
+
 class _YamlLoader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans: `1e-3` is a number and `no` a word, unlike in PyYAML's 1.1."""
 
     yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":bool", ":timestamp"))]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in _OTHERWISE]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"{twice[0]} is there twice in one mapping, of which the first would be lost")
+        return super().construct_mapping(node, deep)
 
-_FLOAT = r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+
+# What begins with a 0, as 010, is the name of a fold or group more often than a number.
+_INT = r"^[-+]?(0|[1-9][0-9]*)$"
+_FLOAT = r"^([-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(_INT), list("-+0123456789"))
 _YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
@@ -93,7 +106,8 @@ def parse_command_line(*dataclass_types: type, argv: Sequence[str], takes_recipe
             raise ArgumentError(f"'{argv[0]}' is one word too many: write --name value")
         recipe = argv.pop(0)
         values = _read_recipe(recipe, names)
-    return _parse(dataclass_types, _as_options(values) + _without_dotted(argv, values, names), recipe)
+    options = _as_options(_without_empty(dataclass_types, values)) + _without_dotted(argv, values, names)
+    return _parse(dataclass_types, options, recipe)
 
 
 def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -111,11 +125,13 @@ def make_arguments(*dataclass_types: type, recipe: str | None, values: dict[str,
         if name not in names:
             raise ArgumentError(f"unknown argument '{name}'{nearest(name, names)}")
     values = merged({} if recipe is None else _read_recipe(str(recipe), names), values)
-    defaults = [entry for kind in dataclass_types for entry in fields(kind) if entry.default_factory is list]
-    for entry in defaults:
-        if values.get(entry.name) == []:  # an option cannot be given without a value
-            del values[entry.name]
-    return _parse(dataclass_types, _as_options(values), recipe)
+    return _parse(dataclass_types, _as_options(_without_empty(dataclass_types, values)), recipe)
+
+
+def _without_empty(dataclass_types: Sequence[type], values: dict[str, Any]) -> dict[str, Any]:
+    """Without empty lists where that is the default: an option cannot be given without a value."""
+    empty = {entry.name for kind in dataclass_types for entry in fields(kind) if entry.default_factory is list}
+    return {name: value for name, value in values.items() if value != [] or name not in empty}
 
 
 def _parse(dataclass_types: Sequence[type], options: list[str], recipe: str | None) -> tuple[Any, ...]:

@@ -71,7 +71,8 @@ def find_samples(
       the classes.
 
     Shards hold what `metadata.csv` does as columns (parquet), or in a `.json` of each sample (tar; else `.cls` or
-    `.txt` is the label); a shard named like a split, as `train-000.tar`, is of it.
+    `.txt` is the label); a shard named like a split, as `train-000.tar`, is of it. Strong labels of a recording are
+    `events` there, a list of {onset, offset, label}.
 
     Files are not opened, but for shards without an index: a file that is listed and missing, or broken, shows when it
     is read. What a broken shard should hold is a sample that cannot be read.
@@ -228,7 +229,7 @@ def _shard_samples(
     media: str | None = None,
     split: str | None = None,
 ) -> list[Sample]:
-    wanted = dict.fromkeys((columns.label, "label", "labels", "split", "fold", columns.group))
+    wanted = dict.fromkeys((columns.label, "label", "labels", "split", "fold", columns.group, "events"))
     entries = read_entries(shards, modality, MODALITIES[modality].extensions, tuple(wanted), media)
     if not entries:
         raise ValueError(f"{data}: holds no {modality}")

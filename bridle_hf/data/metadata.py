@@ -19,7 +19,7 @@ from bridle_hf.data.sample import Sample, Source, garbage_left
 logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
-_EVENTS = "\0events"  # where a row holds those of a file: no column has this name
+EVENT_FIELDS = ("onset", "offset", "label")  # of an event in a row's `events`, where a row is a file
 _LIKE_LABEL = {
     "class", "classes", "classname", "class_name", "category", "categories", "target", "targets", "tag", "tags",
 }  # fmt: skip
@@ -66,7 +66,7 @@ def sample_of_row(
     class_order: tuple[str, ...] | None = None,
 ) -> Sample:
     label, labels, found = None, None, row.get(columns.label)
-    events = row.get(_EVENTS)
+    events = _events_of(path, row.get("events"))
     if events is not None:
         labels = tuple(sorted({name for _, _, name in events}))
     elif columns.label == "labels" or isinstance(found, list | tuple):
@@ -176,7 +176,22 @@ def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
         found = events.setdefault(row["file_name"], [])
         if any(cell not in (None, "") for cell in cells):  # else nothing sounds in the recording
             found.append(_event(f"{table}, line {line}", *cells))
-    return [(line, row | {_EVENTS: tuple(sorted(events[name]))}) for name, (line, row) in files.items()]
+    return [
+        (line, row | {"events": [dict(zip(EVENT_FIELDS, event)) for event in sorted(events[name])]})
+        for name, (line, row) in files.items()
+    ]
+
+
+def _events_of(where: str, found: Any) -> tuple[tuple[float, float, str], ...] | None:
+    """The events of a file, in order; None where a row's `events` are something else.
+
+    Raises:
+        ValueError: times or labels that are none.
+    """
+    are_events = isinstance(found, list) and all(
+        isinstance(event, dict) and event.keys() == set(EVENT_FIELDS) for event in found
+    )
+    return tuple(sorted(_event(where, *map(event.get, EVENT_FIELDS)) for event in found)) if are_events else None
 
 
 def _event(where: str, onset: Any, offset: Any, label: Any) -> tuple[float, float, str]:

@@ -85,6 +85,8 @@ class Phase:
             raise ValueError(f"phases[{number}]: target is for phases that train an encoder, with start: fresh")
         if phase.until is not None:
             _check_until(number, phase)
+        if phase.warmup_steps > 0 and phase.warmup_epochs > 0:
+            raise ValueError(f"phases[{number}]: give the warm-up either as warmup_steps or as warmup_epochs")
         if (phase.steps > 0) == (phase.epochs > 0):
             raise ValueError(f"phases[{number}]: give its length, either as steps or as epochs")
         if min(phase.switch_every, phase.tokenizer_every) < 1:

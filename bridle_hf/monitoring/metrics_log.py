@@ -23,7 +23,10 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    # Not `splitlines`: names of files may hold what that takes for the end of a line.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError):

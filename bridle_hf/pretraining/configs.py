@@ -55,6 +55,13 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
         raise ValueError("--levels_join_at is for target: codes; patches and features have no levels")
     if args.levels_join_at and not (fields.get("codebook_loss_weights") or [1])[0]:
         raise ValueError("--levels_join_at: the first of encoder.codebook_loss_weights is 0, so that no level is left")
+    if args.masks and fields.get("mask_type", next(iter(args.masks))) not in args.masks:
+        raise ValueError(
+            f"encoder.mask_type is {fields['mask_type']}, but the masks are drawn by `masks`: give --masks "
+            f"'{{{fields['mask_type']}: 1.0}}'"
+        )
+    if len(args.masks) == 1:  # the model's own masks, where it is given none, are then those of its training
+        fields.setdefault("mask_type", next(iter(args.masks)))
     given = None
     if args.encoder_from:
         given = load_config(args.encoder_from, "--encoder_from")

@@ -51,8 +51,9 @@ def dry_run(args: PretrainArguments) -> list[str]:
         ValueError: as the run itself would.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = start(dataclasses.replace(args, output_dir=folder, resume=False, overwrite=False, tracker="none",
-                                        code_cache=False))  # fmt: skip
+        nowhere = {"output_dir": folder, "resume": False, "overwrite": False, "tracker": "none", "code_cache": False,
+                   "push_to_hub": False, "hub_model_id": None, "hub_private": False}  # fmt: skip
+        run = start(dataclasses.replace(args, **nowhere))
         began = time.monotonic()
         batch = next(run.peek(0))
         reading = time.monotonic() - began

@@ -163,16 +163,28 @@ class Run:
         return kept
 
     def _processor_fields(self) -> dict[str, Any]:
-        """Those of the recipe; statistics that it does not name are what the models to start from have seen.
+        """Those of the recipe; what it does not name is as the models to start from have seen it.
 
         Raises:
-            ValueError: the tokenizer to start from would see inputs of other statistics.
+            ValueError: the tokenizer to start from would see other inputs; statistics both named and measured.
         """
         args, fields = self.args, dict(self.args.processor)
+        if args.measure_normalization and (named := {"mean", "std"} & set(fields)):
+            raise ValueError(
+                f"processor.{min(named)} is named, but measure_normalization measures it: give one of them, as "
+                "--measure_normalization false"
+            )
         if args.encoder_from:
-            fields = {**self._statistics(args.encoder_from), **fields}
+            seen = self._inputs_of(args.encoder_from)
+            fields = {**seen, **fields}
+            if args.measure_normalization:
+                logger.warning(
+                    "inputs are normalised as measured on %s, not with the mean %.3f and std %.3f that the weights of "
+                    "--encoder_from have seen; --measure_normalization false keeps these",
+                    args.data, seen["mean"], seen["std"],
+                )  # fmt: skip
         if args.tokenizer_from:
-            for name, value in self._statistics(args.tokenizer_from).items():
+            for name, value in self._inputs_of(args.tokenizer_from).items():
                 if fields.setdefault(name, value) != value:
                     raise ValueError(
                         f"processor.{name} is {fields[name]}, but the codes of --tokenizer_from are those of inputs "
@@ -183,13 +195,24 @@ class Run:
                     "--tokenizer_from: its codes are those of inputs with its own statistics: give "
                     "--measure_normalization false"
                 )
+        if args.measure_normalization and not fields.get("do_normalize", True):
+            raise ValueError("measure_normalization: inputs are not normalised, as processor.do_normalize is false")
         return fields
 
-    def _statistics(self, model: str) -> dict[str, Any]:
-        """Fields of a processor: what the inputs of a saved model were normalised with."""
+    def _inputs_of(self, model: str) -> dict[str, Any]:
+        """Fields of a processor that makes inputs as those that a saved model has seen.
+
+        Raises:
+            ValueError: no processor of a run does.
+        """
         known = load_processor(model, self.encoder_config)
         if self.args.modality == "audio":
-            return {"mean": known.mean, "std": known.std}
+            return {name: getattr(known, name) for name in ("mean", "std", "sampling_rate", "do_normalize")}
+        if not known.do_rescale or abs(known.rescale_factor - 1 / 255) > 1e-6:
+            raise ValueError(f"{model}: its processor does not bring pixels to 0..1, as ours does")
+        if not known.do_normalize:
+            channels = len(known.image_mean)
+            return {"image_mean": [0.0] * channels, "image_std": [1.0] * channels}
         return {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
 
     def _measure_normalization(self) -> None:
@@ -274,13 +297,14 @@ class Run:
         stops = stop.is_made(self.accelerator)
         while done < schedule.total_steps and not stops:
             step, number = done, schedule.phase_number(done)
+            asked = time.monotonic()
+            # Before a phase makes models anew: where the loader fails, those of the step before are saved.
+            batch = self._next(batches, done)
+            waited = time.monotonic() - asked
             if step == schedule.starts[number]:
                 self.interleaving.enter_phase(number, lambda step=step: self.peek(step))
             elif schedule.fits(step):
                 self.interleaving.fit_tokenizer(step, lambda step=step: self.peek(step))
-            asked = time.monotonic()
-            batch = self._next(batches, done)
-            waited = time.monotonic() - asked
             metrics = self._step(step, batch)
             self.monitor.update(metrics, asked, waited)
             done = step + 1

@@ -72,7 +72,8 @@ def test_phases_by_number(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("5E3", 5000.0), ("1.", 1.0), (".5", 0.5), ("-2", -2), ("3", 3), ("no", "no"), ("true", True),
-     ("off", "off"), ("'1e-4'", "1e-4"), ("null", None), ("2020-01-01", "2020-01-01"), ("[1, 2e0]", [1, 2.0])],
+     ("off", "off"), ("'1e-4'", "1e-4"), ("null", None), ("2020-01-01", "2020-01-01"), ("[1, 2e0]", [1, 2.0]),
+     ("010", "010"), ("-0", 0), ("1:30", "1:30"), ("1_000", "1_000"), ("00.5", "00.5"), ("0.5", 0.5)],
 )  # fmt: skip
 def test_numbers_and_words_are_those_of_yaml_1_2(text, value):
     """`learning_rate: 5e-4` is a number to everybody but YAML 1.1, and `mixed_precision: no` a word."""
@@ -338,3 +339,16 @@ def test_any_file_is_a_recipe_or_one_line(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     starts_or_names_the_field(path, [], [])
+
+
+@pytest.mark.parametrize("text", ["encoder: {hidden_size: 8}\nencoder: {num_codebooks: 2}\n", "a: {b: 1, c: 2, b: 3}"])
+def test_a_name_twice_is_refused(text):
+    with pytest.raises(ValueError, match=r"(encoder|b) is there twice in one mapping"):
+        read_yaml(text)
+
+
+def test_an_empty_list_of_a_recipe_is_the_default(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("modality: audio\nexclude_groups: []\nphases: [{train: encoder, steps: 1}]\n")
+    (args,) = parse_command_line(PretrainArguments, argv=[str(path), "--data", "d", "--output_dir", "o"])
+    assert args.exclude_groups == []

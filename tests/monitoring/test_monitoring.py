@@ -259,7 +259,7 @@ def test_resuming_cuts_rows_back(tmp_path, rows, resume_step, cut):
     """What lies behind the checkpoint goes, and so does a last line that a crash cut short."""
     path = tmp_path / "metrics.jsonl"
     written = [{"step": step, "note": 'naïve "quotes"\u2028'} for step in range(1, rows + 1)]
-    text = "".join(json.dumps(row) + "\n" for row in written)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written)  # as in skipped.jsonl
     path.write_text(text[: len(text) - cut], encoding="utf-8")
     whole = text[: len(text) - cut].count("\n") + (cut == 1)
     assert read_metrics(path) == written[:whole]

@@ -176,3 +176,12 @@ def test_deterministic_algorithms_are_asked_for(data, tmp_path, quick):
     in_forks(tmp_path / "log", run_twice)
     first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_dry_run_makes_no_repository(data, tmp_path, monkeypatch):
+    import bridle_hf.pretraining.run
+
+    monkeypatch.setattr(bridle_hf.pretraining.run, "open_repositories", lambda *args: pytest.fail("asked the Hub"))
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    hub = ("--push_to_hub", "--hub_model_id", "me/secret", "--hub_private", "--license", "mit")
+    assert "encoder 0" in dry_run(recipe, data, tmp_path / "out", *hub)

@@ -88,3 +88,40 @@ def test_trained_positions_go_to_another_grid(steps, tmp_path):
         image = wanted.view(6, 4, -1).permute(2, 0, 1)[None]
         wanted = torch.nn.functional.interpolate(image, size=(12, 4), mode="bicubic")[0].flatten(1).T
         torch.testing.assert_close(table, wanted)
+
+
+def saved(folder):
+    extractor = BridleFeatureExtractor.from_pretrained(folder)
+    return extractor.sampling_rate, extractor.do_normalize, extractor.mean, extractor.std
+
+
+@pytest.mark.parametrize("processor", [{"sampling_rate": 8000, "mean": -2.5, "std": 1.5}, {"do_normalize": False}])
+def test_inputs_are_made_as_the_weights_have_seen_them(tmp_path, processor):
+    """By the source's rate and normalisation, of an encoder and of a tokenizer to start from."""
+    run(tmp_path / "source", RECIPE["encoder"], processor=processor)
+    source, encoder = tmp_path / "source" / "out", decoder_of(RECIPE["encoder"])
+    for name, options in {
+        "encoder": {"encoder": encoder, "encoder_from": str(source / "encoder")},
+        "tokenizer": {"encoder": RECIPE["encoder"], "tokenizer_from": str(source / "tokenizer"), "tokenizer": {}},
+    }.items():
+        run(tmp_path / name, **options)
+        for part in ("encoder", "tokenizer"):
+            assert saved(tmp_path / name / "out" / part) == saved(source / "encoder")
+    with pytest.raises(ArgumentError, match="sampling_rate is 44100, but the codes of --tokenizer_from"):
+        run(tmp_path / "other", **options, processor={"sampling_rate": 44100})
+
+
+def test_what_is_measured_is_told_and_not_named_too(tmp_path, caplog):
+    save_source(tmp_path / "source")
+    encoder, source = decoder_of(RECIPE["encoder"]), str(tmp_path / "source")
+    run(tmp_path, encoder, encoder_from=source, measure_normalization=True)
+    assert "not with the mean -2.500 and std 1.500 that the weights of --encoder_from have seen" in caplog.text
+    measured = saved(tmp_path / "out" / "encoder")
+    run(tmp_path / "plain", RECIPE["encoder"], measure_normalization=True)
+    assert measured == saved(tmp_path / "plain" / "out" / "encoder")
+    for processor, reason in (
+        ({"mean": -2.5}, "processor.mean is named, but measure_normalization measures it"),
+        ({"do_normalize": False}, "measure_normalization: inputs are not normalised"),
+    ):
+        with pytest.raises(ArgumentError, match=reason):
+            run(tmp_path / "no", RECIPE["encoder"], measure_normalization=True, processor=processor)

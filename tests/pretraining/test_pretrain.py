@@ -222,6 +222,30 @@ def test_codes_of_kmeans(data, tmp_path, quick):
         assert name in refusal(changed, data, tmp_path / "x")
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_loader_that_dies_where_models_are_made_anew(data, tmp_path, quick, monkeypatch, step):
+    """At the first step of a phase, and where k-means fits again: what is saved then is as the step before left it."""
+    phases = [{"train": "encoder", "steps": 2}, {"train": "alternate", "steps": 4, "switch_every": 2}]
+    options = {"phases": phases, "tokenizer": {"tokenizer_type": "kmeans"}}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **options)
+    pretrain(recipe, data, tmp_path / "whole")
+    batches = bridle_hf.pretraining.run.Run.batches
+
+    def die(run, first):
+        for number, batch in enumerate(batches(run, first), first):
+            if number == step:
+                raise OSError("a loader worker has died")
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bridle_hf.pretraining.run.Run, "batches", die)
+        with pytest.raises(RunError, match="worker has died"):
+            pretrain(recipe, data, tmp_path / "died")
+    pretrain(recipe, data, tmp_path / "died", "--resume")
+    ours, theirs = weights(tmp_path / "whole"), weights(tmp_path / "died")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_phases_end_by_evidence(data, tmp_path, quick):
     """Of 10 steps after 6; learning rates are those of the full length."""
     out = tmp_path / "out"
@@ -604,6 +628,8 @@ def test_errors_of_data_and_arguments_are_one_line_before_the_first_step(data, t
         ("--processor.max_length", "64"): "those of the encoder",
         ("--processor.mean", "low"): "processor.mean",
         ("--phases.0.stepz", "8"): "phases[0]: unknown key 'stepz'; did you mean 'steps'?",
+        ("--phases.0.warmup_steps", "1", "--phases.0.warmup_epochs", "1"): "phases[0]: give the warm-up either as",
+        ("--encoder.mask_type", "time_frequency"): "encoder.mask_type is time_frequency, but the masks are drawn by",
         ("--split", "validation"): "no samples of split",
     }
     for options, expected in cases.items():

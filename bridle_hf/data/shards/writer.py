@@ -7,9 +7,9 @@ spares a run the scan of the shards, and OUT/skipped.jsonl with the files left o
 are mixed, so that any few shards in a row are a fair sample of all; bytes are copied as they are. The same input gives
 the same bytes, whoever writes them: `--resume` makes just the shards that are missing.
 
-In a tar, a sample is <key>.json (file name, label or labels, split, fold, group) and <key>.<extension>, as WebDataset
-has it; in parquet, a row with the same as columns and the media as `datasets` has them. The order of the classes,
-where the data have one, stands in the tar's global header, or in the type of the parquet column, and in the index.
+In a tar, a sample is <key>.json (file name, label or labels, split, fold, group, events) and <key>.<extension>, as
+WebDataset has it; in parquet, a row with the same as columns and the media as `datasets` has them. The order of the
+classes, where the data have one, stands in the tar's global header, or in the type of the parquet column, and in the index.
 """
 
 import hashlib
@@ -40,6 +40,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.decoding import check_audio, read_image, read_video
 from bridle_hf.data.finding import find_asked
 from bridle_hf.data.labels import class_orders
+from bridle_hf.data.metadata import EVENT_FIELDS
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.order import Places
 from bridle_hf.data.sample import SKIPPED, Sample
@@ -52,7 +53,7 @@ from bridle_hf.data.shards.tars import CLASS_ORDER
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("label", "labels", "split", "fold", "group")
+COLUMNS = ("label", "labels", "split", "fold", "group", "events")
 # A row group is read for each of its rows that are not at hand: small ones, but not so small that there are many.
 ROW_GROUP_BYTES = 4 << 20
 # How the bytes of the usual formats begin, for media without a file name: extension by (position, bytes).
@@ -158,6 +159,8 @@ def _row_of(sample: Sample, data: str) -> dict[str, Any]:
     name = sample.path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
     row = {"file_name": name}
     row |= {name: value for name in COLUMNS if (value := getattr(sample, name)) is not None}
+    if sample.events is not None:
+        row["events"] = [dict(zip(EVENT_FIELDS, event)) for event in sample.events]
     return row | {"labels": list(sample.labels)} if sample.labels else row
 
 
@@ -329,7 +332,10 @@ def write_parquet(path: Path, plan: Plan, members: Iterator[tuple[Member, bytes,
 
     text = datasets.Value("string")
     names = text if plan.class_order is None else datasets.ClassLabel(names=list(plan.class_order))
-    kinds = {name: {"label": names, "labels": datasets.List(names)}.get(name, text) for name in plan.columns}
+    seconds = datasets.Value("float64")
+    events = datasets.List(dict(zip(EVENT_FIELDS, (seconds, seconds, text))))
+    lists = {"label": names, "labels": datasets.List(names), "events": events}
+    kinds = {name: lists.get(name, text) for name in plan.columns}
     media_kind = getattr(datasets, plan.modality.capitalize())()
     schema = datasets.Features({plan.modality: media_kind, **kinds}).arrow_schema
     stored = {"compression": "none", "use_dictionary": list(plan.columns), "write_page_checksum": True}

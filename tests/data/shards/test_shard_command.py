@@ -253,3 +253,21 @@ def test_shards_of_several_orders_keep_the_names_alone(caplog):
     samples = [Sample("a", label="x", class_order=("x", "y")), Sample("b", label="x", class_order=("y", "x"))]
     assert _class_order(samples) is None and "in different ways" in caplog.text
     assert _class_order(samples[:1]) == ("x", "y") and _class_order([Sample("c")]) is None
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_strong_labels_survive(tmp_path, kind):
+    """Onsets and offsets, and recordings in which nothing sounds; with an index and by a scan."""
+    data = tmp_path / "data"
+    for number in range(4):
+        write_tone(data / f"{number}.wav", frequency=200 + 50 * number)
+    rows = ["0.wav,0.5,0.8,cat", "0.wav,0.1,0.3,dog", "1.wav,,,", "2.wav,0.2,0.4,dog", "3.wav,0,0.25,cat"]
+    (data / "metadata.csv").write_text("\n".join(["file_name,onset,offset,label", *rows]) + "\n")
+    wanted = {digest(sample.path): (sample.labels, sample.events) for sample in find_samples(str(data), "audio")}
+    assert sorted(len(events) for _, events in wanted.values()) == [0, 1, 1, 2]
+    out = make_shards(data, tmp_path / "out", "--format", kind)
+    for index in (True, False):
+        found = find_samples(out, "audio")
+        assert {digest(sample.media()): (sample.labels, sample.events) for sample in found} == wanted
+        if index:
+            (Path(out) / INDEX_NAME).unlink()
