@@ -9,7 +9,8 @@ the same bytes, whoever writes them: `--resume` makes just the shards that are m
 
 In a tar, a sample is <key>.json (file name, label or labels, split, fold, group, events) and <key>.<extension>, as
 WebDataset has it; in parquet, a row with the same as columns and the media as `datasets` has them. The order of the
-classes, where the data have one, stands in the tar's global header, or in the type of the parquet column, and in the index.
+classes, where the data have one, stands in the tar's global header, or in the type of the parquet column, and in the
+index.
 """
 
 import hashlib
