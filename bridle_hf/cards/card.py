@@ -167,8 +167,10 @@ def _metadata(
 def _classes(config: BridleEncoderConfig, kind: str) -> list[str]:
     """What the card's snippet imports from transformers, the model's class last."""
     if kind == "classifier":
-        return ["pipeline"] if config.modality == "audio" else [f"AutoModelFor{config.modality.title()}Classification"]
-    return ["AutoFeatureExtractor", "AutoModel"] if config.modality == "audio" else ["AutoModel"]
+        if config.modality == "audio":
+            return ["pipeline"]
+        return ["AutoImageProcessor", f"AutoModelFor{config.modality.title()}Classification"]
+    return ["AutoFeatureExtractor" if config.modality == "audio" else "AutoImageProcessor", "AutoModel"]
 
 
 def _input_facts(folder: Path, config: BridleEncoderConfig) -> dict[str, Any]:
@@ -181,15 +183,16 @@ def _input_facts(folder: Path, config: BridleEncoderConfig) -> dict[str, Any]:
     facts = {
         "modality": config.modality,
         "input_name": INPUT_NAMES[config.modality],
-        "input_shape": ", ".join(map(str, (2, *shapes[config.modality]))),
+        "input_shape": ", ".join(map(str, ("batch", *shapes[config.modality]))),
+        "pillow": config.num_channels in (1, 3),
         "patches": math.prod(config.patch_grid),
         "paper": PAPER,
     }
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ValueError(f"{folder} has no preprocessor_config.json: save the processor there first")
+    facts["processor"] = load_processor(folder, config)
     if config.modality == "audio":
-        if not (folder / "preprocessor_config.json").is_file():
-            raise ValueError(f"{folder} has no preprocessor_config.json: save the feature extractor there first")
-        processor = load_processor(folder, config)
-        facts.update(processor=processor, rate=processor.sampling_rate)
+        facts["rate"] = facts["processor"].sampling_rate
     return facts
 
 

@@ -124,7 +124,7 @@ def test_hub_data_and_repository(root):
     assert data.model_name == "model" and 'name = "org/model"' in content
 
 
-def test_audio_needs_its_feature_extractor(root, tmp_path):
+def test_a_card_needs_the_processor(root, tmp_path):
     bridle_hf.BridleModel.from_pretrained(root / "base").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
         write_card(tmp_path, RUN)
@@ -145,10 +145,10 @@ def test_other_modalities(modality, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for kind, model in models.items():
         model.save_pretrained(tmp_path / kind)
+        bridle_hf.make_image_processor(model.config).save_pretrained(tmp_path / kind)
         content = write_card(tmp_path / kind, {**RUN, "modality": modality}).read_text(encoding="utf-8")
         assert metadata_errors(content) == []
         exec(re.search(r"```python\n(.*?)```", content, flags=re.DOTALL)[1], {})
-        bridle_hf.make_image_processor(model.config).save_pretrained(tmp_path / kind)
         names: dict = {}
         for snippet in hub_snippets(kind, ModelCard(content).data.pipeline_tag):
             exec(snippet, names)

@@ -20,6 +20,7 @@ PAGES = {
     "training/README.md": "guide.html",
     "model_cards/README.md": "model_cards.html",
     "model_cards/released/bridle-audio-small/README.md": "released/bridle-audio-small.html",
+    "model_cards/released/bridle-image-small/README.md": "released/bridle-image-small.html",
     "CONTRIBUTING.md": "contributing.html",
     "CHANGELOG.md": "changes.html",
     **{f"docs/{path.name}": f"{path.stem}.html" for path in sorted((ROOT / "docs").glob("*.md"))},
