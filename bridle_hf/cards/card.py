@@ -94,6 +94,22 @@ def write_card(
     return path
 
 
+def readdress_card(path: Path, repo_id: str, license: str) -> None:
+    """Let a card that is there say where it is pushed to, and the licence; whatever else it says, it keeps."""
+    card = ModelCard.load(path)
+    card.data.license = license
+    if card.data.eval_results:
+        card.data.model_name = repo_id.split("/")[-1]
+    lines = {
+        r"# \S+": f"# {repo_id.split('/')[-1]}",
+        r'name = ".*"': f'name = "{repo_id}"',
+        r"Weights: .*\.": f"Weights: {license}.",
+    }
+    for line, said in lines.items():
+        card.text = re.sub(rf"^{line}$", lambda _, said=said: said, card.text, count=1, flags=re.MULTILINE)
+    card.save(path)
+
+
 def write_converted_card(folder: str | Path, checkpoint: str | Path) -> Path:
     """Write `folder/README.md` of a model that was converted from a checkpoint, which tells nothing of its run."""
     return write_card(folder, {"arguments": {}, "data": "unknown", "converted": Path(checkpoint).name})

@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, get_token
 
 from bridle_hf.cards.arguments import PushArguments, check_publishing
-from bridle_hf.cards.card import write_card
+from bridle_hf.cards.card import readdress_card
 from bridle_hf.common.errors import ArgumentError, RunError, one_line
 from bridle_hf.common.files import read_json
 from bridle_hf.common.output_folder import FINETUNING, MODEL_FILES, PRETRAINING, RunKind
@@ -63,7 +63,7 @@ def _asking(what: str, ask: Any, *args: Any, **options: Any) -> Any:
 
 
 def push(out: Path, repositories: Mapping[str, str], license: str) -> list[str]:
-    """Push the models of a finished run, each with its processor, its code and its card, which is written anew.
+    """Push the models of a finished run, each with its processor, its code and its card, which then says where it is.
 
     Args:
         out: the run's output folder.
@@ -79,9 +79,8 @@ def push(out: Path, repositories: Mapping[str, str], license: str) -> list[str]:
     urls = []
     for folder, repo_id in repositories.items():
         try:
-            run = read_json(out / "run.json")
-            run["arguments"]["license"] = license
-            path = write_card(out / folder, run, repo_id=repo_id)
+            path = out / folder / "README.md"
+            readdress_card(path, repo_id, license)
             ModelCard.load(path).validate()
             # No star of a pattern stops at a slash: checkpoints hold such files, too.
             options = {"allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]}

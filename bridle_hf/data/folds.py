@@ -139,7 +139,7 @@ def fold_names(samples: Sequence[Sample]) -> list[str]:
     Raises:
         ValueError: only some samples have a fold, or there are fewer than 2.
     """
-    found = {_required(sample, "fold") for sample in samples} - {NEVER_HELD_OUT}
+    found = {required(sample, "fold") for sample in samples} - {NEVER_HELD_OUT}
     if len(found) < 2:
         raise ValueError(f"all samples are of fold {', '.join(found)}: needs at least 2 folds")
     return sorted(found, key=lambda name: (len(name), name))
@@ -152,7 +152,7 @@ def group_folds(samples: Sequence[Sample], num_folds: int) -> np.ndarray:
     Raises:
         ValueError: a sample without group, or fewer groups than folds.
     """
-    sizes = Counter(_required(sample, "group") for sample in samples)
+    sizes = Counter(required(sample, "group") for sample in samples)
     if not 2 <= num_folds <= len(sizes):
         raise ValueError(f"{num_folds} folds of {len(sizes)} groups: needs at least 2 folds, and a group for each")
     filled = [0] * num_folds
@@ -163,7 +163,8 @@ def group_folds(samples: Sequence[Sample], num_folds: int) -> np.ndarray:
     return np.array([fold_of[sample.group] for sample in samples])
 
 
-def _required(sample: Sample, attribute: str) -> str:
+def required(sample: Sample, attribute: str) -> str:
+    """Its fold or group; ValueError where it has none, though others have."""
     value = getattr(sample, attribute)
     if value is None:
         raise ValueError(

@@ -4,7 +4,8 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -116,7 +117,10 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
             listed twice, or not at all beside tables in folders.
     """
     samples, listed = [], set()
-    order = tuple(read_label_order(folder / LABEL_ORDER)[0]) if tables and (folder / LABEL_ORDER).exists() else None
+    order, spelled = None, {}
+    if tables and (folder / LABEL_ORDER).exists():
+        names, numbers = read_label_order(folder / LABEL_ORDER)
+        order, spelled = tuple(names), {label: names[number] for label, number in numbers.items()}
     used = list(_read_tables(folder, tables))
     places = {os.path.dirname(table) for table, _, _ in used} - {""}
     are_splits({_split_part(place) or place for place in places}, folder)
@@ -137,7 +141,8 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
                     'each file; several labels of a file go into a column `labels`, as "dog;rain"'
                 )
             listed.add(normal)
-            samples.append(sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order))
+            sample = sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order)
+            samples.append(_by_names(sample, spelled) if spelled else sample)
     covered = tuple(f"{place}{os.sep}" for place in places)
     missing = [name for name in files if places and not name.startswith(covered)]
     missing = [name for name in missing if _normal(str(folder / name)) not in listed]
@@ -146,6 +151,17 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
             f"{folder}: {used[0][0]} lists files, but {len(missing)} others, such as {missing[0]}, are in no table"
         )
     return sorted(samples, key=attrgetter("path"))
+
+
+def _by_names(sample: Sample, spelled: Mapping[str, str]) -> Sample:
+    """Its labels as the classes are called, in the place of their mids."""
+    labels, events = sample.labels, sample.events
+    return replace(
+        sample,
+        label=spelled.get(sample.label, sample.label),
+        labels=labels and tuple(spelled.get(label, label) for label in labels),
+        events=events and tuple((onset, offset, spelled.get(label, label)) for onset, offset, label in events),
+    )
 
 
 def _first_place(folder: Path, used: Sequence[tuple[str, list[str], Rows]], normal: str) -> str:

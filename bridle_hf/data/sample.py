@@ -4,6 +4,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,6 +100,11 @@ def garbage_left() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def name_within(path: str, data: str) -> str:
+    """A sample's path as it is called in the folder `data`, however that is spelled, as "./notes/"."""
+    return path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
 
 
 def spread(samples: Sequence[Sample], most: int) -> list[Sample]:

@@ -24,11 +24,11 @@ from bridle_hf.common.files import read_json, write_bytes, write_json, write_tex
 from bridle_hf.common.output_folder import EMBEDDING, changed, hash_of_names, prepare, release
 from bridle_hf.data.finding import find_asked
 from bridle_hf.data.modalities import load_config
-from bridle_hf.data.sample import Sample
+from bridle_hf.data.sample import Sample, name_within
 from bridle_hf.embedding.arguments import EmbedArguments
 from bridle_hf.embedding.embedder import Embedder, Embedding
 from bridle_hf.embedding.poolings import Layers
-from bridle_hf.embedding.tables import FORMATS, Part, load_columns, load_values, part_bytes, write_table
+from bridle_hf.embedding.tables import FORMATS, Part, files_of, load_columns, load_values, part_bytes, write_table
 
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def run_embedding(args: EmbedArguments) -> dict[str, Any]:
             args.model, state.device, batch_size=args.batch_size, overlap=args.overlap, stride=args.stride
         )
         shape = embedder.shape(args.level, layers, args.pooling)
-        plan = _plan(args, samples)
+        plan = _plan(args, samples, embedder)
         if state.is_main_process:
             lock = _prepare(output, folder, args, plan)
     except (ValueError, OSError) as error:
@@ -108,7 +108,7 @@ def read_layers(words: Sequence[str]) -> Layers:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def _plan(args: EmbedArguments, samples: list[Sample]) -> dict[str, Any]:
+def _plan(args: EmbedArguments, samples: list[Sample], embedder: Embedder) -> dict[str, Any]:
     """What must be the same where a run goes on, and where its parts begin and end."""
     bounds, size = [0], 0
     for number, sample in enumerate(samples):
@@ -119,6 +119,7 @@ def _plan(args: EmbedArguments, samples: list[Sample]) -> dict[str, Any]:
     return {
         "kind": EMBEDDING.name,
         "arguments": vars(args),
+        "weights": embedder.hash_of_weights(),
         "samples": hash_of_names([sample.path for sample in samples]),
         "bounds": bounds,
     }
@@ -126,8 +127,9 @@ def _plan(args: EmbedArguments, samples: list[Sample]) -> dict[str, Any]:
 
 def _prepare(output: Path, folder: Path, args: EmbedArguments, plan: dict[str, Any]) -> Any:
     """Make the folder of parts ready, to begin or to go on, and lock it."""
-    if output.exists() and not args.overwrite and not folder.exists():
-        raise ValueError(f"--output {output} exists: give --overwrite to write it anew")
+    there = [path for path in files_of(output) if path.exists()]
+    if there and not args.overwrite and not folder.exists():
+        raise ValueError(f"--output {output}: {there[0]} exists: give --overwrite to write it anew")
     lock = prepare(folder, EMBEDDING, {"data": args.data, "model": args.model}, resume=True)
     old = read_json(folder / EMBEDDING.record)
     if old is not None and args.overwrite and changed(plan, old, _FREE):
@@ -138,6 +140,8 @@ def _prepare(output: Path, folder: Path, args: EmbedArguments, plan: dict[str, A
         differ = changed(plan["arguments"], old["arguments"], _FREE)
         if not differ and (plan["samples"], plan["bounds"]) != (old["samples"], old["bounds"]):
             differ = ["the files"]
+        if not differ and plan["weights"] != old.get("weights"):
+            differ = ["the weights of --model"]
         if differ:
             raise ValueError(f"{folder} was begun with other arguments: {'; '.join(differ)}: give --overwrite")
         logger.info("going on with what stands in %s", folder)
@@ -172,8 +176,7 @@ def _embed_part(
 
 def _names(samples: list[Sample], data: str) -> dict[str, list[str]]:
     """What is known of the samples, by column; ids are relative to the folder of the data."""
-    prefix = f"{data.rstrip(os.sep)}{os.sep}"
-    columns = {"id": [sample.path.removeprefix(prefix) for sample in samples]}
+    columns = {"id": [name_within(sample.path, data) for sample in samples]}
     for name in ("label", "split", "fold", "group"):
         columns[name] = [getattr(sample, name) or "" for sample in samples]
     columns["labels"] = [";".join(sample.labels or ()) for sample in samples]
@@ -194,7 +197,7 @@ def _finish(
         for path, part in zip(paths, columns)
     )
     rows = sum(len(part["id"]) for part in columns)
-    write_table(output, parts, (rows, *shape), plan["arguments"])
+    write_table(output, parts, (rows, *shape), {**plan["arguments"], "weights": plan["weights"]})
     listed = output.with_name(f"{output.name}.skipped.jsonl")
     lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in skipped]
     write_text(listed, "".join(f"{line}\n" for line in lines)) if lines else listed.unlink(missing_ok=True)

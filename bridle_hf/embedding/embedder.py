@@ -3,6 +3,7 @@
 Embedder.from_pretrained(DIR_OR_ID).embed(["a.wav", "b.mp3"])  ─►  (2, dim)
 """
 
+import hashlib
 import logging
 import math
 from collections import deque
@@ -110,6 +111,14 @@ class Embedder:
             raise ValueError(f"batch_size {batch_size}: at least 1")
         self.sampling_rate = getattr(processor, "sampling_rate", None)  # Hz, of audio
         self._read = make_reader(self.config, processor, overlap, stride)
+
+    def hash_of_weights(self) -> str:
+        """What tells this model's embeddings from those of another of the same sizes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @classmethod
     def from_pretrained(cls, model: str, device: Any = None, dtype: Any = "auto", **options: Any) -> "Embedder":

@@ -45,6 +45,8 @@ class Neighbours:
         shape = self.embedder.shape(layers=self.layers, pooling=self.made["pooling"])
         if shape != found.values.shape[1:]:
             raise ValueError(f"{table} has embeddings {found.values.shape[1:]}, the model gives {shape}")
+        if self.made.get("weights", weights := self.embedder.hash_of_weights()) != weights:
+            raise ValueError(f"{table} was made by other weights than those of {self.model}: make it anew")
         self._rows = torch.from_numpy(found.values).flatten(1)
 
     def find(self, file: str, top_k: int) -> list[dict[str, Any]]:
@@ -71,7 +73,8 @@ class Neighbours:
         names = [(file, "the file itself")]
         for row in rows:
             label = row.get("label") or row.get("labels")
-            names.append((os.path.join(self.made["data"], row["id"]), f"{row['similarity']:.3f}  {row['id'][-24:]}"
+            data = self.made["data"] if os.path.isdir(self.made["data"]) else ""  # of a list, ids are whole paths
+            names.append((os.path.join(data, row["id"]), f"{row['similarity']:.3f}  {row['id'][-24:]}"
                           + (f"\n{label}" if label else "")))  # fmt: skip
         inputs = []
         for path, _ in names:

@@ -38,6 +38,11 @@ class Table:
     made: dict[str, Any]
 
 
+def files_of(path: Path) -> list[Path]:
+    """What [`write_table`] writes: beside an .npy, its columns as .csv."""
+    return [path, path.with_suffix(".csv")] if path.suffix == ".npy" else [path]
+
+
 def write_table(path: Path, parts: Iterable[Part], shape: tuple[int, ...], made: dict) -> None:
     """Write a table, whole or not at all.
 
@@ -89,7 +94,7 @@ def _write_npy(file: Path, path: Path, parts: Iterable[Part], shape: tuple[int, 
     columns: dict[str, list[np.ndarray]] = {}
     with open(file, "wb") as entry:
         _write_array(entry, parts, shape, columns)
-    names = path.with_suffix(".csv")
+    _, names = files_of(path)
     with open(temporary := names.with_name(f".{names.name}.tmp"), "w", newline="", encoding="utf-8") as table:
         writer = csv.writer(table)
         writer.writerow(columns)

@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForAudioClassification,
     AutoModelForAudioFrameClassification,
     AutoModelForImageClassification,
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 from bridle_hf.cards.arguments import check_publishing
-from bridle_hf.cards.card import write_card
+from bridle_hf.cards.card import kind_of, write_card
 from bridle_hf.cards.publishing import open_repositories, push
 from bridle_hf.common.arguments import make_arguments
 from bridle_hf.common.errors import ArgumentError, RunError, TooManyBadFiles
@@ -260,6 +261,7 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
         ValueError: no model is there, or its weights are not finite.
     """
     config = load_config(args.model)
+    others = kind_of(config) == "classifier" and list(config.id2label.values()) != task.labels.names
     config.id2label = dict(enumerate(task.labels.names))
     config.label2id = {name: number for number, name in config.id2label.items()}
     config.problem_type = f"{task.kind}_classification"
@@ -276,7 +278,12 @@ def load_model(args: FinetuneArguments, training_args: FinetuneTrainingArguments
     if args.from_scratch:
         model = auto_model.from_config(config)
     else:
-        model = load_weights(auto_model, args.model, config=config)
+        if others:
+            logger.info("the classes are not those of the classifier %s: the head is made anew", args.model)
+            model = auto_model.from_config(config)
+            model.bridle.load_state_dict(load_weights(AutoModel, args.model, config=config).state_dict())
+        else:
+            model = load_weights(auto_model, args.model, config=config)
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ValueError(f"--model {args.model}: {name} is not finite: take another checkpoint")

@@ -10,7 +10,7 @@ from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedS
 
 from bridle_hf.common.output_folder import hash_of_names
 from bridle_hf.data.finding import find_asked
-from bridle_hf.data.folds import canonical_split, split_by_groups
+from bridle_hf.data.folds import canonical_split, required, split_by_groups
 from bridle_hf.data.labels import Labels
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
@@ -159,8 +159,9 @@ def _hold_out(samples: list[Sample], args: FinetuneArguments, seed: int) -> tupl
         held_out = [sample for sample in samples if sample.fold in args.eval_fold]
         return rest, held_out, f"fold {', '.join(args.eval_fold)}"
     options = {"n_splits": 1, "test_size": args.validation_fraction, "random_state": seed}
-    labels, groups = [sample.label for sample in samples], [sample.group for sample in samples]
-    if None not in groups:
+    labels = [sample.label for sample in samples]
+    if any(sample.group is not None for sample in samples):
+        groups = [required(sample, "group") for sample in samples]
         chosen = GroupShuffleSplit(**options).split(samples, labels, groups)
     elif None not in labels:
         chosen = StratifiedShuffleSplit(**options).split(samples, labels)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import bridle_hf
 from bridle_hf import commands
-from bridle_hf.cards.card import write_card
+from bridle_hf.cards.card import readdress_card, write_card
 
 
 torch.set_num_threads(1)
@@ -170,3 +170,18 @@ def test_command_line(root, tmp_path):
 )
 def test_the_stand_in_refuses_wrong_metadata(metadata):
     assert metadata_errors(f"---\n{metadata}\n---\n")
+
+
+def test_a_card_that_is_readdressed_keeps_what_it_says(root):
+    """Results that a run.json lacks, and what was written by hand."""
+    path = write_card(root / "base", RUN, RESULTS)
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.replace("## Limits", "## Limits\n\nNot for bats."), encoding="utf-8")
+    readdress_card(path, "org/birds", "apache-2.0")
+    found = path.read_text(encoding="utf-8")
+    wanted = write_card(root / "base", {**RUN, "arguments": {**RUN["arguments"], "license": "apache-2.0"}}, RESULTS,
+                        repo_id="org/birds").read_text(encoding="utf-8")  # fmt: skip
+    assert ModelCard(found).data.to_dict() == ModelCard(wanted).data.to_dict()
+    body, ours = ModelCard(wanted).text, ModelCard(found).text.replace("\n\nNot for bats.", "")
+    before = '"license": "mit"'  # the run's own arguments stay
+    assert ours.replace(before, "") == body.replace('"license": "apache-2.0"', "")

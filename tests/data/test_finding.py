@@ -477,3 +477,13 @@ def test_files_beside_folders_come_in_the_order_of_their_paths_parts(tmp_path):
     seen = [path for path in map(Path, names) if not any(part.startswith(".") for part in path.parts)]
     expected = [str(tmp_path / path) for path in sorted(seen, key=lambda path: path.parts)]
     assert [sample.path for sample in find_samples(str(tmp_path), "audio")] == expected
+
+
+def test_a_label_order_beside_the_data_takes_mids(tmp_path):
+    (tmp_path / "label_order.csv").write_text('index,mid,display_name\n0,/m/x,"Cat, wild"\n1,/m/y,Dog\n')
+    for header, cells in (("label", ["/m/y", "Dog", '"Cat, wild"']), ("labels", ["/m/y;/m/x", "Dog", "/m/x"])):
+        rows = "".join(f"{number}.wav,{cell}\n" for number, cell in enumerate(cells))
+        (tmp_path / "metadata.csv").write_text(f"file_name,{header}\n{rows}")
+        found = [sample.labels or (sample.label,) for sample in find_samples(str(tmp_path), "audio")]
+        several = header == "labels"
+        assert found == [("Dog", "Cat, wild") if several else ("Dog",), ("Dog",), ("Cat, wild",)]

@@ -19,6 +19,7 @@ from helpers.pixels import save_pixel_encoder, write_pixels
 from helpers.sound_files import write_m4a
 from helpers.sounds import save_encoder, write_sounds, write_tones
 from helpers.waiting import DEADLINE
+from safetensors.torch import load_file, save_file
 
 import bridle_hf
 from bridle_hf.commands import main
@@ -191,7 +192,48 @@ def test_other_arguments_do_not_go_on(model, tmp_path, small_parts, monkeypatch)
     Path(data, "class_0", "00b.wav").write_bytes(Path(data, "class_0", "00.wav").read_bytes())
     with pytest.raises(ArgumentError, match="the files"):
         bridle_hf.embed(**options)
-    assert bridle_hf.embed(**options, overwrite=True)["rows"] == 8
+    monkeypatch.setattr(embed_module, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        bridle_hf.embed(**options, overwrite=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(embed_module, "MOST_FILES", 3)
+    shutil.copytree(model, tmp_path / "kept")
+    weights = load_file(f"{model}/model.safetensors")
+    try:
+        changed = {name: value + 0.01 for name, value in weights.items()}
+        save_file(changed, f"{model}/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ArgumentError, match="the weights of --model"):
+            bridle_hf.embed(**options)
+        assert bridle_hf.embed(**options, overwrite=True)["rows"] == 8
+        other = Neighbours(options["output"])
+        assert other.find(f"{data}/class_0/00.wav", 1)[0]["similarity"] == pytest.approx(1.0)
+        with pytest.raises(ValueError, match="was made by other weights than those of"):
+            Neighbours(options["output"], str(tmp_path / "kept"))
+    finally:
+        save_file(weights, f"{model}/model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_csv_that_another_wrote_stays(model, tmp_path):
+    data = write_tones(tmp_path / "data", 3)
+    (tmp_path / "birds.csv").write_text("my notes")
+    with pytest.raises(ArgumentError, match=r"birds\.csv exists: give --overwrite"):
+        bridle_hf.embed(data=data, model=model, output=str(tmp_path / "birds.npy"))
+    assert (tmp_path / "birds.csv").read_text() == "my notes" and not (tmp_path / "birds.npy").exists()
+
+
+def test_ids_are_of_the_folder_however_it_is_spelled(model, tmp_path, monkeypatch):
+    """And of a list, the paths in it; a picture of the neighbours finds them all."""
+    monkeypatch.chdir(tmp_path)
+    write_tones(tmp_path / "d", 3)
+    paths = sorted(str(path) for path in Path("d").rglob("*.wav"))
+    (tmp_path / "list.csv").write_text("\n".join(["file_name", *paths, ""]))
+    for number, data in enumerate(["d", "./d", "d/", "list.csv"]):
+        output = str(tmp_path / f"{number}.npz")
+        bridle_hf.embed(data=data, model=model, output=output)
+        neighbours = Neighbours(output)
+        rows = neighbours.find(paths[0], 2)
+        assert rows[0]["id"] == (paths[0] if data == "list.csv" else paths[0].removeprefix("d/"))
+        neighbours.draw(paths[0], rows)
 
 
 KILLED = """

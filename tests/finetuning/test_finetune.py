@@ -174,6 +174,8 @@ def test_folds_groups_and_fractions():
     assert len(held_out) == 2 and sum(map(int, held_out)) % 2 == 1, "one of each label"
     train, held_out, _, _ = split(samples_of(labels=[("a",), ("a", "b")] * 4), validation_fraction=0.25)
     assert (len(train), len(held_out)) == (6, 2)
+    with pytest.raises(ValueError, match="1 has no group, others have"):
+        split(samples_of(group=["a", None, "b", "b"]), validation_fraction=0.5)
     with pytest.raises(ValueError, match="--eval_fold: no samples of fold 9; the folds are"):
         split(samples, eval_fold=["9"])
     with pytest.raises(ValueError, match="--eval_fold and --eval_group both say what to evaluate on"):
@@ -508,3 +510,22 @@ def test_validation_and_test_split(run, sounds, tmp_path):
     (state,) = (out / "checkpoints").glob("*/trainer_state.json")
     assert json.loads(state.read_text())["best_metric"] == results["evaluation"]["accuracy"], "not the lowest loss"
     assert results["evaluated_on"] == "split validation" and 0 <= results["test"]["accuracy"] <= 1
+
+
+def test_a_classifier_of_other_classes_gives_its_encoder_alone(encoder, sounds, tmp_path):
+    """As many classes or not, in the same order or not: a head is taken over where all are called alike."""
+    saved = BridleForAudioClassification(tiny_config(num_labels=2))
+    saved.config.id2label = {0: "noise", 1: "tone"}
+    saved.save_pretrained(tmp_path / "classifier")
+    shutil.copy(f"{encoder}/preprocessor_config.json", tmp_path / "classifier")
+    for names, same in ((["noise", "tone"], True), (["tone", "noise"], False), (["a", "b", "c"], False)):
+        task = SimpleNamespace(labels=SimpleNamespace(names=names), kind="single_label", of_events=False)
+        args = FinetuneArguments(str(tmp_path / "classifier"), sounds)
+        model, _ = finetune.load_model(args, SimpleNamespace(label_smoothing_factor=0.0), task)
+        assert model.config.id2label == dict(enumerate(names))
+        for name, value in saved.bridle.state_dict().items():
+            assert torch.equal(model.bridle.state_dict()[name], value)
+        head = model.classifier.weight
+        assert head.shape[0] == len(names) and (
+            same == (head.shape[0] == 2 and torch.equal(head, saved.classifier.weight))
+        )

@@ -44,7 +44,7 @@ from bridle_hf.data.labels import class_orders
 from bridle_hf.data.metadata import EVENT_FIELDS
 from bridle_hf.data.modalities import MODALITIES
 from bridle_hf.data.order import Places
-from bridle_hf.data.sample import SKIPPED, Sample
+from bridle_hf.data.sample import SKIPPED, Sample, name_within
 from bridle_hf.data.shards.arguments import ShardArguments
 from bridle_hf.data.shards.entries import index_lines, scan
 from bridle_hf.data.shards.listing import INDEX_NAME
@@ -156,9 +156,7 @@ def mixed_order(samples: Sequence[Sample]) -> np.ndarray:
 
 
 def _row_of(sample: Sample, data: str) -> dict[str, Any]:
-    # However the folder is spelled, as "./notes": samples of a folder are named by its plain path.
-    name = sample.path.removeprefix(data.rstrip("/") + "/").removeprefix(f"{Path(data)}/")
-    row = {"file_name": name}
+    row = {"file_name": name_within(sample.path, data)}
     row |= {name: value for name in COLUMNS if (value := getattr(sample, name)) is not None}
     if sample.events is not None:
         row["events"] = [dict(zip(EVENT_FIELDS, event)) for event in sample.events]
