@@ -8,6 +8,7 @@ run.json, skipped.jsonl and checkpoints/. Of recordings with strong labels (colu
 every time step, and is measured by the F1 of its events.
 """
 
+import inspect
 import json
 import logging
 import time
@@ -42,8 +43,9 @@ from bridle_hf.common.manifest import CheckpointError
 from bridle_hf.common.output_folder import FINETUNING, release, run_record
 from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles
+from bridle_hf.configuration_bridle import FRAME_SHIFT_MS
 from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_errors
-from bridle_hf.data.loaders import Load
+from bridle_hf.data.loaders import Load, VideoLoader
 from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
@@ -160,7 +162,7 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
             if trainer.is_world_process_zero():
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(out)
                 processor.save_pretrained(out)
-                write_outputs(out, run, config.modality, results, seconds)
+                write_outputs(out, run, model.config, results, seconds)
     except (OSError, SafetensorError) as error:  # a full disk is either, by who writes
         raise RunError(f"{error}; mend this (output_dir is {out}), and --resume goes on") from error
     release(lock)
@@ -481,22 +483,38 @@ def resolved_arguments(args: FinetuneArguments, training_args: FinetuneTrainingA
     return json.loads(json.dumps(vars(args) | given, default=str))
 
 
-def write_outputs(out: Path, run: dict[str, Any], modality: str, results: dict[str, Any], seconds: float) -> None:
+def write_outputs(out: Path, run: dict[str, Any], config: Any, results: dict[str, Any], seconds: float) -> None:
     """results.json, run.json and the model card."""
     note = f"epoch: {results['epoch']}"
     if results["views_per_sample"] > 1:
         note += f"; {results['views_per_sample']} views per sample"
+    elif results["metric"] not in EVENT_METRICS:
+        note += _part_measured(config, run["arguments"].get("loader") or {})
     measured = {
         "metric": results["metric"],
         "value": results["evaluation"][results["metric"]],
         "split": results["evaluated_on"],
         "note": note,
     }
-    what = "sound event detection" if results["metric"] in EVENT_METRICS else f"{modality} classification"
+    what = "sound event detection" if results["metric"] in EVENT_METRICS else f"{config.modality} classification"
     run = run | {"seconds": round(seconds, 1), "results": {what: measured}}
     write_json(out / "results.json", results)
     write_json(out / "run.json", run)
     write_card(out, run)
+
+
+def _part_measured(config: Any, loader: dict[str, Any]) -> str:
+    """Of a sample that is longer than the model's input, the part that one view shows; a pipeline shows another."""
+    if config.modality == "audio":
+        seconds = config.max_length * FRAME_SHIFT_MS / 1000
+        return f"; of longer recordings their middle {seconds:.2f} s, where a pipeline hears the beginning"
+    if config.modality == "image" or loader.get("sampling", "stride") != "stride":
+        return ""
+    stride = loader.get("stride", inspect.signature(VideoLoader).parameters["stride"].default)
+    return (
+        f"; {config.num_frames} frames around the middle of each video, {stride} apart, where a pipeline takes those "
+        f"from its beginning, 1 apart but for frame_sampling_rate={stride}"
+    )
 
 
 def result_line(results: dict[str, Any]) -> str:

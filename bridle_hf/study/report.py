@@ -216,7 +216,8 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
         return
     figure = Figure(figsize=(8, 1.2 + 0.28 * len(compared)), dpi=110, layout="constrained")
     ax = figure.subplots()
-    colours = {"above": "tab:green", "below": "tab:red", "equal": "tab:blue", "open": "tab:gray"}
+    colours = {"above": "tab:green", "below": "tab:red", "equal": "tab:blue", "open": "tab:gray",
+               "one seed": "silver"}  # fmt: skip
     for place, row in enumerate(reversed(compared)):
         difference = row["difference"]
         ends = [[100 * (difference.mean - difference.low)], [100 * (difference.high - difference.mean)]]

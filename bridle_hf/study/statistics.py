@@ -65,12 +65,15 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def verdict(difference: Difference, margin: float, p: float | None = None) -> str:
-    """`above`, `below`, `equal` (within the margin) or `open`: what the interval says.
+    """`above`, `below`, `equal` (within the margin) or `open`: what the interval says; or `one seed`, whose luck it
+    does not hold.
 
     Args:
         margin: a difference of less is none worth having.
         p: adjusted; if given, `above` and `below` need it under 1 - `LEVEL`.
     """
+    if len(difference.per_seed) == 1:
+        return "one seed"
     sure = p is None or p < 1 - LEVEL
     if difference.low > 0 and sure:
         return "above"

@@ -529,3 +529,18 @@ def test_a_classifier_of_other_classes_gives_its_encoder_alone(encoder, sounds, 
         assert head.shape[0] == len(names) and (
             same == (head.shape[0] == 2 and torch.equal(head, saved.classifier.weight))
         )
+
+
+@pytest.mark.parametrize(
+    ("modality", "loader", "said"),
+    [
+        ("audio", {}, "of longer recordings their middle 0.32 s"),
+        ("image", {}, ""),
+        ("video", {}, "8 frames around the middle of each video, 4 apart"),
+        ("video", {"stride": 2}, "frame_sampling_rate=2"),
+        ("video", {"sampling": "segments"}, ""),
+    ],
+)
+def test_the_card_says_which_part_was_measured(modality, loader, said):
+    found = finetune._part_measured(BridleConfig(modality=modality, max_length=32, num_frames=8), loader)
+    assert said in found and bool(said) == bool(found)

@@ -78,4 +78,5 @@ def test_verdicts():
         "equal",
         "open",
     ]
+    assert verdict(Difference(0.016, 0.002, 0.03, 0.0, (0.016,)), 0.01, 0.001) == "one seed"
     assert of(0.002, 0.03, p=0.2) == "open" and of(0.002, 0.03, p=0.01) == "above"
