@@ -26,6 +26,7 @@ MIXED, ECHOING, NOISY = 0.25, 0.15, 0.4
 LEVELS_DB, SILENCE_PEAK = (-40.0, -12.0), 0.01
 DRUMS = 128  # the bank of a General MIDI soundfont that holds drum kits
 VOICES = ("awb", "kal16", "rms", "slt")
+SPEECH_NOISE = 0  # seed of the noise in a voice: what is said must not depend on what was said before
 ONSETS = ("b", "d", "f", "g", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "y", "z", "sh", "ch", "th",
           "bl", "br", "dr", "fl", "fr", "gr", "kl", "pl", "pr", "sk", "sl", "sp", "st", "str", "tr")  # fmt: skip
 NUCLEI = ("a", "e", "i", "o", "u", "ai", "ay", "ee", "oa", "oo", "ou", "oy", "ar", "er", "or")
@@ -48,7 +49,8 @@ def make_sounds(cache_dir: str | os.PathLike | None = None, count: int = 16_000,
         RuntimeError: a package cannot be fetched, or the speech synthesizer not be loaded.
     """
     materials = [FLUID, GENERAL, RECORDINGS, FLITE]
-    rules = [SAMPLES, LEAST_SAMPLES, SHORT, KINDS, MIXED, ECHOING, NOISY, LEVELS_DB, VOICES, ONSETS, NUCLEI, CODAS]
+    rules = [SAMPLES, LEAST_SAMPLES, SHORT, KINDS, MIXED, ECHOING, NOISY, LEVELS_DB, VOICES, SPEECH_NOISE, ONSETS,
+             NUCLEI, CODAS]  # fmt: skip
     hashes = [material.package.sha256 for material in materials]
     fluid, general, recordings, flite = (fetched(material.package, cache_dir) / "usr" for material in materials)
 
@@ -274,6 +276,7 @@ def speakers(folder: Path) -> list[Callable[[str], Wave]]:
     flite.flite_text_to_wave.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     flite.delete_wave.argtypes = [ctypes.c_void_p]
     flite.flite_init()
+    noise_of = ctypes.CDLL(None)  # Flite draws the noise of a voice by the C library's `rand`
 
     def speaker(library: ctypes.CDLL, voice: str) -> Callable[[str], Wave]:
         register = getattr(library, f"register_cmu_us_{voice}")
@@ -281,6 +284,7 @@ def speakers(folder: Path) -> list[Callable[[str], Wave]]:
         handle = register(None)
 
         def say(text: str) -> Wave:
+            noise_of.srand(SPEECH_NOISE)
             said = flite.flite_text_to_wave(text.encode(), handle)
             if not said or said.contents.rate != SAMPLING_RATE:
                 raise RuntimeError(f"Flite cannot say {text!r} as {voice} at {SAMPLING_RATE} Hz")
