@@ -226,7 +226,7 @@ def draw(folder: Path, scores: Mapping[str, Mapping[str, Mapping[str, Scores]]],
     ax.set_yticks(range(len(labels)), labels[::-1])
     ax.axvline(0, color="black", linewidth=0.8)
     ax.axvspan(-100 * MARGIN, 100 * MARGIN, color="black", alpha=0.08)
-    ax.set(xlabel="difference (points), 95% interval over seeds and clusters; shaded: the margin")
+    ax.set(xlabel="difference (points)\n95% interval over seeds and clusters\nshaded: the margin")
     ax.grid(axis="x", alpha=0.3)
     write_figure(folder / "differences.png", figure)
 
