@@ -30,7 +30,7 @@ from bridle_hf import (
     BridleVideoProcessor,
     make_image_processor,
 )
-from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader
+from bridle_hf.data.modalities import load_config, load_processor, make_sample_loader, pixel_statistics
 from bridle_hf.data.sample import Sample
 from bridle_hf.image_processing_bridle import fit_channels
 
@@ -248,6 +248,18 @@ def test_make_image_processor():
         make_image_processor(BridleConfig(modality="audio"))
     with pytest.raises(ValueError, match=r"`image_std` is \[0\.5\]: give 3 numbers"):
         make_image_processor(config_of("colour"), image_std=[0.5])
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+@pytest.mark.parametrize("fields", [{}, {"do_normalize": False}])
+def test_a_processor_made_by_the_statistics_of_another_gives_the_same(kind, fields):
+    channels = FOLDERS[kind][1]
+    source = make_image_processor(config_of(kind), [0.4] * channels, [0.3] * channels)
+    source = type(source)(**{**source.to_dict(), **fields})
+    made = make_image_processor(config_of(kind), *map(list, pixel_statistics(source.to_dict(), channels)))
+    pixels = [np.random.default_rng(0).integers(0, 256, (48, 40, channels), dtype=np.uint8)]
+    values = [processor(pixels, return_tensors="pt")["pixel_values"] for processor in (source, made)]
+    torch.testing.assert_close(*values)
 
 
 # --- folders ---

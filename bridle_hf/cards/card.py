@@ -96,12 +96,12 @@ def write_card(
 
 def readdress_card(path: Path, repo_id: str, license: str) -> None:
     """Let a card that is there say where it is pushed to, and the licence; whatever else it says, it keeps."""
-    card = ModelCard.load(path)
+    card, model_name = ModelCard.load(path), repo_id.split("/")[-1]
     card.data.license = license
     if card.data.eval_results:
-        card.data.model_name = repo_id.split("/")[-1]
+        card.data.model_name = model_name
     lines = {
-        r"# \S+": f"# {repo_id.split('/')[-1]}",
+        r"# \S+": f"# {model_name}",
         r'name = ".*"': f'name = "{repo_id}"',
         r"Weights: .*\.": f"Weights: {license}.",
     }

@@ -192,18 +192,18 @@ def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
         found = events.setdefault(row["file_name"], [])
         if any(cell not in (None, "") for cell in cells):  # else nothing sounds in the recording
             found.append(_event(f"{table}, line {line}", *cells))
-    return [
-        (line, row | {"events": [dict(zip(EVENT_FIELDS, event)) for event in sorted(events[name])]})
-        for name, (line, row) in files.items()
-    ]
+    return [(line, row | {"events": tuple(sorted(events[name]))}) for name, (line, row) in files.items()]
 
 
 def _events_of(where: str, found: Any) -> tuple[tuple[float, float, str], ...] | None:
-    """The events of a file, in order; None where a row's `events` are something else.
+    """The events of a file, in order, also where [`_with_events`] has them ready; None where a row's `events` are
+    something else.
 
     Raises:
         ValueError: times or labels that are none.
     """
+    if isinstance(found, tuple):
+        return found
     are_events = isinstance(found, list) and all(
         isinstance(event, dict) and event.keys() == set(EVENT_FIELDS) for event in found
     )

@@ -1,7 +1,7 @@
 """Modalities: the table of what each brings to the data, and what makes loaders and processors by it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,22 @@ def load_weights(
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith(unneeded)):
         raise ValueError(f"{model}: {len(missing)} weights are missing, as {missing[0]}: it is not whole")
     return loaded
+
+
+def pixel_statistics(settings: Mapping[str, Any], channels: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of the channels of pixels in 0..1, that a saved processor of pictures normalises with.
+
+    Raises:
+        ValueError: it does something else; the message lacks whose it is.
+    """
+    if not settings.get("do_rescale", True) or abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise ValueError("has a processor that does not bring pixels to 0..1, as ours does")
+    mean, std = [0.0] * channels, [1.0] * channels
+    if settings.get("do_normalize", True):
+        mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not mean or not std or len(mean) != channels or len(std) != channels:
+        raise ValueError(f"has a processor with image_mean {mean} and image_std {std}, for {channels} channels")
+    return mean, std
 
 
 def load_processor(folder: str | Path, config: BridleConfig) -> Any:

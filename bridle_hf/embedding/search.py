@@ -45,7 +45,8 @@ class Neighbours:
         shape = self.embedder.shape(layers=self.layers, pooling=self.made["pooling"])
         if shape != found.values.shape[1:]:
             raise ValueError(f"{table} has embeddings {found.values.shape[1:]}, the model gives {shape}")
-        if self.made.get("weights", weights := self.embedder.hash_of_weights()) != weights:
+        # Tables of before do not say.
+        if "weights" in self.made and self.made["weights"] != self.embedder.hash_of_weights():
             raise ValueError(f"{table} was made by other weights than those of {self.model}: make it anew")
         self._rows = torch.from_numpy(found.values).flatten(1)
 

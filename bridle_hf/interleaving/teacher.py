@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 from bridle_hf import BridleConfig
 from bridle_hf.common.errors import one_line
 from bridle_hf.configuration_bridle import check_layers
-from bridle_hf.data.modalities import load_weights, read_config
+from bridle_hf.data.modalities import load_weights, pixel_statistics, read_config
 from bridle_hf.patching_bridle import patch_grid_of
 
 
@@ -96,14 +96,10 @@ class Teacher(nn.Module):
         settings = json.loads(Path(found).read_text(encoding="utf-8"))
         if self.config.modality == "audio":
             return self._statistics_of_audio(settings)
-        if not settings.get("do_rescale", True) or abs(settings.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
-            raise self._refused("has a processor that does not bring pixels to 0..1, as ours does")
-        channels = self.config.num_channels
-        mean, std = [0.0] * channels, [1.0] * channels
-        if settings.get("do_normalize", True):
-            mean, std = settings.get("image_mean"), settings.get("image_std")
-        if not mean or not std or len(mean) != channels or len(std) != channels:
-            raise self._refused(f"has a processor with image_mean {mean} and image_std {std}, for {channels} channels")
+        try:
+            mean, std = pixel_statistics(settings, self.config.num_channels)
+        except ValueError as error:
+            raise self._refused(str(error)) from error
         return torch.tensor(mean), torch.tensor(std)
 
     def _statistics_of_audio(self, settings: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,7 +35,13 @@ from bridle_hf.data.batches import (
 from bridle_hf.data.finding import find_asked
 from bridle_hf.data.loaders import MixtureLoader
 from bridle_hf.data.masked_loader import MaskedLoader
-from bridle_hf.data.modalities import load_processor, load_weights, make_processor, make_sample_loader
+from bridle_hf.data.modalities import (
+    load_processor,
+    load_weights,
+    make_processor,
+    make_sample_loader,
+    pixel_statistics,
+)
 from bridle_hf.data.normalization import measure_normalization
 from bridle_hf.data.sample import spread
 from bridle_hf.interleaving.interleaving import Interleaving
@@ -208,12 +214,11 @@ class Run:
         known = load_processor(model, self.encoder_config)
         if self.args.modality == "audio":
             return {name: getattr(known, name) for name in ("mean", "std", "sampling_rate", "do_normalize")}
-        if not known.do_rescale or abs(known.rescale_factor - 1 / 255) > 1e-6:
-            raise ValueError(f"{model}: its processor does not bring pixels to 0..1, as ours does")
-        if not known.do_normalize:
-            channels = len(known.image_mean)
-            return {"image_mean": [0.0] * channels, "image_std": [1.0] * channels}
-        return {"image_mean": list(known.image_mean), "image_std": list(known.image_std)}
+        try:
+            mean, std = pixel_statistics(known.to_dict(), self.encoder_config.num_channels)
+        except ValueError as error:
+            raise ValueError(f"{model} {error}") from error
+        return {"image_mean": list(mean), "image_std": list(std)}
 
     def _measure_normalization(self) -> None:
         """On rank 0, for all."""
