@@ -6,6 +6,9 @@ a path, torchaudio for another rate, and mono, and hears the first seconds alone
 resamples with soxr, and can go through a long recording window by window. Those for pictures and videos decode
 whatever they are given, be it gigabytes, and leave videos as they were filmed, not upright. Of a model that classifies
 every time step, the one for audio tells the events.
+
+Of what is longer than the model's input, transformers' take the beginning; ours take the middle, as loaders do when a
+model is evaluated: so a card's figure is that of the pipeline.
 """
 
 import base64
@@ -26,9 +29,11 @@ from transformers.image_utils import is_pil_image
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .audio_decoding_bridle import read_blocks
+from .audio_decoding_bridle import open_sound, read_blocks
 from .audio_windows_bridle import (
     array_blocks,
+    check_rate,
+    crop_bounds,
     cut_windows,
     find_events,
     frame_shift,
@@ -37,8 +42,8 @@ from .audio_windows_bridle import (
     seconds_per_step,
     stitch_steps,
 )
-from .feature_extraction_bridle import num_frames
-from .pixel_decoding_bridle import open_video, read_image
+from .feature_extraction_bridle import num_frames, num_samples
+from .pixel_decoding_bridle import open_video, read_image, segment_indices, stride_indices
 
 
 logger = logging.get_logger(__name__)
@@ -84,8 +89,8 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
     """
     Audio classification with `BridleForAudioClassification`, or `BridleForAudioFrameClassification`.
 
-    Of a recording longer than the model's input, the beginning is classified, as in transformers, with a warning; or,
-    with `return_timeline`, all of it, in windows that overlap: its scores are their mean, each window counting for the
+    Of a recording longer than the model's input, the middle is classified, as in evaluation, with a warning; or, with
+    `return_timeline`, all of it, in windows that overlap: its scores are their mean, each window counting for the
     time that is nearest to its middle. Of a model that classifies every time step, the score of a recording is the
     highest of its steps, and the timeline tells the steps. For a model of another kind, this makes transformers' own
     pipeline.
@@ -150,27 +155,20 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         return preprocess, {}, postprocess
 
     def preprocess(self, inputs: Any, overlap: float = 0.25, whole: bool = False) -> Iterator[dict[str, Any]]:
-        """The windows of a recording as model input, each with its first and last second; the first alone unless
-        `whole`."""
-        extractor = self.feature_extractor
-        rate = extractor.sampling_rate
+        """The windows of a recording as model input, each with its first and last second; unless `whole`, one of its
+        middle, counted from its own beginning."""
+        extractor, config = self.feature_extractor, self.model.config
+        rate, length = extractor.sampling_rate, config.max_length  # the extractor's own length may be another
         name, media = _named(inputs, "audio")
         try:
-            source_rate, blocks = _open(media, rate)
-            windows = cut_windows(
-                mono_blocks(blocks, source_rate, rate, extractor.downmix), self.model.config, rate, overlap
-            )
+            source_rate, blocks = _open(media, rate) if whole else _open_middle(media, rate, length)
+            windows = cut_windows(mono_blocks(blocks, source_rate, rate, extractor.downmix), config, rate, overlap)
             before = None
             for start, waveform in windows:
-                if before is not None and not whole:
-                    logger.warning_once(
-                        f"Of recordings longer than {before['span'][1]:.2f} s, the beginning is classified; "
-                        "`return_timeline=True` goes through all of them."
-                    )
-                    break
                 if before is not None:
+                    if not whole:  # the last frame may be one too many, in another rate
+                        break
                     yield {**before, "is_last": False}
-                length = self.model.config.max_length  # the extractor's own may be another
                 inputs = extractor([waveform], sampling_rate=rate, max_length=length, return_tensors="pt")
                 if self.dtype is not None:
                     inputs = inputs.to(dtype=self.dtype)
@@ -289,7 +287,8 @@ class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipe
     Video classification with `BridleForVideoClassification`, with the arguments and answers of transformers' own.
 
     Videos are read as loaders read them, upright and frame by frame: see [`open_video`] for what is refused; of one
-    that is too short, the last frame is repeated. For a model of another kind, this makes transformers' own pipeline.
+    that is too short, the last frame is repeated. Which frames are taken, the model's config says (`frame_sampling`,
+    `frame_stride`). For a model of another kind, this makes transformers' own pipeline.
     """
 
     stock = VideoClassificationPipeline
@@ -305,7 +304,8 @@ class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipe
             function_to_apply (`str`, *optional*): `"softmax"`, `"sigmoid"` or `"none"`; what fits the model's
                 `problem_type` if not given.
             num_frames (`int`, *optional*): Frames that the model sees; the config's if not given.
-            frame_sampling_rate (`int`, *optional*, defaults to 1): Every how many frames of the video one is taken.
+            frame_sampling_rate (`int`, *optional*): Every how many frames around the middle of the video one is
+                taken; what the config says if not given.
             batch_size (`int`, *optional*): Videos that are run together.
 
         Returns:
@@ -316,18 +316,19 @@ class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipe
         """
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int = 1) -> BatchFeature:
-        """The frames from the beginning of a video as model input."""
-        if self.video_processor is not None:
-            return super().preprocess(video, num_frames, frame_sampling_rate)
-        num_frames = num_frames or self.model.config.num_frames
-        chosen = np.linspace(0, num_frames * frame_sampling_rate - 1, num=num_frames, dtype=np.int64)
+    def preprocess(
+        self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None
+    ) -> BatchFeature:
+        """Frames of a video as model input."""
+        if frame_sampling_rate is not None and frame_sampling_rate < 1:
+            raise ValueError(f"`frame_sampling_rate` is {frame_sampling_rate}: at least 1")
         name, media = _named(video, "video")
         try:
             media = _fetched(media)
             if not isinstance(media, str | bytes):
                 raise ValueError(f"is a {type(media).__name__}: give a path, URL or bytes")
             with open_video(media) as opened:
+                chosen = self._choose(opened.total, num_frames or self.model.config.num_frames, frame_sampling_rate)
                 views = opened.read(np.minimum(chosen, opened.total - 1), self._view)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
@@ -336,9 +337,17 @@ class BridleVideoClassificationPipeline(_BridlePipeline, VideoClassificationPipe
     def postprocess(self, model_outputs: Any, top_k: int = 5, function_to_apply: str | None = None) -> Any:
         return super().postprocess(model_outputs, top_k, function_to_apply or self._fitting_function())
 
+    def _choose(self, total: int, num_frames: int, stride: int | None) -> np.ndarray:
+        config = self.model.config
+        if stride is None and config.frame_sampling == "segments":
+            return segment_indices(total, num_frames, 0.5)
+        return stride_indices(total, num_frames, stride or config.frame_stride, 0.5)
+
     def _view(self, frame: np.ndarray) -> np.ndarray:
         """(height, width, 3) to (3, height, width) of the model's input."""
-        inputs = self.image_processor([frame], return_tensors="np", input_data_format="channels_last")
+        # By remote code, transformers takes our processor for one of videos, else for one of images.
+        process = self.image_processor if self.video_processor is None else self.video_processor
+        inputs = process([frame], return_tensors="np", input_data_format="channels_last")
         return inputs["pixel_values"].reshape(inputs["pixel_values"].shape[-3:])
 
 
@@ -391,6 +400,29 @@ def _open(media: Any, rate: int) -> tuple[float, Iterator[np.ndarray]]:
     if isinstance(media, np.ndarray | torch.Tensor):
         return rate, array_blocks(media)
     raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, array or mapping")
+
+
+def _open_middle(media: Any, rate: int, length: int) -> tuple[float, list[np.ndarray]]:
+    """[`_open`], of the middle `length` frames alone."""
+    media = _fetched(media)
+    if isinstance(media, str | bytes):
+        with open_sound(media) as sound:
+            return sound.rate, list(sound.blocks(*_middle(sound.length, sound.rate, length)))
+    source_rate, blocks = _open(media, rate)
+    check_rate(source_rate)
+    waveform = np.concatenate(list(blocks))
+    start, count = _middle(len(waveform), source_rate, length)
+    return source_rate, [waveform[start : start + count]]
+
+
+def _middle(samples: int, rate: float, length: int) -> tuple[int, int]:
+    start, count = crop_bounds(samples, num_samples(length, rate))
+    if start:
+        logger.warning_once(
+            f"Of recordings longer than {count / rate:.2f} s, the middle is classified; `return_timeline=True` goes "
+            "through all of them."
+        )
+    return start, count
 
 
 __all__ = [

@@ -262,8 +262,23 @@ class _Video:
             yield array
 
 
+def stride_indices(total: int, num_frames: int, stride: int, position: float) -> np.ndarray:
+    """Every `stride`-th frame, (num_frames,) int64; `position` in [0, 1] says where the clip lies in the video.
+
+    A video that is too short gives indices behind its end.
+    """
+    spare = max(total - (num_frames - 1) * stride - 1, 0)
+    return min(int(position * (spare + 1)), spare) + stride * np.arange(num_frames)
+
+
+def segment_indices(total: int, num_frames: int, positions: float | np.ndarray) -> np.ndarray:
+    """One frame of each of `num_frames` equal parts of the video, (num_frames,) int64; `positions` within each
+    part."""
+    return np.minimum((np.arange(num_frames) + positions) * total / num_frames, total - 1).astype(np.int64)
+
+
 def _source(media: str | bytes) -> str | io.BytesIO:
     return io.BytesIO(media) if isinstance(media, bytes) else media
 
 
-__all__ = ["open_video", "read_image"]
+__all__ = ["open_video", "read_image", "segment_indices", "stride_indices"]

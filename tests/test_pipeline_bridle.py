@@ -35,6 +35,8 @@ from transformers import (
 
 import bridle_hf
 from bridle_hf.audio_windows_bridle import patch_times
+from bridle_hf.data.modalities import make_sample_loader
+from bridle_hf.data.sample import Sample
 
 
 RATE = 16000
@@ -199,10 +201,26 @@ def test_long_recordings_go_by_windows(classify):
             total[entry["label"]] += entry["score"] * (last - first) / 5
     for entry in found["labels"]:
         assert entry["score"] == pytest.approx(total[entry["label"]], abs=1e-5)
-    # Without it, the beginning alone, as in transformers.
-    assert_near(classify(clip, top_k=None), timeline[0]["labels"], 1e-6)
     with pytest.raises(ValueError, match="`overlap` is 1"):
         classify(clip, overlap=1)
+
+
+@pytest.mark.parametrize(("suffix", "rate"), [("wav", RATE), ("flac", 44_100), ("mp3", 22_050), ("m4a", 48_000)])
+def test_of_long_recordings_the_part_that_evaluation_hears(classify, tmp_path, suffix, rate):
+    path = tmp_path / f"long.{suffix}"
+    if suffix == "m4a":
+        write_m4a(path, sound(5, rate, 2).T, rate)
+    else:
+        soundfile.write(path, sound(5, rate, 2), rate)
+    inputs = make_sample_loader(classify.model.config, classify.feature_extractor)(Sample(str(path)))
+    with torch.no_grad():
+        scores = classify.model(inputs["input_values"][None], inputs["attention_mask"][None]).logits.softmax(-1)[0]
+    for form in (path, path.read_bytes()):
+        found = {entry["label"]: entry["score"] for entry in classify(form, top_k=None)}
+        np.testing.assert_allclose([found[name] for name in LABELS["label2id"]], scores, atol=1e-5)
+    if suffix == "flac":
+        samples, _ = soundfile.read(path, dtype="float32", always_2d=True)
+        assert_near(classify({"array": samples.T, "sampling_rate": rate}), classify(path), 1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -303,7 +321,7 @@ def pixels(request, tmp_path_factory):
     """Modality, files of it, our pipeline for a model, and transformers' own for the same."""
     modality, folder = request.param, tmp_path_factory.mktemp("pixels")
     torch.manual_seed(0)
-    sizes = {"image_size": 32, "patch_size": 8, "num_frames": 4, "num_labels": 7}
+    sizes = {"image_size": 32, "patch_size": 8, "num_frames": 4, "frame_stride": 1, "num_labels": 7}
     config = bridle_hf.BridleConfig(**{**SIZES, **sizes}, modality=modality)
     model = getattr(bridle_hf, f"BridleFor{modality.title()}Classification")(config).eval()
     for parameter in model.parameters():  # so that pictures tell, in a model that has learned nothing
@@ -318,7 +336,7 @@ def pixels(request, tmp_path_factory):
             noise = np.random.default_rng(index).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
             Image.fromarray(noise).save(path)
         else:
-            write_video(path, 20 + index, size)
+            write_video(path, 4, size)  # of more, transformers' own takes the beginning
         files.append(str(path))
     return modality, files, classify, stock
 
@@ -332,8 +350,6 @@ def test_pictures_and_videos_as_transformers_takes_them(pixels):
         {"top_k": 99},
         *({"function_to_apply": name} for name in ("softmax", "sigmoid", "none")),
     ]
-    if modality == "video":
-        options += [{"num_frames": 8}, {"frame_sampling_rate": 3}, {"num_frames": 2, "frame_sampling_rate": 5}]
     for path in files:
         for kwargs in options:
             assert_near(classify(path, **kwargs), stock(path, **kwargs), 1e-5)
@@ -387,7 +403,7 @@ def test_pictures_and_videos_that_cannot_be_read_are_named(pixels, tmp_path):
         (str(tmp_path / "a.bin"), r"a\.bin: cannot be decoded"),
         (str(tmp_path / "b.bin"), r"b\.bin: no such file"),
         (b"nothing", f"{noun}: cannot be decoded"),
-        (content[: len(content) // 2], f"{noun}: (cannot be decoded|is truncated)"),
+        (content[: len(content) // 2], f"{noun}: (cannot be decoded|is truncated|holds no video)"),
         ({"path": "c.bin", "bytes": b"nothing"}, r"c\.bin: cannot be decoded"),
         ({"size": 3}, "give `raw` and `sampling_rate`, `bytes` or `path`"),
         (5, f"{noun}: is a int"),
@@ -423,9 +439,33 @@ def test_videos_come_upright_and_short_ones_repeat_their_last_frame(pixels, tmp_
 
     upright, short = write_video(tmp_path / "upright.mp4", 8), write_video(tmp_path / "short.mp4", 3)
     turned = write_video(tmp_path / "turned.mp4", 8, rotation=90)
-    assert_near(classify(upright), answer(frames_of(upright)[:4]), 1e-5)
-    assert_near(classify(turned), answer(np.rot90(frames_of(upright)[:4], axes=(1, 2))), 1e-5)
+    assert_near(classify(upright), answer(frames_of(upright)[2:6]), 1e-5)
+    assert_near(classify(turned), answer(np.rot90(frames_of(upright)[2:6], axes=(1, 2))), 1e-5)
     assert_near(classify(short), answer(frames_of(short)[[0, 1, 2, 2]]), 1e-5)
+
+
+@pytest.mark.parametrize("pixels", ["video"], indirect=True)
+@pytest.mark.parametrize("sampling", ["stride", "segments"])
+def test_of_long_videos_the_frames_that_evaluation_sees(pixels, tmp_path, sampling):
+    _, _, classify, _ = pixels
+    path = write_video(tmp_path / "long.mp4", 30)
+
+    def wanted(**options) -> list[dict]:
+        inputs = make_sample_loader(classify.model.config, classify.image_processor, options)(Sample(path))
+        with torch.no_grad():
+            logits = classify.model(inputs["pixel_values_videos"][None]).logits
+        return classify.postprocess(type(classify.model).output_class(logits=logits))
+
+    kept = classify.model.config.to_dict()
+    try:
+        classify.model.config.frame_sampling, classify.model.config.frame_stride = sampling, 3
+        assert_near(classify(path), wanted(), 1e-5)
+        assert_near(classify(path, frame_sampling_rate=7), wanted(stride=7, sampling="stride"), 1e-5)
+        with pytest.raises(ValueError, match="`frame_sampling_rate` is 0"):
+            classify(path, frame_sampling_rate=0)
+    finally:
+        for name in ("frame_sampling", "frame_stride"):
+            setattr(classify.model.config, name, kept[name])
 
 
 @pytest.mark.parametrize("modality", STOCK)

@@ -15,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from bridle_hf.audio_windows_bridle import crop_bounds
 from bridle_hf.common.errors import MediaError
 from bridle_hf.data.decoding import open_video, read_audio, read_image, resample
 from bridle_hf.data.sample import Sample
 from bridle_hf.feature_extraction_bridle import num_samples
 from bridle_hf.image_processing_bridle import fit_channels
+from bridle_hf.pixel_decoding_bridle import segment_indices, stride_indices
 
 
 # Aspect ratios of random crops, those of He et al. and of everyone since.
@@ -108,7 +110,7 @@ class AudioLoader:
                 self._keep(key, (waveform, rate), waveform.nbytes)
         else:
             waveform, rate = self._cache[key]
-        start, count = _crop(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
+        start, count = crop_bounds(waveform.shape[-1], num_samples(self.max_frames, rate), rng)
         return waveform[:, start : start + count], rate, (first + start) / rate
 
     def mixed(
@@ -151,7 +153,7 @@ class AudioLoader:
             nonlocal first, is_whole
             wanted = num_samples(self.max_frames, rate)
             is_whole = samples <= 2 * wanted
-            first, count = (0, samples) if is_whole else _crop(samples, wanted, rng)
+            first, count = (0, samples) if is_whole else crop_bounds(samples, wanted, rng)
             return first, count
 
         waveform, rate = read_audio(sample.media(), sample.path, crop)
@@ -159,7 +161,7 @@ class AudioLoader:
 
     def fit(self, features: torch.Tensor, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         """Model input of (frames, num_mel_bins): cropped, see `read`, or padded to `max_frames`."""
-        start, count = _crop(len(features), self.max_frames, rng)
+        start, count = crop_bounds(len(features), self.max_frames, rng)
         input_values = features.new_zeros(self.max_frames, features.shape[1])
         input_values[:count] = features[start : start + count]
         attention_mask = torch.zeros(self.max_frames, dtype=torch.int64)
@@ -201,30 +203,7 @@ class MixtureLoader:
             return self.load(sample, rng)
 
 
-def _crop(length: int, wanted: int, rng: np.random.Generator | None) -> tuple[int, int]:
-    """(start, count) of at most `wanted` of `length`: at random, or the middle where there is no `rng`."""
-    spare = length - wanted
-    if spare <= 0:
-        return 0, length
-    return (spare // 2 if rng is None else int(rng.integers(spare + 1))), wanted
-
-
 # --- Images and video ---
-
-
-def stride_indices(total: int, num_frames: int, stride: int, position: float) -> np.ndarray:
-    """Every `stride`-th frame, (num_frames,) int64; `position` in [0, 1] says where the clip lies in the video.
-
-    A video that is too short gives indices behind its end.
-    """
-    spare = max(total - (num_frames - 1) * stride - 1, 0)
-    return min(int(position * (spare + 1)), spare) + stride * np.arange(num_frames)
-
-
-def segment_indices(total: int, num_frames: int, positions: float | np.ndarray) -> np.ndarray:
-    """One frame of each of `num_frames` equal parts of the video, (num_frames,) int64; `positions` within each
-    part."""
-    return np.minimum((np.arange(num_frames) + positions) * total / num_frames, total - 1).astype(np.int64)
 
 
 class _PixelLoader:
@@ -360,7 +339,7 @@ class VideoLoader(_PixelLoader):
         num_frames: frames of a clip.
         stride: frames of the video from one frame of the clip to the next.
         sampling: "stride", or "segments": one frame of each of `num_frames` equal parts of the whole video, `stride`
-            being ignored.
+            being ignored. [`make_sample_loader`] takes both from the model's config.
         short: what to do with a video that has fewer frames than a clip needs: "repeat" its last, or "skip" it as a
             bad file.
         augment: random crop and flip in training (needs kornia).

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Modality:
     loader: type  # reads a sample into model input
     sizes: Callable[[BridleConfig], dict[str, int]]  # arguments of the loader that the model decides
     auto_processor: type  # opens a saved processor
+    kept: Mapping[str, str] = field(default_factory=dict)  # options of the loader that the model keeps, and as what
 
 
 MODALITIES = {
@@ -54,6 +55,7 @@ MODALITIES = {
         VideoLoader,
         lambda config: {"num_frames": config.num_frames},
         BridleVideoProcessor,  # of older folders, too, which name VideoMAE's
+        {"stride": "frame_stride", "sampling": "frame_sampling"},
     ),
 }  # fmt: skip
 
@@ -71,6 +73,7 @@ def make_sample_loader(
         config: of the model; gives the modality and the sizes.
         processor: of the model.
         options: further arguments of the modality's loader by name, as {"stride": 2, "flip": False}; audio has none.
+            What the model keeps of them is taken from its config where they do not name it.
         augment: random views in training.
         cache_bytes: memory for decoded inputs, per process that loads.
 
@@ -78,7 +81,7 @@ def make_sample_loader(
         ValueError: an option that the loader does not have, or of a wrong type or value.
     """
     modality = MODALITIES[config.modality]
-    sizes, options = modality.sizes(config), options or {}
+    sizes, options = modality.sizes(config), dict(options or {})
     _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
     given = {*sizes, "augment", "cache_bytes"}
     defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
@@ -88,7 +91,21 @@ def make_sample_loader(
         kinds = int | float if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"loader.{name} is {value!r}: expected a value like {default!r}")
+    options = {name: getattr(config, kept) for name, kept in modality.kept.items()} | options
     return modality.loader(processor, **sizes, **options, augment=augment, cache_bytes=cache_bytes)
+
+
+def kept_options(modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a model's config that keep what `make_sample_loader` is told by `options`, so that whatever reads for
+    the model later reads as its training did."""
+    return {kept: options[name] for name, kept in MODALITIES[modality].kept.items() if name in options}
+
+
+def frames_seen(config: BridleConfig) -> str:
+    """What a video model sees of a video, in words."""
+    if config.frame_sampling == "segments":
+        return f"one frame of each of {config.num_frames} equal parts of a video"
+    return f"{config.num_frames} frames around the middle of a video, {config.frame_stride} apart"
 
 
 def make_processor(config: BridleConfig, fields: Mapping[str, Any] | None = None) -> Any:

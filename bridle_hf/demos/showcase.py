@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoModelForPreTraining, pipeline
 
 from bridle_hf.cards.card import kind_of
 from bridle_hf.common.errors import one_line
-from bridle_hf.data.modalities import load_processor, load_weights, read_config
+from bridle_hf.data.modalities import frames_seen, load_processor, load_weights, make_sample_loader, read_config
+from bridle_hf.data.sample import Sample
 from bridle_hf.embedding.search import Neighbours
-from bridle_hf.embedding.windows import make_reader
 from bridle_hf.masking_bridle import make_mask
-from bridle_hf.patching_bridle import patch_grid_of
+from bridle_hf.patching_bridle import INPUT_NAMES, patch_grid_of
 from bridle_hf.visualization_bridle import (
     plot_codes,
     plot_inputs,
@@ -107,8 +107,7 @@ class Showcase:
             if modality != self.config.modality:
                 raise ValueError(f"{embeddings} is of {modality}, but the models are of {self.config.modality}")
         processor = load_processor(first, self.config)
-        # Frames of a video as the pipeline takes them: from its beginning, one after the other.
-        self._read = make_reader(self.config, processor, overlap=0.25, stride=1)
+        self._load = make_sample_loader(self.config, processor)  # of what is long, the middle, as of the pipeline
         self._rate = {"sampling_rate": processor.sampling_rate} if self.config.modality == "audio" else {}
         predicts = self.encoder is not None and self.encoder.config.target == "codes"
         self._predicts = predicts and self.tokenizer is not None
@@ -141,10 +140,7 @@ class Showcase:
         found, file = Findings(), os.fspath(file)
         name = os.path.basename(file)
         try:
-            windows = self._read(file)
-            values = next(windows).values
-            if next(windows, None) is not None:
-                found.notes.append(self._of_the_beginning(len(values)))
+            values = self._read(found, file)
             if self.classify is not None:
                 self._add_classes(found, file)
             if self.neighbours is not None:
@@ -156,15 +152,19 @@ class Showcase:
         found.pictures = {kind: found.pictures[kind] for kind in self.pictures if kind in found.pictures}
         return found
 
-    def _of_the_beginning(self, length: int) -> str:
-        """What is told of the first frames of a recording or video alone."""
+    def _read(self, found: Findings, file: str) -> torch.Tensor:
+        """Model input without its batch dimension; it is noted what part of the file is in it."""
+        if self.config.modality == "audio":
+            waveform, rate, start = self._load.read_at(Sample(file))
+            if start:
+                classes = "" if self.classify is None else "; classes are those of all of it"
+                end = start + waveform.shape[-1] / rate
+                found.notes.append(f"Pictures of the recording show its seconds {start:.2f} to {end:.2f}{classes}.")
+            return self._load.features(waveform, rate)[: self.config.max_length]
         if self.config.modality == "video":
-            return (
-                f"{'Pictures' if self.classify is None else 'Classes and pictures'} are of the first {length} frames."
-            )
-        seconds = length * self.config.seconds_per_frame / self.config.patch_shape[1]
-        classes = "" if self.classify is None else "; classes are those of all of it"
-        return f"Pictures of the recording show its first {seconds:.2f} s{classes}."
+            what = "Pictures" if self.classify is None else "Classes and pictures"
+            found.notes.append(f"{what} are of {frames_seen(self.config)}.")
+        return self._load(Sample(file))[INPUT_NAMES[self.config.modality]]
 
     def _add_classes(self, found: Findings, file: str) -> None:
         if self.config.modality == "audio":

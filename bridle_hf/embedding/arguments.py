@@ -37,7 +37,10 @@ class EmbedArguments:
         default=None, metadata={"help": "full-size windows in a batch (default: 4 on a CPU, 64 on a GPU)"}
     )
     overlap: float = field(default=0.25, metadata={"help": "fraction of a window that the next one shares"})
-    stride: int = field(default=4, metadata={"help": "frames of a video from one that the model sees to the next"})
+    stride: int | None = field(
+        default=None,
+        metadata={"help": "frames of a video from one that the model sees to the next (default: the model's)"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "write the table anew"})
 
 

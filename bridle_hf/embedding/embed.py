@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def run_embedding(args: EmbedArguments) -> dict[str, Any]:
         embedder = Embedder.from_pretrained(
             args.model, state.device, batch_size=args.batch_size, overlap=args.overlap, stride=args.stride
         )
+        args = replace(args, stride=embedder.stride)
         shape = embedder.shape(args.level, layers, args.pooling)
         plan = _plan(args, samples, embedder)
         if state.is_main_process:

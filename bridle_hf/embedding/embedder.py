@@ -89,7 +89,7 @@ class Embedder:
         device: where the model runs.
         batch_size: full-size windows in a batch, and of shorter ones more; 4 on a CPU and 64 elsewhere if not given.
         overlap: fraction of a window that the next one of a long recording or video shares, from 0 to under 1.
-        stride: frames of a video from one that the model sees to the next.
+        stride: frames of a video from one that the model sees to the next; the config's `frame_stride` if not given.
 
     Raises:
         ValueError: an argument out of its range.
@@ -102,7 +102,7 @@ class Embedder:
         device: Any = None,
         batch_size: int | None = None,
         overlap: float = 0.25,
-        stride: int = 4,
+        stride: int | None = None,
     ):
         self.model = (model if device is None else model.to(device)).eval()
         self.config = model.config
@@ -110,7 +110,8 @@ class Embedder:
         if self.batch_size < 1:
             raise ValueError(f"batch_size {batch_size}: at least 1")
         self.sampling_rate = getattr(processor, "sampling_rate", None)  # Hz, of audio
-        self._read = make_reader(self.config, processor, overlap, stride)
+        self.stride = self.config.frame_stride if stride is None else stride
+        self._read = make_reader(self.config, processor, overlap, self.stride)
 
     def hash_of_weights(self) -> str:
         """What tells this model's embeddings from those of another of the same sizes."""

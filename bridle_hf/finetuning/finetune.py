@@ -8,7 +8,6 @@ run.json, skipped.jsonl and checkpoints/. Of recordings with strong labels (colu
 every time step, and is measured by the F1 of its events.
 """
 
-import inspect
 import json
 import logging
 import time
@@ -45,8 +44,15 @@ from bridle_hf.common.signals import StopRequest
 from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.configuration_bridle import FRAME_SHIFT_MS
 from bridle_hf.data.batches import collate, iterate_eval, loader_errors_as_os_errors
-from bridle_hf.data.loaders import Load, VideoLoader
-from bridle_hf.data.modalities import load_config, load_processor, load_weights, make_sample_loader
+from bridle_hf.data.loaders import Load
+from bridle_hf.data.modalities import (
+    frames_seen,
+    kept_options,
+    load_config,
+    load_processor,
+    load_weights,
+    make_sample_loader,
+)
 from bridle_hf.data.sample import Sample
 from bridle_hf.finetuning.arguments import FinetuneArguments
 from bridle_hf.finetuning.augmentation import FULL_LENGTH_FRAMES, RAND_AUGMENT_MAX, TRAINING_LOADERS, TrainingLoader
@@ -329,7 +335,7 @@ class Loaders:
 
 
 def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Task) -> Loaders:
-    """The loaders that the arguments ask for.
+    """The loaders that the arguments ask for; what the model keeps of their options is written into its config.
 
     Raises:
         ValueError: arguments that the modality's loader does not take.
@@ -338,6 +344,8 @@ def make_loaders(args: FinetuneArguments, config: Any, processor: Any, task: Tas
         make_sample_loader(config, processor, args.loader, augment, args.cache_mb << 20)
         for augment in (False, args.augment)
     )
+    for name, value in kept_options(config.modality, args.loader).items():
+        setattr(config, name, value)
     if task.of_events:
         events = EventLoader(load, config, task.labels.names, args)
         return Loaders(events, events, events)
@@ -489,7 +497,7 @@ def write_outputs(out: Path, run: dict[str, Any], config: Any, results: dict[str
     if results["views_per_sample"] > 1:
         note += f"; {results['views_per_sample']} views per sample"
     elif results["metric"] not in EVENT_METRICS:
-        note += _part_measured(config, run["arguments"].get("loader") or {})
+        note += _part_measured(config)
     measured = {
         "metric": results["metric"],
         "value": results["evaluation"][results["metric"]],
@@ -503,18 +511,14 @@ def write_outputs(out: Path, run: dict[str, Any], config: Any, results: dict[str
     write_card(out, run)
 
 
-def _part_measured(config: Any, loader: dict[str, Any]) -> str:
-    """Of a sample that is longer than the model's input, the part that one view shows; a pipeline shows another."""
+def _part_measured(config: Any) -> str:
+    """Of a sample that is longer than the model's input, the part that one view shows."""
     if config.modality == "audio":
         seconds = config.max_length * FRAME_SHIFT_MS / 1000
-        return f"; of longer recordings their middle {seconds:.2f} s, where a pipeline hears the beginning"
-    if config.modality == "image" or loader.get("sampling", "stride") != "stride":
+        return f"; of longer recordings their middle {seconds:.2f} s"
+    if config.modality == "image":
         return ""
-    stride = loader.get("stride", inspect.signature(VideoLoader).parameters["stride"].default)
-    return (
-        f"; {config.num_frames} frames around the middle of each video, {stride} apart, where a pipeline takes those "
-        f"from its beginning, 1 apart but for frame_sampling_rate={stride}"
-    )
+    return f"; {frames_seen(config)}"
 
 
 def result_line(results: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from bridle_hf import BridleConfig, BridleTokenizerConfig
 from bridle_hf.common.arguments import check_name
 from bridle_hf.configuration_bridle import BridleEncoderConfig, check_layers
-from bridle_hf.data.modalities import load_config
+from bridle_hf.data.modalities import kept_options, load_config
 from bridle_hf.interleaving.codebook_initialization import kmeans_config
 from bridle_hf.interleaving.interleaving import first_tokenizer_config, taught_tokenizer_config
 from bridle_hf.interleaving.schedule import Schedule
@@ -22,7 +22,7 @@ _SIZES = (
     "qkv_bias", "key_bias", "use_class_token", "final_layernorm", "patch_size", "tubelet_size", "num_channels",
     "position_embedding_type",
 )  # fmt: skip
-_GRID = ("image_size", "num_frames", "max_length", "num_mel_bins")
+_GRID = ("image_size", "num_frames", "frame_sampling", "frame_stride", "max_length", "num_mel_bins")
 # The same of a tokenizer: whose weights have shapes by it, or whose codes would be others.
 _OF_TOKENIZER = (
     *_SIZES, "num_mel_bins", "code_dim", "num_codebooks", "codebook_size", "independent_codebooks",
@@ -42,6 +42,9 @@ def make_configs(args: PretrainArguments) -> tuple[BridleConfig, BridleTokenizer
             than the one that it shall start from.
     """
     fields, coded = {"modality": args.modality, **args.encoder}, None
+    for name, value in kept_options(args.modality, args.loader).items():
+        if fields.setdefault(name, value) != value:
+            raise ValueError(f"encoder.{name} is {fields[name]}, but the loader's is {value}: give one of them")
     if args.tokenizer_from:
         coded = load_config(args.tokenizer_from, "--tokenizer_from", kind="tokenizer")
         if coded.tokenizer_type == "kmeans":

@@ -99,6 +99,15 @@ def test_pretraining_recipes_parse_and_build(path):
     assert schedule.total_steps > 0 and encoder.patch_grid == tokenizer.patch_grid
 
 
+def test_the_models_keep_how_frames_are_taken():
+    for model in make_configs(parse(RECIPES / "video_demo.yaml")):
+        assert (model.frame_stride, model.frame_sampling) == (1, "stride")
+    encoder, _ = make_configs(parse(RECIPES / "video_demo.yaml", "--loader", "{sampling: segments}"))
+    assert (encoder.frame_stride, encoder.frame_sampling) == (4, "segments")
+    with pytest.raises(ValueError, match=r"encoder\.frame_stride is 2, but the loader's is 1"):
+        make_configs(parse(RECIPES / "video_demo.yaml", "--encoder.frame_stride", "2"))
+
+
 @pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - set(PRETRAINING)), ids=lambda path: path.stem)
 def test_fine_tuning_recipes_parse(path):
     finetune = pytest.importorskip("bridle_hf.finetuning.finetune")

@@ -97,7 +97,7 @@ def test_a_long_recording_and_one_of_time_steps(tmp_path):
     showcase = Showcase(str(tmp_path / "steps"))
     assert showcase.pictures == ["input", "timeline"]
     found = showcase.look(write_tone(tmp_path / "long.wav", seconds=2.0))
-    assert found.notes == ["Pictures of the recording show its first 0.48 s; classes are those of all of it."]
+    assert found.notes == ["Pictures of the recording show its seconds 0.75 to 1.25; classes are those of all of it."]
     assert set(found.classes) == set(names.values())
     assert found.pictures["timeline"].axes[0].get_xlim()[1] == pytest.approx(2.0, abs=0.2)
     assert showcase.look(write_tone(tmp_path / "short.wav", seconds=0.3)).notes == []

@@ -291,6 +291,8 @@ def test_videos(rng, tmp_path):
     embedder = Embedder(BridleModel(config), processor, overlap=0.5, stride=2)
     video = rng.integers(256, size=(19, 32, 32, 3), dtype=np.uint8)
     frames = embedder.embed((video, 10), level="frame")
+    kept = Embedder(BridleModel(pixel_config("video", frame_stride=2)), processor)
+    assert kept.stride == 2 and Embedder(embedder.model, processor).stride == 4
     # Every second frame of 19 is ten, and one repeated to fill the last tubelet.
     seen = np.minimum(2 * np.arange(10), 18)
     starts, tokens = range(0, 7, 2), []

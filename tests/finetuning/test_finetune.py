@@ -269,6 +269,7 @@ def test_pixels_to_pipeline(run, pixels, tmp_path, rng):
 def check_views(out, data, measured):
     """The last evaluation, once more and by hand."""
     model = AutoModelForVideoClassification.from_pretrained(out).eval()
+    assert model.config.frame_stride == 1
     load = VideoLoader(load_processor(out, model.config), num_frames=4, stride=1)
     losses, hits = [], []
     for label, name in enumerate(("bright", "dark")):
@@ -532,15 +533,15 @@ def test_a_classifier_of_other_classes_gives_its_encoder_alone(encoder, sounds, 
 
 
 @pytest.mark.parametrize(
-    ("modality", "loader", "said"),
+    ("modality", "fields", "said"),
     [
         ("audio", {}, "of longer recordings their middle 0.32 s"),
         ("image", {}, ""),
-        ("video", {}, "8 frames around the middle of each video, 4 apart"),
-        ("video", {"stride": 2}, "frame_sampling_rate=2"),
-        ("video", {"sampling": "segments"}, ""),
+        ("video", {}, "8 frames around the middle of a video, 4 apart"),
+        ("video", {"frame_stride": 2}, "2 apart"),
+        ("video", {"frame_sampling": "segments"}, "one frame of each of 8 equal parts of a video"),
     ],
 )
-def test_the_card_says_which_part_was_measured(modality, loader, said):
-    found = finetune._part_measured(BridleConfig(modality=modality, max_length=32, num_frames=8), loader)
+def test_the_card_says_which_part_was_measured(modality, fields, said):
+    found = finetune._part_measured(BridleConfig(modality=modality, max_length=32, num_frames=8, **fields))
     assert said in found and bool(said) == bool(found)

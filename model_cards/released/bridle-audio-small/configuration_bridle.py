@@ -108,6 +108,11 @@ class BridleEncoderConfig(PreTrainedConfig):
             Channels of images and video; audio has 1.
         num_frames (`int`, *optional*, defaults to 16):
             Frames of a video clip.
+        frame_sampling (`str`, *optional*, defaults to `"stride"`):
+            Which frames of a video the model sees, of loaders and of the pipeline: `"stride"`, every
+            `frame_stride`-th around its middle, or `"segments"`, one of each of `num_frames` equal parts of it.
+        frame_stride (`int`, *optional*, defaults to 4):
+            Frames of a video from one that the model sees to the next, with `frame_sampling="stride"`.
         tubelet_size (`int`, *optional*, defaults to 2):
             Frames of video that one patch spans.
         use_class_token (`bool`, *optional*, defaults to `None`):
@@ -146,6 +151,8 @@ class BridleEncoderConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     num_channels: int | None = None
     num_frames: int = 16
+    frame_sampling: Literal["stride", "segments"] = "stride"
+    frame_stride: int = 4
     tubelet_size: int = 2
     use_class_token: bool | None = None
     qkv_bias: bool = True
@@ -163,7 +170,7 @@ class BridleEncoderConfig(PreTrainedConfig):
         """Refuse sizes that cannot be built, naming the field."""
         self._check_sizes(
             "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size", "patch_size",
-            "tubelet_size", "num_channels", "max_length", "num_mel_bins", "num_frames", "image_size",
+            "tubelet_size", "num_channels", "max_length", "num_mel_bins", "num_frames", "frame_stride", "image_size",
         )  # fmt: skip
         if self.modality == "audio" and self.num_channels != 1:
             raise ValueError(f"`num_channels` is {self.num_channels}; log-mel spectrograms of audio have 1")

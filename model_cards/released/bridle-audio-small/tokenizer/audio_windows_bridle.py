@@ -50,6 +50,12 @@ def array_blocks(waveform: Any) -> Iterator[np.ndarray]:
         yield waveform[:, start : start + BLOCK].T
 
 
+def check_rate(rate: float) -> None:
+    """Raise a `ValueError` for a sampling rate in Hz that is none."""
+    if not rate >= MIN_RATE:
+        raise ValueError(f"has a sampling rate of {rate} Hz")
+
+
 def mono_blocks(
     blocks: Iterable[np.ndarray], source_rate: float, rate: int, downmix: bool = True
 ) -> Iterator[np.ndarray]:
@@ -59,8 +65,7 @@ def mono_blocks(
         ValueError: several channels without `downmix`; a rate that is none; samples that are not finite; none at all.
         ImportError: the rates differ and soxr is not installed.
     """
-    if not source_rate >= MIN_RATE:
-        raise ValueError(f"has a sampling rate of {source_rate} Hz")
+    check_rate(source_rate)
     resample = _identity if source_rate == rate else _Resampler(source_rate, rate)
     count = 0
     for block in blocks:
@@ -92,6 +97,14 @@ class _Resampler:
 
 
 # --- Windows and times ---
+
+
+def crop_bounds(length: int, wanted: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
+    """(start, count) of at most `wanted` of `length`: at random, or the middle where there is no `rng`."""
+    spare = length - wanted
+    if spare <= 0:
+        return 0, length
+    return (spare // 2 if rng is None else int(rng.integers(spare + 1))), wanted
 
 
 def cut_windows(
