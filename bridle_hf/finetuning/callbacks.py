@@ -1,5 +1,6 @@
-"""Callbacks of fine-tuning: stop at a signal, save where a run can go on, skip steps that are not finite."""
+"""Callbacks of fine-tuning: stop at a signal, save where a run can go on, skip non-finite steps, take time."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,22 @@ class SkipNonFinite(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.recent.check_whole_run(self.skipped_steps, state.global_step)
+
+
+class Clock(TrainerCallback, ExportableState):
+    """How long training has taken, in all sessions of a run as far as its checkpoints know of them."""
+
+    def __init__(self):
+        self.before, self.started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Go on where the checkpoint has been; those of older versions do not say."""
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, {"args": {}, "attributes": {"seconds": 0.0}})
+        self.before, self.started = saved["attributes"]["seconds"], time.monotonic()

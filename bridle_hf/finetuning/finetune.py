@@ -10,7 +10,6 @@ every time step, and is measured by the F1 of its events.
 
 import json
 import logging
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -157,11 +156,10 @@ def run_finetuning(args: FinetuneArguments, training_args: FinetuneTrainingArgum
     except (ValueError, OSError, TooManyBadFiles, CheckpointError) as error:
         # Everything up to here is about arguments and data: one line says what is wrong.
         raise ArgumentError(str(error)) from error
-    started = time.monotonic()
     results = None
     try:
         if train(trainer, checkpoint):
-            seconds = time.monotonic() - started
+            seconds = trainer.clock.seconds
             if adapters is not None:
                 adapters.merge_and_unload()
             results = evaluate(trainer, task, loaders.final, args.eval_clips * args.eval_crops)

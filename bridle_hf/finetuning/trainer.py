@@ -24,7 +24,7 @@ from bridle_hf.common.skipped import SkippedFiles
 from bridle_hf.data.batches import DrawDataset
 from bridle_hf.data.loaders import Load, VideoLoader
 from bridle_hf.data.sample import Sample
-from bridle_hf.finetuning.callbacks import SkipNonFinite, StopAndResume
+from bridle_hf.finetuning.callbacks import Clock, SkipNonFinite, StopAndResume
 from bridle_hf.finetuning.checkpoints import path_of, remove_old
 
 
@@ -144,8 +144,9 @@ class FinetuneTrainer(Trainer):
         self.batch_files: list[str] = []  # of the step at hand, as far as this process has them
         self.stop_and_resume = StopAndResume(self, stop)
         self.skip_non_finite = SkipNonFinite(self)
-        self.add_callback(self.stop_and_resume)
-        self.add_callback(self.skip_non_finite)
+        self.clock = Clock()
+        for callback in (self.stop_and_resume, self.skip_non_finite, self.clock):
+            self.add_callback(callback)
         # The model takes any keyword (for its attention), which the Trainer reads as "divides its loss by itself".
         self.model_accepts_loss_kwargs = False
         # The Trainer would remove checkpoints before the newest is whole, and the newest in the end.

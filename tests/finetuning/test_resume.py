@@ -1,5 +1,6 @@
 """Fine-tuning that is killed, told to stop or resumed with something else: nothing lost, nothing wrong in silence."""
 
+import itertools
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from helpers.sounds import save_encoder, write_sounds
 from safetensors.torch import load_file, save_file
 
 from bridle_hf.common.errors import ArgumentError, RunError
+from bridle_hf.finetuning import callbacks
 from bridle_hf.finetuning.callbacks import SkipNonFinite
 from bridle_hf.finetuning.checkpoints import list_checkpoints
 
@@ -159,6 +162,21 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
     if not finished:
         run(encoder, sounds, out, resume=True, **options)
     assert_same(out, expected)
+
+
+def test_the_seconds_of_a_run_are_those_of_all_its_sessions(encoder, sounds, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for step, tick in ((5, 1000), (None, 1)):  # seconds that pass from one look at the clock to the next
+        with monkeypatch.context() as patch:
+            patch.setattr(callbacks, "time", SimpleNamespace(monotonic=itertools.count(step=tick).__next__))
+            if step is not None:
+                interrupt_at(patch, step, "SIGTERM")
+            run(encoder, sounds, out, resume=step is None)
+        if step is not None:
+            (state,) = out.glob("checkpoints/checkpoint-6/trainer_state.json")
+            seconds = json.loads(state.read_text())["stateful_callbacks"]["Clock"]["attributes"]["seconds"]
+            assert seconds >= 1000
+    assert seconds < json.loads((out / "run.json").read_text())["seconds"] < seconds + 1000
 
 
 # What may not change
