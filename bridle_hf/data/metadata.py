@@ -7,11 +7,12 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridle_hf.common.tables import Rows, clean, read_table
+from bridle_hf.common.tables import Row, Rows, clean, iterate_table, read_table
 from bridle_hf.data.folds import are_splits, canonical_split, split_of
 from bridle_hf.data.labels import LABEL_ORDER, read_label_order
 from bridle_hf.data.sample import Sample, Source, garbage_left
@@ -66,42 +67,40 @@ def sample_of_row(
     source: Source | None = None,
     class_order: tuple[str, ...] | None = None,
 ) -> Sample:
-    label, labels, found = None, None, row.get(columns.label)
-    events = _events_of(path, row.get("events"))
-    if events is not None:
-        labels = tuple(sorted({name for _, _, name in events}))
-    elif columns.label == "labels" or isinstance(found, list | tuple):
-        names = (found or "").split(";") if isinstance(found, str | None) else found
-        names = names if isinstance(names, list | tuple) else [names]
-        labels = tuple(name for name in map(clean, names) if name) or None
-    elif found is not None:
-        label = _cell(found)
-    split, fold, group = row.get("split"), row.get("fold"), row.get(columns.group)
+    get, labels, events = row.get, None, None
+    label_column, group_column, _ = columns
+    found = get(label_column)
+    if "events" in row and (events := _events_of(path, row["events"])) is not None:
+        label, labels = None, tuple(sorted({name for _, _, name in events}))
+    elif label_column == "labels" or isinstance(found, list | tuple):
+        label, labels = None, _labels_of_cell(found)
+    else:
+        label = None if found is None else _cell(str(found))
+    split, fold, group = get("split"), get("fold"), get(group_column)
     return Sample(
         path, label, labels,
-        None if split is None else _split_of_cell(split),
-        None if fold is None else _cell(fold),
-        None if group is None else _cell(group),
+        None if split is None else _split_of_cell(str(split)),
+        None if fold is None else _cell(str(fold)),
+        None if group is None else _cell(str(group)),
         source, class_order, events,
     )  # fmt: skip
 
 
-def _cell(value: Any) -> str | None:
-    return _cleaned(value) if isinstance(value, str) else clean(value) or None
+def _labels_of_cell(value: Any) -> tuple[str, ...] | None:
+    names = (value or "").split(";") if isinstance(value, str | None) else value
+    names = names if isinstance(names, list | tuple) else [names]
+    return tuple(name for name in map(clean, names) if name) or None
 
 
 # Most cells say one of few things, which are cleaned, and kept, once.
-@lru_cache(maxsize=4096)
-def _cleaned(value: str) -> str | None:
+@lru_cache(maxsize=1 << 16)
+def _cell(value: str) -> str | None:
     return clean(value) or None
 
 
-def _split_of_cell(value: Any) -> str | None:
-    name = _cell(value)
-    return None if name is None else _canonical(name)
-
-
-_canonical = lru_cache(maxsize=256)(canonical_split)
+@lru_cache(maxsize=256)
+def _split_of_cell(value: str) -> str | None:
+    return canonical_split(name) if (name := clean(value)) else None
 
 
 # --- metadata.csv, metadata.jsonl ---
@@ -125,24 +124,16 @@ def metadata_samples(folder: Path, tables: Sequence[str], columns: Columns, file
     places = {os.path.dirname(table) for table, _, _ in used} - {""}
     are_splits({_split_part(place) or place for place in places}, folder)
     for table, found, rows in used:
-        place = os.path.dirname(table)
         own = columns.among(found, folder / table)
-        splits = {} if "split" in found else _splits_by_folder(place, rows)
         if {"onset", "offset"} <= set(found):
             logger.info("%s: strong labels, by its columns onset and offset", folder / table)
             rows = _with_events(folder / table, rows, own)
-        paths = _paths_of_names(folder / place, [row["file_name"] for _, row in rows])
-        for (line, row), path in zip(rows, paths):
-            normal = _normal(path)
-            if normal in listed:
-                first = _first_place(folder, used, normal)
-                raise ValueError(
-                    f"{folder / table}, line {line}: {row['file_name']!r} is listed before, at {first}: one row for "
-                    'each file; several labels of a file go into a column `labels`, as "dog;rain"'
-                )
-            listed.add(normal)
-            sample = sample_of_row(path, row | {"split": splits[line]} if splits else row, own, None, order)
-            samples.append(_by_names(sample, spelled) if spelled else sample)
+        of_table = _samples_of_table(folder / table, os.path.dirname(table), found, rows, own, order)
+        paths = {_normal(sample.path) for sample in of_table}
+        if len(paths) < len(of_table) or not paths.isdisjoint(listed):
+            _refuse_twice([folder / name for name, _, _ in used])
+        listed |= paths
+        samples += [_by_names(sample, spelled) for sample in of_table] if spelled else of_table
     covered = tuple(f"{place}{os.sep}" for place in places)
     missing = [name for name in files if places and not name.startswith(covered)]
     missing = [name for name in missing if _normal(str(folder / name)) not in listed]
@@ -164,17 +155,43 @@ def _by_names(sample: Sample, spelled: Mapping[str, str]) -> Sample:
     )
 
 
-def _first_place(folder: Path, used: Sequence[tuple[str, list[str], Rows]], normal: str) -> str:
-    """Table and line of the first row with the file of this path."""
-    for table, _, rows in used:
-        paths = _paths_of_names((folder / table).parent, [row["file_name"] for _, row in rows])
-        for (line, _), path in zip(rows, paths):
-            if _normal(path) == normal:
-                return f"{folder / table}, line {line}"
-    raise KeyError(normal)
+def _samples_of_table(
+    table: Path, in_folder: str, found: Collection[str], rows: Iterable[Row], columns: Columns, order: Any
+) -> list[Sample]:
+    """The samples of the rows of a table, which lies in the folder `in_folder` of the data ("": in it itself)."""
+    samples, names, folder, prefixes = [], [], table.parent, {}
+    for line, row in rows:
+        name = row.get("file_name")
+        if not name or not isinstance(name, str):
+            raise _without_name(table, line)
+        path = _path_of_name(folder, name, prefixes)
+        samples.append(sample_of_row(path, row, columns, None, order))
+        if "split" not in found:
+            names.append(name)
+    if "split" not in found:
+        for sample, split in zip(samples, _splits_by_folder(in_folder, names)):
+            sample.split = split
+    return samples
 
 
-def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
+def _refuse_twice(tables: Sequence[Path]) -> None:
+    """Raise a `ValueError` that says which file is listed more than once, and where."""
+    places: dict[str, tuple[Path, int, str]] = {}
+    for table in tables:
+        columns, rows = read_table(table)
+        of_events = {"onset", "offset"} <= set(columns)  # there, several rows name a file
+        for line, row in rows:
+            name = row["file_name"]
+            normal = _normal(_path_of_name(table.parent, name, {}))
+            before, at, other = places.setdefault(normal, (table, line, name))
+            if (before, at) != (table, line) and not (of_events and (before, other) == (table, name)):
+                raise ValueError(
+                    f"{table}, line {line}: {name!r} is listed before, at {before}, line {at}: one row for each file; "
+                    'several labels of a file go into a column `labels`, as "dog;rain"'
+                )
+
+
+def _with_events(table: Path, rows: Iterable[Row], columns: Columns) -> Rows:
     """Of a table with a row for each event (onset, offset, label), a row for each file, with its `events`.
 
     Raises:
@@ -185,11 +202,14 @@ def _with_events(table: Path, rows: Rows, columns: Columns) -> Rows:
     of_event = ("onset", "offset", columns.label)
     for line, row in rows:
         own = {name: value for name, value in row.items() if name not in of_event}
-        first, kept = files.setdefault(row["file_name"], (line, own))
+        name = row.get("file_name")
+        if not name or not isinstance(name, str):
+            raise _without_name(table, line)
+        first, kept = files.setdefault(name, (line, own))
         if own != kept:
             raise ValueError(f"{table}, line {line}: split, fold or group is not that of line {first}, the same file")
         cells = [row.get(name) for name in of_event]
-        found = events.setdefault(row["file_name"], [])
+        found = events.setdefault(name, [])
         if any(cell not in (None, "") for cell in cells):  # else nothing sounds in the recording
             found.append(_event(f"{table}, line {line}", *cells))
     return [(line, row | {"events": tuple(sorted(events[name]))}) for name, (line, row) in files.items()]
@@ -222,25 +242,23 @@ def _event(where: str, onset: Any, offset: Any, label: Any) -> tuple[float, floa
     return onset, offset, clean(label)
 
 
-def _paths_of_names(folder: Path, names: Iterable[str]) -> Iterator[str]:
-    """`folder / name` of each, as a string; what folders make of it is made out once for each."""
-    prefixes: dict[str, str] = {}
-    for name in names:
-        last = name.rpartition("/")[2]
-        if "\\" in name or last in ("", "."):
-            yield _path_of_name(folder, name)
-            continue
-        place = name[: len(name) - len(last)]
-        if place not in prefixes:
-            prefixes[place] = str(folder / place / "_")[:-1]
-        yield prefixes[place] + last
+def _without_name(table: Path, line: int) -> ValueError:
+    return ValueError(f"{table}, line {line}: file_name is empty")
 
 
-def _path_of_name(folder: Path, name: str) -> str:
-    path = folder / name
-    if "\\" in name and not path.exists():  # written on Windows
-        path = folder / name.replace("\\", "/")
-    return str(path)
+def _path_of_name(folder: Path, name: str, prefixes: dict[str, str]) -> str:
+    """`folder / name`, as a string; what folders make of it is made out once for each, and kept in `prefixes`."""
+    cut = name.rfind("/") + 1
+    place, last = name[:cut], name[cut:]
+    if "\\" in name or last in ("", "."):
+        path = folder / name
+        if "\\" in name and not path.exists():  # written on Windows
+            path = folder / name.replace("\\", "/")
+        return str(path)
+    prefix = prefixes.get(place)
+    if prefix is None:
+        prefix = prefixes[place] = str(folder / place / "_")[:-1]
+    return prefix + last
 
 
 def _normal(path: str) -> str:
@@ -248,33 +266,35 @@ def _normal(path: str) -> str:
     return os.path.normpath(path) if ".." in path else path
 
 
-def _splits_by_folder(place: str, rows: Rows) -> dict[int, str]:
-    """By line: the split of the folder that the table is in, else of the first folder of each file; {} if none is."""
-    if place:
-        part = _split_part(place)
-        return {line: split_of(part) for line, _ in rows} if part else {}
-    places = [row["file_name"].replace("\\", "/").rpartition("/")[0] for _, row in rows]
+def _splits_by_folder(in_folder: str, names: Sequence[str]) -> list[str]:
+    """Of each file the split of the folder that its table is in, else of its own first folder; [] if none is one."""
+    if in_folder:
+        part = _split_part(in_folder)
+        return [split_of(part)] * len(names) if part else []
+    places = [name.replace("\\", "/").rpartition("/")[0] for name in names]
     splits = {place: split_of(os.path.normpath(place).split("/")[0]) if place else None for place in set(places)}
-    return {line: splits[place] for (line, _), place in zip(rows, places)} if all(splits.values()) else {}
+    return [splits[place] for place in places] if all(splits.values()) else []
 
 
 def _split_part(place: str) -> str | None:
     return next((part for part in place.split(os.sep) if split_of(part)), None)
 
 
-def _read_tables(folder: Path, tables: Sequence[str]) -> Iterator[tuple[str, list[str], Rows]]:
-    """Name, columns and rows of each table of samples; ValueError for two in a folder."""
+def _read_tables(folder: Path, tables: Sequence[str]) -> Iterator[tuple[str, list[str], Iterable[Row]]]:
+    """Name, columns and rows of each table of samples; ValueError for two in a folder.
+
+    The rows of a single table are read as they are asked for; several would be open all at once.
+    """
     places = [os.path.dirname(table) for table in tables]
     for place in places:
         if places.count(place) > 1:
             raise ValueError(f"{folder / place}: has both {' and '.join(METADATA_NAMES)}: keep one of them")
     for table in tables:
-        names, rows = read_table(folder / table)
-        if "file_name" in names and rows:
-            for line, row in rows:
-                if not isinstance(row.get("file_name"), str) or not row["file_name"]:
-                    raise ValueError(f"{folder / table}, line {line}: file_name is empty")
-            yield table, list(dict.fromkeys(names)), rows
+        names, rows = iterate_table(folder / table)
+        first = next(rows, None)
+        if "file_name" in names and first is not None:
+            rows = chain([first], rows)
+            yield table, list(dict.fromkeys(names)), rows if len(tables) == 1 else list(rows)
         elif os.path.dirname(table):
             logger.warning("%s: lists no file_name: not used; the columns are %s", folder / table, names)
         elif "file_name" in names:

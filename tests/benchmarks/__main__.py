@@ -22,8 +22,8 @@ from harness import Row, table
 
 FOLDER = Path(__file__).parent
 BENCHMARKS = (
-    "quantization", "feature_extraction", "video_loader", "embedding", "models", "steps", "padding", "shortcuts",
-    "recipes",
+    "quantization", "feature_extraction", "video_loader", "embedding", "listing", "models", "steps", "padding",
+    "shortcuts", "recipes",
 )  # fmt: skip
 
 
