@@ -16,7 +16,7 @@ LOWEST_TESTS = $(wildcard tests/test_*_bridle*.py) tests/test_auto_classes.py te
 	tests/pretraining/test_checkpointing.py tests/pretraining/test_dry_run.py tests/cards
 
 .PHONY: help install install-demo install-serve demo release test test-all test-serve test-quantization test-lowest bench profile docs \
-	tutorials figures lint format clean
+	tutorials figures released-code lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +61,9 @@ tutorials: install ## run the tutorials and write their notebooks anew, in minut
 
 figures: install ## draw the pictures of docs/how.md anew, in minutes
 	$(RUN) docs/building/draw_how.py
+
+released-code: ## copy the model files anew beside the released weights, which load by these copies too
+	for copy in $$(find model_cards/released -name "*.py"); do cp bridle_hf/$$(basename $$copy) $$copy; done
 
 lint: install ## ruff: lint and format, without changing anything
 	$(RUN) -m ruff check .
