@@ -60,7 +60,7 @@ def _csv_parts(file: Iterable[str]) -> Iterator[Any]:
     for cells in reader:
         if len(cells) == width:  # as most have
             row = dict(zip(columns, map(strip, cells)))
-            if any(row.values()):
+            if any(row.values()) or any(map(strip, cells)):  # of columns without a name, a row keeps one
                 yield reader.line_num, row
             continue
         cells = list(map(strip, cells))

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from bridle_hf.audio_windows_bridle import crop_bounds
+from bridle_hf.audio_windows_bridle import crop_bounds, fit_features, whole_or_crop
 from bridle_hf.common.errors import MediaError
 from bridle_hf.data.decoding import open_video, read_audio, read_image, resample
 from bridle_hf.data.sample import Sample
@@ -151,9 +151,8 @@ class AudioLoader:
 
         def crop(samples: int, rate: int) -> tuple[int, int]:
             nonlocal first, is_whole
-            wanted = num_samples(self.max_frames, rate)
-            is_whole = samples <= 2 * wanted
-            first, count = (0, samples) if is_whole else crop_bounds(samples, wanted, rng)
+            first, count = whole_or_crop(samples, num_samples(self.max_frames, rate), rng)
+            is_whole = count == samples
             return first, count
 
         waveform, rate = read_audio(sample.media(), sample.path, crop)
@@ -161,12 +160,7 @@ class AudioLoader:
 
     def fit(self, features: torch.Tensor, rng: np.random.Generator | None = None) -> dict[str, torch.Tensor]:
         """Model input of (frames, num_mel_bins): cropped, see `read`, or padded to `max_frames`."""
-        start, count = crop_bounds(len(features), self.max_frames, rng)
-        input_values = features.new_zeros(self.max_frames, features.shape[1])
-        input_values[:count] = features[start : start + count]
-        attention_mask = torch.zeros(self.max_frames, dtype=torch.int64)
-        attention_mask[:count] = 1
-        return {"input_values": input_values, "attention_mask": attention_mask}
+        return fit_features(features, self.max_frames, rng)
 
     def _keep(self, key: tuple[str, str], value: Any, size: int) -> None:
         if size <= self._free_bytes:

@@ -82,6 +82,15 @@ def make_sample_loader(
     """
     modality = MODALITIES[config.modality]
     sizes, options = modality.sizes(config), dict(options or {})
+    check_options(config.modality, options)
+    kept = {name: getattr(config, field) for name, field in modality.kept.items()}
+    return modality.loader(processor, **sizes, **(kept | _settled(options)), augment=augment, cache_bytes=cache_bytes)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for options that the loader of a modality does not have, or of a wrong type."""
+    modality = MODALITIES[name]
+    sizes = modality.sizes(BridleConfig(modality=name))
     _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
     given = {*sizes, "augment", "cache_bytes"}
     defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
@@ -91,13 +100,22 @@ def make_sample_loader(
         kinds = int | float if isinstance(default, float) else type(default)
         if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
             raise ValueError(f"loader.{name} is {value!r}: expected a value like {default!r}")
-    options = {name: getattr(config, kept) for name, kept in modality.kept.items()} | options
-    return modality.loader(processor, **sizes, **options, augment=augment, cache_bytes=cache_bytes)
+
+
+def _settled(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A stride that is named asks for frames by it, however a model has taken them before."""
+    return {"sampling": "stride", **options} if "stride" in options else dict(options)
 
 
 def kept_options(modality: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a model's config that keep what `make_sample_loader` is told by `options`, so that whatever reads for
-    the model later reads as its training did."""
+    the model later reads as its training did.
+
+    Raises:
+        ValueError: see [`check_options`].
+    """
+    check_options(modality, options)
+    options = _settled(options)
     return {kept: options[name] for name, kept in MODALITIES[modality].kept.items() if name in options}
 
 

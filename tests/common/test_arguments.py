@@ -104,6 +104,8 @@ def test_the_models_keep_how_frames_are_taken():
         assert (model.frame_stride, model.frame_sampling) == (1, "stride")
     encoder, _ = make_configs(parse(RECIPES / "video_demo.yaml", "--loader", "{sampling: segments}"))
     assert (encoder.frame_stride, encoder.frame_sampling) == (4, "segments")
+    with pytest.raises(ValueError, match=r"loader\.stride is 'x': expected a value like 4"):
+        make_configs(parse(RECIPES / "video_demo.yaml", "--loader.stride", "x"))
     with pytest.raises(ValueError, match=r"encoder\.frame_stride is 2, but the loader's is 1"):
         make_configs(parse(RECIPES / "video_demo.yaml", "--encoder.frame_stride", "2"))
 

@@ -133,6 +133,7 @@ def test_multi_label_metadata(tmp_path):
         (("file", "label"), ("a.wav", "x"), {}, r"no column file_name; the columns are \['file', 'label'\]"),
         (("file_name",), ("",), {}, "line 2: file_name is empty|lists no files"),
         (("file_name", "label"), ("", "x"), {}, "line 2: file_name is empty"),
+        (("file_name", "", ""), ("", "x", ""), {}, "line 2: file_name is empty"),
         (("file_name", "label", "labels"), ("a.wav", "x", "x"), {}, "both columns label and labels"),
         (("file_name",), ("a.wav",), {"label_column": "key"}, "no column 'key' for the labels"),
         (("file_name",), ("a.wav",), {"group_column": "voice"}, "no column 'voice' for the groups"),

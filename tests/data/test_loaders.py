@@ -574,8 +574,8 @@ def test_views_of_a_video_with_one_key_frame_decode_it_once(tmp_path, monkeypatc
 # --- what scripts use: any modality ---
 
 
-def config_of(modality):
-    return BridleConfig(modality=modality, image_size=32, max_length=64, num_mel_bins=32, **SIZES)
+def config_of(modality, **fields):
+    return BridleConfig(modality=modality, image_size=32, max_length=64, num_mel_bins=32, **SIZES, **fields)
 
 
 def test_processors_and_loaders_of_any_modality(modality, tmp_path):
@@ -604,6 +604,9 @@ def write_sound(path):
 def test_options_of_loaders():
     load = make_sample_loader(config_of("video"), processor("video"), {"stride": 2, "short": "skip", "min_crop": 1})
     assert (load.num_frames, load.stride, load.short) == (4, 2, "skip")
+    of_segments = config_of("video", frame_sampling="segments")
+    assert make_sample_loader(of_segments, processor("video")).sampling == "segments"
+    assert make_sample_loader(of_segments, processor("video"), {"stride": 2}).sampling == "stride"
     for options, message in (
         ({"num_frames": 8}, "loader.num_frames is not a field"),  # the model decides
         ({"strides": 2}, "loader.strides is not a field; did you mean 'stride'"),

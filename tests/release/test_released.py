@@ -38,7 +38,9 @@ def test_its_code_is_that_of_the_package(released):
     """It loads without the package, by copies beside the weights."""
     copies = list(released.rglob("*.py"))
     for copy in copies:
-        assert copy.read_bytes() == (Path(bridle_hf.__file__).parent / copy.name).read_bytes(), f"{copy} is old: make released-code"
+        assert copy.read_bytes() == (Path(bridle_hf.__file__).parent / copy.name).read_bytes(), (
+            f"{copy} is old: make released-code"
+        )
     assert copies
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .audio_decoding_bridle import MIN_RATE
 from .configuration_bridle import BridleEncoderConfig
@@ -99,6 +100,33 @@ class _Resampler:
 # --- Windows and times ---
 
 
+def whole_or_crop(samples: int, wanted: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
+    """[`crop_bounds`] of a recording; all of one that is up to twice as long, of which the frames are cropped."""
+    return (0, samples) if samples <= 2 * wanted else crop_bounds(samples, wanted, rng)
+
+
+def fit_features(
+    features: torch.Tensor, length: int, rng: np.random.Generator | None = None
+) -> dict[str, torch.Tensor]:
+    """Model input of (frames, num_mel_bins): cropped, see [`crop_bounds`], or padded to `length` frames.
+
+    Returns:
+        `input_values` (length, num_mel_bins) and `attention_mask` (length,).
+    """
+    start, count = crop_bounds(len(features), length, rng)
+    input_values = features.new_zeros(length, features.shape[1])
+    input_values[:count] = features[start : start + count]
+    attention_mask = torch.zeros(length, dtype=torch.int64)
+    attention_mask[:count] = 1
+    return {"input_values": input_values, "attention_mask": attention_mask}
+
+
+def check_length(samples: int, rate: int) -> None:
+    """Raise a `ValueError` for a recording that is shorter than a frame."""
+    if num_frames(samples, rate) < 1:
+        raise ValueError(f"has {samples} samples at {rate} Hz, less than a frame of {num_samples(1, rate)}")
+
+
 def crop_bounds(length: int, wanted: int, rng: np.random.Generator | None = None) -> tuple[int, int]:
     """(start, count) of at most `wanted` of `length`: at random, or the middle where there is no `rng`."""
     spare = length - wanted
@@ -135,8 +163,7 @@ def cut_windows(
             yield start, buffer[:length]
             start, buffer = start + hop, buffer[hop * shift :]
     frames = num_frames(len(buffer), rate)
-    if frames < 1:
-        raise ValueError(f"has {len(buffer)} samples at {rate} Hz, less than a frame of {num_samples(1, rate)}")
+    check_length(len(buffer), rate)
     yield start, buffer[:length]
     if frames > config.max_length:
         rest = -(-(frames - config.max_length) // patch) * patch

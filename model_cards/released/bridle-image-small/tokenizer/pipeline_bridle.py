@@ -14,7 +14,7 @@ model is evaluated: so a card's figure is that of the pipeline.
 import base64
 import os
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,19 @@ from transformers.utils import logging
 from .audio_decoding_bridle import open_sound, read_blocks
 from .audio_windows_bridle import (
     array_blocks,
+    check_length,
     check_rate,
-    crop_bounds,
     cut_windows,
     find_events,
+    fit_features,
     frame_shift,
     media_of_mapping,
     mono_blocks,
     seconds_per_step,
     stitch_steps,
+    whole_or_crop,
 )
-from .feature_extraction_bridle import num_frames, num_samples
+from .feature_extraction_bridle import check_channels, num_frames, num_samples, to_float
 from .pixel_decoding_bridle import open_video, read_image, segment_indices, stride_indices
 
 
@@ -155,28 +157,48 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         return preprocess, {}, postprocess
 
     def preprocess(self, inputs: Any, overlap: float = 0.25, whole: bool = False) -> Iterator[dict[str, Any]]:
-        """The windows of a recording as model input, each with its first and last second; unless `whole`, one of its
-        middle, counted from its own beginning."""
-        extractor, config = self.feature_extractor, self.model.config
-        rate, length = extractor.sampling_rate, config.max_length  # the extractor's own length may be another
+        """The windows of a recording as model input, each with its first and last second; unless `whole`, its middle
+        alone, with those from its own beginning."""
         name, media = _named(inputs, "audio")
         try:
-            source_rate, blocks = _open(media, rate) if whole else _open_middle(media, rate, length)
-            windows = cut_windows(mono_blocks(blocks, source_rate, rate, extractor.downmix), config, rate, overlap)
-            before = None
-            for start, waveform in windows:
-                if before is not None:
-                    if not whole:  # the last frame may be one too many, in another rate
-                        break
-                    yield {**before, "is_last": False}
-                inputs = extractor([waveform], sampling_rate=rate, max_length=length, return_tensors="pt")
-                if self.dtype is not None:
-                    inputs = inputs.to(dtype=self.dtype)
-                start = start * frame_shift(rate) / rate
-                before = {**inputs, "span": (start, start + len(waveform) / rate)}
+            yield from self._windows(media, overlap) if whole else [self._middle(media)]
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
+
+    def _windows(self, media: Any, overlap: float) -> Iterator[dict[str, Any]]:
+        extractor, config = self.feature_extractor, self.model.config
+        rate, before = extractor.sampling_rate, None
+        source_rate, blocks = _open(media, rate)
+        windows = cut_windows(mono_blocks(blocks, source_rate, rate, extractor.downmix), config, rate, overlap)
+        for start, waveform in windows:
+            if before is not None:
+                yield {**before, "is_last": False}
+            # The extractor's own length may be another.
+            inputs = extractor([waveform], sampling_rate=rate, max_length=config.max_length, return_tensors="pt")
+            start = start * frame_shift(rate) / rate
+            before = {**self._typed(inputs), "span": (start, start + len(waveform) / rate)}
         yield {**before, "is_last": True}
+
+    def _middle(self, media: Any) -> dict[str, Any]:
+        """As loaders read for evaluation."""
+        extractor, length = self.feature_extractor, self.model.config.max_length
+        rate = extractor.sampling_rate
+        source_rate, blocks = _open_middle(media, rate, length)
+        waveform = np.concatenate(list(mono_blocks(blocks, source_rate, rate, extractor.downmix)))
+        check_length(len(waveform), rate)
+        batch = extractor([waveform], sampling_rate=rate, padding=False, truncation=False, return_tensors="pt")
+        features = batch["input_values"][0]
+        if len(features) > length:
+            logger.warning_once(
+                f"Of recordings longer than {num_samples(length, rate) / rate:.2f} s, the middle is classified; "
+                "`return_timeline=True` goes through all of them."
+            )
+        inputs = BatchFeature({name: value[None] for name, value in fit_features(features, length).items()})
+        seconds = num_samples(int(inputs["attention_mask"].sum()), rate) / rate
+        return {**self._typed(inputs), "span": (0.0, seconds), "is_last": True}
+
+    def _typed(self, inputs: BatchFeature) -> BatchFeature:
+        return inputs if self.dtype is None else inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         kept = {name: model_inputs.pop(name) for name in ("is_last", "span")}
@@ -402,27 +424,20 @@ def _open(media: Any, rate: int) -> tuple[float, Iterator[np.ndarray]]:
     raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, array or mapping")
 
 
-def _open_middle(media: Any, rate: int, length: int) -> tuple[float, list[np.ndarray]]:
-    """[`_open`], of the middle `length` frames alone."""
+def _open_middle(media: Any, rate: int, length: int) -> tuple[float, Iterable[np.ndarray]]:
+    """[`_open`], of no more than it takes to cut the middle `length` frames out."""
     media = _fetched(media)
     if isinstance(media, str | bytes):
         with open_sound(media) as sound:
-            return sound.rate, list(sound.blocks(*_middle(sound.length, sound.rate, length)))
-    source_rate, blocks = _open(media, rate)
+            return sound.rate, list(sound.blocks(*whole_or_crop(sound.length, num_samples(length, sound.rate))))
+    waveform, source_rate = media if isinstance(media, tuple) else (media, rate)
+    if not isinstance(waveform, np.ndarray | torch.Tensor | list | tuple):
+        return _open(media, rate)  # which refuses it
     check_rate(source_rate)
-    waveform = np.concatenate(list(blocks))
-    start, count = _middle(len(waveform), source_rate, length)
-    return source_rate, [waveform[start : start + count]]
-
-
-def _middle(samples: int, rate: float, length: int) -> tuple[int, int]:
-    start, count = crop_bounds(samples, num_samples(length, rate))
-    if start:
-        logger.warning_once(
-            f"Of recordings longer than {count / rate:.2f} s, the middle is classified; `return_timeline=True` goes "
-            "through all of them."
-        )
-    return start, count
+    waveform = to_float(waveform, "the waveform")
+    check_channels(waveform, "the waveform")
+    start, count = whole_or_crop(waveform.shape[-1], int(num_samples(length, source_rate)))
+    return source_rate, array_blocks(waveform[..., start : start + count])
 
 
 __all__ = [
