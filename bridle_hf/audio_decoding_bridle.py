@@ -9,7 +9,7 @@ is wrong with it, without its name.
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -29,8 +29,13 @@ UNKNOWN_LENGTH = 2**63 - 1
 PREROLL_SECONDS = 1
 
 
-def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
+def read_blocks(
+    media: str | bytes, crop: Callable[[int, int], tuple[int, int]] | None = None
+) -> tuple[int, Iterator[np.ndarray]]:
     """A recording from the beginning to the end, see `open_sound`.
+
+    Args:
+        crop: given (samples, sampling rate), chooses (start, count) of the samples to read; all if absent.
 
     Returns:
         The sampling rate in Hz, and the blocks (samples, channels) float32, read as they are asked for.
@@ -40,7 +45,7 @@ def read_blocks(media: str | bytes) -> tuple[int, Iterator[np.ndarray]]:
 
     def blocks() -> Iterator[np.ndarray]:
         with stack:
-            yield from sound.blocks()
+            yield from sound.blocks(*(crop(sound.length, sound.rate) if crop else ()))
 
     return sound.rate, blocks()
 

@@ -6,7 +6,7 @@ However long a recording is, no more of it is held than a window and what it ove
 `ValueError` that says what is wrong with the recording, without its name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,20 +41,15 @@ def media_of_mapping(item: Mapping[str, Any]) -> Any:
     return media
 
 
-def array_blocks(waveform: Any) -> Iterator[np.ndarray]:
+def array_blocks(waveform: Any, crop: Callable[[int], tuple[int, int]] | None = None) -> Iterator[np.ndarray]:
     """Blocks (samples, channels) float32 of a waveform (samples,) or (channels, samples), of any type that
-    [`BridleFeatureExtractor`] takes, and refused as there."""
+    [`BridleFeatureExtractor`] takes, and refused as there; `crop` chooses (start, count) of its samples, if given."""
     waveform = to_float(waveform, "the waveform")
     check_channels(waveform, "the waveform")
     waveform = np.atleast_2d(waveform)
-    for start in range(0, waveform.shape[1], BLOCK):
-        yield waveform[:, start : start + BLOCK].T
-
-
-def check_rate(rate: float) -> None:
-    """Raise a `ValueError` for a sampling rate in Hz that is none."""
-    if not rate >= MIN_RATE:
-        raise ValueError(f"has a sampling rate of {rate} Hz")
+    first, count = crop(waveform.shape[1]) if crop else (0, waveform.shape[1])
+    for start in range(first, first + count, BLOCK):
+        yield waveform[:, start : min(start + BLOCK, first + count)].T
 
 
 def mono_blocks(
@@ -66,7 +61,8 @@ def mono_blocks(
         ValueError: several channels without `downmix`; a rate that is none; samples that are not finite; none at all.
         ImportError: the rates differ and soxr is not installed.
     """
-    check_rate(source_rate)
+    if not source_rate >= MIN_RATE:
+        raise ValueError(f"has a sampling rate of {source_rate} Hz")
     resample = _identity if source_rate == rate else _Resampler(source_rate, rate)
     count = 0
     for block in blocks:

@@ -1,7 +1,7 @@
 """Modalities: the table of what each brings to the data, and what makes loaders and processors by it."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ class Modality:
 
     extensions: tuple[str, ...]  # of the files to look for
     loader: type  # reads a sample into model input
-    sizes: Callable[[BridleConfig], dict[str, int]]  # arguments of the loader that the model decides
+    sizes: Mapping[str, str]  # arguments of the loader that the model decides, and as what it has them
     auto_processor: type  # opens a saved processor
     kept: Mapping[str, str] = field(default_factory=dict)  # options of the loader that the model keeps, and as what
 
@@ -35,7 +35,7 @@ MODALITIES = {
             ".m4a", ".m4b", ".aac", ".wma", ".amr", ".mka", ".weba", ".ac3", ".wv", ".tta", ".ape",
         ),
         AudioLoader,
-        lambda config: {"max_frames": config.max_length},
+        {"max_frames": "max_length"},
         AutoFeatureExtractor,
     ),
     "image": Modality(
@@ -44,7 +44,7 @@ MODALITIES = {
             ".avif", ".mpo", ".tga",
         ),
         ImageLoader,
-        lambda config: {},
+        {},
         AutoImageProcessor,
     ),
     "video": Modality(
@@ -53,7 +53,7 @@ MODALITIES = {
             ".3gp", ".ogv",
         ),
         VideoLoader,
-        lambda config: {"num_frames": config.num_frames},
+        {"num_frames": "num_frames"},
         BridleVideoProcessor,  # of older folders, too, which name VideoMAE's
         {"stride": "frame_stride", "sampling": "frame_sampling"},
     ),
@@ -81,17 +81,17 @@ def make_sample_loader(
         ValueError: an option that the loader does not have, or of a wrong type or value.
     """
     modality = MODALITIES[config.modality]
-    sizes, options = modality.sizes(config), dict(options or {})
+    options = options or {}
     check_options(config.modality, options)
-    kept = {name: getattr(config, field) for name, field in modality.kept.items()}
-    return modality.loader(processor, **sizes, **(kept | _settled(options)), augment=augment, cache_bytes=cache_bytes)
+    of_model = {name: getattr(config, kept) for name, kept in {**modality.sizes, **modality.kept}.items()}
+    options = of_model | _settled(options)
+    return modality.loader(processor, **options, augment=augment, cache_bytes=cache_bytes)
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(modality: str, options: Mapping[str, Any]) -> None:
     """Raise a `ValueError` for options that the loader of a modality does not have, or of a wrong type."""
-    modality = MODALITIES[name]
-    sizes = modality.sizes(BridleConfig(modality=name))
-    _, *parameters = inspect.signature(modality.loader).parameters.values()  # the first is the processor
+    loader, sizes = MODALITIES[modality].loader, MODALITIES[modality].sizes
+    _, *parameters = inspect.signature(loader).parameters.values()  # the first is the processor
     given = {*sizes, "augment", "cache_bytes"}
     defaults = {entry.name: entry.default for entry in parameters if entry.name not in given}
     for name, value in options.items():

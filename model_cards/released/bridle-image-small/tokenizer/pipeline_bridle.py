@@ -14,7 +14,7 @@ model is evaluated: so a card's figure is that of the pipeline.
 import base64
 import os
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,10 @@ from transformers.image_utils import is_pil_image
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .audio_decoding_bridle import open_sound, read_blocks
+from .audio_decoding_bridle import read_blocks
 from .audio_windows_bridle import (
     array_blocks,
     check_length,
-    check_rate,
     cut_windows,
     find_events,
     fit_features,
@@ -44,7 +43,7 @@ from .audio_windows_bridle import (
     stitch_steps,
     whole_or_crop,
 )
-from .feature_extraction_bridle import check_channels, num_frames, num_samples, to_float
+from .feature_extraction_bridle import num_frames, num_samples
 from .pixel_decoding_bridle import open_video, read_image, segment_indices, stride_indices
 
 
@@ -183,7 +182,7 @@ class BridleAudioClassificationPipeline(_BridlePipeline, ChunkPipeline, AudioCla
         """As loaders read for evaluation."""
         extractor, length = self.feature_extractor, self.model.config.max_length
         rate = extractor.sampling_rate
-        source_rate, blocks = _open_middle(media, rate, length)
+        source_rate, blocks = _open(media, rate, length)
         waveform = np.concatenate(list(mono_blocks(blocks, source_rate, rate, extractor.downmix)))
         check_length(len(waveform), rate)
         batch = extractor([waveform], sampling_rate=rate, padding=False, truncation=False, return_tensors="pt")
@@ -412,32 +411,20 @@ def _from_base64(text: str) -> bytes:
         raise ValueError("no such file, nor a picture in base64") from error
 
 
-def _open(media: Any, rate: int) -> tuple[float, Iterator[np.ndarray]]:
-    """The rate of a recording, and its blocks (samples, channels)."""
+def _open(media: Any, rate: int, length: int | None = None) -> tuple[float, Iterator[np.ndarray]]:
+    """The rate of a recording, and its blocks (samples, channels): all of them, or no more than it takes to cut its
+    middle `length` frames out."""
+
+    def crop(samples: int, source_rate: float) -> tuple[int, int]:
+        return whole_or_crop(samples, int(num_samples(length, source_rate)))
+
     media = _fetched(media)
     if isinstance(media, str | bytes):
-        return read_blocks(media)
-    if isinstance(media, tuple):
-        return media[1], array_blocks(media[0])
-    if isinstance(media, np.ndarray | torch.Tensor):
-        return rate, array_blocks(media)
-    raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, array or mapping")
-
-
-def _open_middle(media: Any, rate: int, length: int) -> tuple[float, Iterable[np.ndarray]]:
-    """[`_open`], of no more than it takes to cut the middle `length` frames out."""
-    media = _fetched(media)
-    if isinstance(media, str | bytes):
-        with open_sound(media) as sound:
-            return sound.rate, list(sound.blocks(*whole_or_crop(sound.length, num_samples(length, sound.rate))))
+        return read_blocks(media, None if length is None else crop)
     waveform, source_rate = media if isinstance(media, tuple) else (media, rate)
-    if not isinstance(waveform, np.ndarray | torch.Tensor | list | tuple):
-        return _open(media, rate)  # which refuses it
-    check_rate(source_rate)
-    waveform = to_float(waveform, "the waveform")
-    check_channels(waveform, "the waveform")
-    start, count = whole_or_crop(waveform.shape[-1], int(num_samples(length, source_rate)))
-    return source_rate, array_blocks(waveform[..., start : start + count])
+    if isinstance(media, tuple | np.ndarray | torch.Tensor):
+        return source_rate, array_blocks(waveform, None if length is None else lambda count: crop(count, source_rate))
+    raise ValueError(f"is a {type(media).__name__}: give a path, URL, bytes, array or mapping")
 
 
 __all__ = [
